@@ -1,0 +1,170 @@
+"""MANIFEST.json: written last, so its existence means that the stage is complete.
+
+A stage asks `open_stage` what its output directory holds. The answer decides between skipping (same fingerprint, complete),
+continuing (same fingerprint, half done), starting (nothing there) and refusing (another run's output).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import shutil
+import time
+from dataclasses import asdict, dataclass, field, is_dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from pipelines.errors import UserError
+
+MANIFEST = "MANIFEST.json"
+CLAIM = ".stage.json"
+_PACKAGES = ("captune", "torch", "transformers", "peft", "ray", "deepspeed", "py-data-juicer", "pyarrow", "pillow")
+
+
+@dataclass
+class StageOutput:
+    """An output directory that this run has claimed.
+
+    Attributes:
+        directory: where the stage writes.
+        complete: the stage was finished by an earlier run with the same fingerprint; `manifest` holds its record.
+        resumed: an earlier run with the same fingerprint left unfinished work here.
+    """
+
+    directory: Path
+    stage: str
+    fingerprint: str
+    inputs: dict[str, Any]
+    complete: bool = False
+    resumed: bool = False
+    manifest: dict[str, Any] = field(default_factory=dict)
+    _started: float = field(default_factory=time.time)
+
+    def finish(self, **facts: Any) -> dict[str, Any]:
+        """Write MANIFEST.json with the stage's own facts (counts, timings, identities) and return it."""
+        manifest = {
+            "stage": self.stage,
+            "fingerprint": self.fingerprint,
+            "inputs": self.inputs,
+            **facts,
+            "seconds": round(time.time() - self._started, 3),
+            "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "versions": _versions(),
+        }
+        write_json(self.directory / MANIFEST, manifest)
+        self.manifest, self.complete = manifest, True
+        return manifest
+
+
+def open_stage(directory: Path | str, stage: str, inputs: dict[str, Any], *, restart: bool = False) -> StageOutput:
+    """Claim `directory` for `stage`.
+
+    Args:
+        inputs: everything that decides the result: config, input and model identities, seed. Not paths of the output,
+            not worker counts. Dataclasses are accepted.
+        restart: throw away what another fingerprint left there.
+
+    Raises:
+        UserError: the directory holds another run's output and `restart` is not set, or something captune never wrote.
+    """
+    directory = Path(directory)
+    inputs = json.loads(json.dumps(inputs, default=_jsonable, sort_keys=True))
+    output = StageOutput(directory, stage, fingerprint(inputs), inputs)
+    claim = read_json(directory / CLAIM) if (directory / CLAIM).exists() else None
+    if restart and claim is not None:
+        shutil.rmtree(directory)
+        claim = None
+    if claim is None:
+        if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+            raise UserError(f"{directory}: already holds files that no captune stage wrote; choose an empty directory")
+        directory.mkdir(parents=True, exist_ok=True)
+        write_json(directory / CLAIM, {"stage": stage, "fingerprint": output.fingerprint, "inputs": inputs})
+        return output
+    if claim["stage"] != stage:
+        raise UserError(f"{directory}: holds the output of stage '{claim['stage']}', not of '{stage}'; choose another directory")
+    if claim["fingerprint"] != output.fingerprint:
+        changed = ", ".join(_differences(claim["inputs"], inputs)) or "its inputs"
+        raise UserError(
+            f"{directory}: holds the output of another run (what changed: {changed}). "
+            "Choose another directory, or pass --restart true to throw that output away and start over"
+        )
+    output.resumed = True
+    if (directory / MANIFEST).exists():
+        output.manifest, output.complete = read_json(directory / MANIFEST), True
+    return output
+
+
+def fingerprint(inputs: Any) -> str:
+    """128-bit BLAKE2b of the canonical JSON of `inputs`."""
+    text = json.dumps(inputs, default=_jsonable, sort_keys=True, separators=(",", ":"))
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def identity(path: Path | str) -> str:
+    """Identity of a file or directory: name-independent digest of its contents.
+
+    A stage output is identified by its own manifest's fingerprint and a model by its configuration and weights' digests, so that
+    a moved directory keeps its identity and a changed one never does.
+    """
+    path = Path(path)
+    if (path / CLAIM).exists():
+        return str(read_json(path / CLAIM)["fingerprint"])
+    if not path.exists():
+        raise UserError(f"{path}: no such file or directory")
+    digest = hashlib.blake2b(digest_size=16)
+    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
+    for file in files:
+        if path.is_dir():
+            digest.update(str(file.relative_to(path)).encode() + b"\0")
+        with file.open("rb") as stream:
+            for block in iter(lambda: stream.read(1 << 20), b""):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def read_json(path: Path) -> Any:
+    """JSON of a file; a file that is no JSON is named in the error."""
+    try:
+        return json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}: not valid JSON ({error})") from error
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON so that a reader sees the old file or the new one, never half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    with part.open("w") as stream:
+        stream.write(json.dumps(value, indent=1, default=_jsonable, ensure_ascii=False) + "\n")
+        stream.flush()
+        os.fsync(stream.fileno())
+    part.replace(path)
+
+
+def _jsonable(value: Any) -> Any:
+    if is_dataclass(value) and not isinstance(value, type):
+        return asdict(value)
+    if isinstance(value, Path):
+        return str(value)
+    raise TypeError(f"{type(value).__name__} has no place in a manifest")
+
+
+def _differences(old: Any, new: Any, prefix: str = "") -> list[str]:
+    """Dotted keys whose values differ, for the message that refuses to mix two runs."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = sorted(set(old) | set(new))
+        return [d for key in keys for d in _differences(old.get(key), new.get(key), f"{prefix}.{key}" if prefix else key)]
+    return [] if old == new else [prefix]
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue  # an extra that this machine does not need
+    return found
