@@ -1,0 +1,1 @@
+"""The embedded default: the sample world (dataset, questions) and the small trained models that can read it."""
