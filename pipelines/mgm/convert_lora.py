@@ -1,0 +1,108 @@
+"""The original trainer's LoRA output (which the original's own loader ignores) as an adapter that merges and serves.
+
+The trainer writes `adapter_config.json` and `adapter_model.bin` (PEFT 0.4) for LoRA, and `non_lora_trainables.bin` for
+everything else that was trained: the projector, the mining modules, tower layers.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import torch
+
+from pipelines.adapters.files import write_adapter
+from pipelines.errors import UserError
+from pipelines.mgm import names
+from pipelines.mgm.configuration import MGMConfig
+from pipelines.mgm.convert_config import Shapes, expected_shapes
+from pipelines.mgm.tensorfiles import read_file, read_json
+
+_PEFT_PREFIX = "base_model.model."
+_LORA = re.compile(r"(?P<module>.+)\.(?P<part>lora_[AB])\.weight$")
+
+
+def convert_lora(adapter: str | Path, model: str | Path, output: str | Path) -> None:
+    """An original LoRA directory -> a PEFT adapter and the other trained weights, named as in `model`.
+
+    Args:
+        adapter: the trainer's output directory.
+        model: the converted base model (only its `config.json` is read).
+        output: an adapter directory, as `captune train` writes it.
+
+    Raises:
+        UserError: files missing or unreadable, tensors that the base model has no place for, empty tensors (a ZeRO-3
+            run that did not gather them), or ranks that differ from the configuration.
+    """
+    from peft import LoraConfig
+
+    adapter, output = Path(adapter), Path(output)
+    shapes = expected_shapes(MGMConfig.from_pretrained(model))
+    saved = read_json(adapter / "adapter_config.json")
+    if saved.get("peft_type") != "LORA":
+        raise UserError(f"{adapter / 'adapter_config.json'}: peft_type {saved.get('peft_type')!r}, only LORA is known")
+    lora = _renamed(_existing(adapter, "adapter_model"))
+    other = _renamed(_existing(adapter, "non_lora_trainables"))
+    _check(adapter, lora, other, shapes, rank=saved["r"])
+    modules = {name.split(".lora_")[0] for name in lora}
+    config = LoraConfig(
+        r=saved["r"],
+        lora_alpha=saved["lora_alpha"],
+        lora_dropout=saved.get("lora_dropout", 0.0),
+        bias="none",
+        task_type="CAUSAL_LM",
+        target_modules=_target_pattern(modules),
+        base_model_name_or_path=str(model),
+    )
+    write_adapter(output, lora | other, config)
+
+
+def _existing(directory: Path, stem: str) -> dict[str, torch.Tensor]:
+    for suffix in (".safetensors", ".bin"):
+        if (directory / (stem + suffix)).exists():
+            return read_file(directory / (stem + suffix))
+    raise UserError(f"{directory}: has neither {stem}.safetensors nor {stem}.bin")
+
+
+def _renamed(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Our names; a name that no MGM has stays as it is, for the check to list."""
+    renamed = {}
+    for name, tensor in tensors.items():
+        plain = name.removeprefix(_PEFT_PREFIX).replace(".default.", ".").replace(".base_layer.", ".")
+        renamed[names.to_hf(plain) or plain] = tensor.clone()
+    return renamed
+
+
+def _check(
+    adapter: Path, lora: dict[str, torch.Tensor], other: dict[str, torch.Tensor], shapes: Shapes, rank: int
+) -> None:
+    complaints = []
+    for name, tensor in (lora | other).items():
+        match = _LORA.match(name) if name in lora else None
+        weight = shapes.get(f"{match['module']}.weight") if match else shapes.get(name)
+        if weight is None:
+            complaints.append(f"{name}: the base model has no place for it")
+        elif tensor.numel() == 0:
+            complaints.append(f"{name}: empty, it was not gathered when it was saved")
+        else:
+            expected = weight
+            if match:
+                expected = (rank, weight[1]) if match["part"] == "lora_A" else (weight[0], rank)
+            if tuple(tensor.shape) != expected:
+                complaints.append(f"{name}: {tuple(tensor.shape)} instead of {expected}")
+        if match and ".experts." in name:
+            complaints.append(
+                f"{name}: experts are one tensor in transformers 5, so a LoRA of one of them has no module"
+            )
+    halves = {part: {n.split(".lora_")[0] for n in lora if f".{part}." in n} for part in ("lora_A", "lora_B")}
+    complaints += [f"{module}: has only one of lora_A and lora_B" for module in halves["lora_A"] ^ halves["lora_B"]]
+    if not lora:
+        complaints.append("the adapter holds no tensors")
+    if complaints:
+        raise UserError(f"{adapter}: {len(complaints)} problems: " + "; ".join(sorted(complaints)))
+
+
+def _target_pattern(modules: set[str]) -> str:
+    """A pattern that matches exactly these modules' full names: leaves alone (`q_proj`) would hit the CLIP tower too."""
+    paths = sorted({re.sub(r"\.\d+\.", ".0.", module) for module in modules})
+    return "|".join(re.escape(path).replace(r"\.0\.", r"\.\d+\.") for path in paths)

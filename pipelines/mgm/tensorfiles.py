@@ -1,0 +1,125 @@
+"""Reading and writing the tensor files of a model directory, one file in memory at a time."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from pipelines.errors import UserError
+
+# In the order in which transformers prefers them.
+_WHOLE = ["model.safetensors", "pytorch_model.bin", "open_clip_model.safetensors", "open_clip_pytorch_model.bin"]
+_INDEXES = ["model.safetensors.index.json", "pytorch_model.bin.index.json"]
+
+
+def read_json(path: Path) -> dict:
+    """A JSON object from a file, or a `UserError` that names it."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: a JSON object is expected, not {type(value).__name__}")
+    return value
+
+
+def find_files(directory: Path) -> list[Path]:
+    """The tensor files of a model directory, by its index or by the usual names."""
+    for name in _WHOLE[:1] + _INDEXES + _WHOLE[1:]:
+        path = directory / name
+        if not path.exists():
+            continue
+        if not name.endswith(".json"):
+            return [path]
+        files = [directory / shard for shard in sorted(set(read_json(path).get("weight_map", {}).values()))]
+        if missing := [file.name for file in files if not file.exists()]:
+            raise UserError(f"{path}: names files that are not there: {', '.join(missing)}")
+        if files:
+            return files
+    raise UserError(f"{directory}: no tensor files ({', '.join(_WHOLE + _INDEXES)})")
+
+
+def read_file(path: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a safetensors file or of a pickled state dict (read with `weights_only=True`)."""
+    if path.suffix == ".safetensors":
+        return dict(_iterate_safetensors(path))
+    try:
+        # Only zip archives can be mapped; the format before torch 1.6 is read whole.
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+        raise UserError(f"{path}: not a readable state dict ({str(error).splitlines()[0]})") from None
+    if not isinstance(state, dict) or not state:
+        raise UserError(f"{path}: a pickled {type(state).__name__}, not a state dict")
+    if wrong := [str(name) for name, value in state.items() if not isinstance(value, torch.Tensor)]:
+        raise UserError(f"{path}: not a state dict, these entries are not tensors: {', '.join(wrong[:5])}")
+    return state
+
+
+def _iterate_safetensors(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 (safe_open is not a mapping)
+                yield name, file.get_tensor(name)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path}: not a readable safetensors file, truncated perhaps ({error})") from None
+
+
+class ShardWriter:
+    """Writes tensors to `model-NNNNN-of-NNNNN.safetensors` and their index, a shard at a time.
+
+    Args:
+        directory: exists already.
+        max_bytes: size of a shard; a larger single tensor gets a shard of its own.
+        always_index: write an index for a single file too (the original's loader needs one).
+    """
+
+    def __init__(self, directory: Path, max_bytes: int = 5_000_000_000, always_index: bool = False) -> None:
+        self.directory = directory
+        self.max_bytes = max_bytes
+        self.always_index = always_index
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self._pending: dict[str, torch.Tensor] = {}
+        self._pending_bytes = self._total_bytes = 0
+        self._shards: list[tuple[Path, list[str]]] = []
+
+    def add(self, name: str, tensor: torch.Tensor) -> None:
+        """Take one tensor; it may be written now or later."""
+        size = tensor.numel() * tensor.element_size()
+        if self._pending and self._pending_bytes + size > self.max_bytes:
+            self._flush()
+        self._pending[name] = tensor.contiguous()
+        self._pending_bytes += size
+        self._total_bytes += size
+        self.shapes[name] = tuple(tensor.shape)
+
+    def _flush(self) -> None:
+        path = self.directory / f"model-{len(self._shards) + 1:05d}.safetensors"
+        # Tensors that share memory (a mapped .bin, tied weights) must be apart in a safetensors file.
+        owned = {name: tensor.clone() for name, tensor in self._pending.items()}
+        save_file(owned, path, metadata={"format": "pt"})
+        self._shards.append((path, list(self._pending)))
+        self._pending, self._pending_bytes = {}, 0
+
+    def close(self) -> None:
+        """Write what is pending and the index."""
+        if self._pending:
+            self._flush()
+        total = len(self._shards)
+        weight_map: dict[str, str] = {}
+        for number, (path, tensors) in enumerate(self._shards, start=1):
+            name = "model.safetensors" if total == 1 else f"model-{number:05d}-of-{total:05d}.safetensors"
+            path.rename(self.directory / name)
+            weight_map |= dict.fromkeys(tensors, name)
+        if total > 1 or self.always_index:
+            index = {"metadata": {"total_size": self._total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
+            text = json.dumps(index, indent=1)
+            (self.directory / "model.safetensors.index.json").write_text(text, encoding="utf-8")
