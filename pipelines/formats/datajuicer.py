@@ -1,0 +1,77 @@
+"""Data-Juicer's multimodal JSONL: `text` with special tokens, `images` with one path relative to the file's own folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from pipelines.errors import UserError
+from pipelines.formats.rows import Row, bad_row, parse_json, with_image_path
+
+IMAGE_TOKEN = "<__dj__image>"
+END_TOKEN = "<|__dj__eoc|>"
+
+
+def rows(path: Path) -> Iterator[Row]:
+    """Rows of one JSONL file; blank lines are no rows.
+
+    Raises:
+        UserError: not one of the first 100 lines is a JSON object, so this is no JSONL at all.
+    """
+    good = seen = 0
+    with path.open("rb") as stream:
+        for number, line in enumerate(stream, start=1):
+            if number == 1:
+                line = line.removeprefix(b"\xef\xbb\xbf")
+            if not line.strip():
+                continue
+            row = _row(line, f"{path.name}:{number}", path.parent)
+            seen, good = seen + 1, good + (row.error is None or "not valid JSON" not in row.error)
+            if seen == 100 and not good:
+                break
+            yield row
+    if not good:
+        raise UserError(f"{path}: no JSONL dataset, {'it is empty' if not seen else 'none of its lines is valid JSON'}")
+
+
+def _row(line: bytes, where: str, base: Path) -> Row:
+    try:
+        value = parse_json(line)
+    except ValueError as error:
+        return bad_row(where, str(error))
+    if not isinstance(value, dict):
+        return bad_row(where, f"a JSON {type(value).__name__} where an object was expected")
+    text, images = value.pop("text", ""), value.pop("images", None)
+    if not isinstance(text, str):
+        return bad_row(where, "'text' is not a string", meta=value)
+    caption = text.replace(IMAGE_TOKEN, " ").replace(END_TOKEN, " ").strip()
+    if isinstance(images, str):
+        images = [images]
+    if not images:
+        return bad_row(where, "it lacks 'images'", caption=caption, meta=value)
+    if not isinstance(images, list) or not all(isinstance(image, str) for image in images):
+        return bad_row(where, "'images' is not a list of file names", caption=caption, meta=value)
+    if len(images) > 1:
+        return bad_row(
+            where, f"'images' names {len(images)} images, and a row is one image-text pair", caption=caption, meta=value
+        )
+    return with_image_path(Row(where, caption, meta=value), images[0], base)
+
+
+def write(samples: Iterable[dict[str, Any]], path: Path) -> int:
+    """Write `{"caption", "image_path", "meta", "stats", "sample_id"}` samples, one line each; returns the number of lines."""
+    count = 0
+    with path.open("w", encoding="utf-8") as stream:
+        for sample in samples:
+            count += 1
+            line = {
+                "text": f"{IMAGE_TOKEN} {sample['caption']} {END_TOKEN}",
+                "images": [sample["image_path"]],
+                **{key: value for key, value in sample["meta"].items() if key not in ("text", "images")},
+            }
+            if sample["stats"]:
+                line["__dj__stats__"] = sample["stats"]
+            stream.write(json.dumps(line, ensure_ascii=False) + "\n")
+    return count

@@ -1,0 +1,101 @@
+"""A row as its format gives it, before anything has been read from its image, and how it becomes a sample record."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pipelines.images import BadImage, read_bytes
+from pipelines.records import Record, new_record
+
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+_KIND = re.compile(r"[a-z]+(?: [a-z]+)*")
+SUFFIXES = {
+    ".avif", ".bmp", ".dib", ".gif", ".ico", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".pbm", ".pcx", ".pgm", ".png", ".pnm",
+    ".ppm", ".tga", ".tif", ".tiff", ".webp",
+}  # fmt: skip
+"""File name endings that make a file a picture in a folder or a tar."""
+
+
+@dataclass
+class Row:
+    """One row of a dataset.
+
+    Attributes:
+        where: file and line, tar and key, or file name: what a person needs to find the row again, e.g. `dataset.jsonl:7`.
+        caption: the text as found, without any format's special tokens.
+        image: encoded bytes, for formats that hold them.
+        image_uri: absolute path, for formats that name a file.
+        error: why this row cannot be used; starts with its kind, see `error_kind`.
+        meta: whatever else came with the row.
+    """
+
+    where: str
+    caption: str = ""
+    image: bytes | None = None
+    image_uri: str | None = None
+    error: str | None = None
+    meta: dict[str, Any] = field(default_factory=dict)
+
+
+def bad_row(where: str, reason: str, **known: Any) -> Row:
+    """A row that stays in the count although nothing can be done with it."""
+    return Row(where, error=f"bad row: {reason} ({where})", **known)
+
+
+def error_kind(error: str) -> str:
+    """Kind of a record's error, for counting: `missing file: /a/b.jpg (x.jsonl:7)` is a `missing file`."""
+    match = _KIND.match(error)
+    return match.group() if match else "other"
+
+
+def with_image_path(row: Row, image: str, base: Path) -> Row:
+    """Resolve a local image name against the dataset's folder; an address is an error row, since captune fetches nothing."""
+    if _URL.match(image):
+        row.error = f"remote image: {image[:200]} is an address, and captune reads local files only ({row.where})"
+    else:
+        row.image_uri = str(base / image)
+    return row
+
+
+def parse_json(text: bytes | str) -> Any:
+    """JSON whose every string can be stored.
+
+    Raises:
+        ValueError: no JSON, no Unicode, or half of a surrogate pair, which Arrow and files refuse; the text says which.
+    """
+    try:
+        value = json.loads(text)
+    except UnicodeDecodeError:
+        raise ValueError("not UTF-8 text") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not valid JSON, {error.msg} at column {error.colno}") from None
+    except RecursionError:
+        raise ValueError("not valid JSON, nested too deeply") from None
+    lone = b"\\ud" in text.lower() if isinstance(text, bytes) else "\\ud" in text.lower()
+    if lone:
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise ValueError("text with half a surrogate pair, which is no Unicode") from None
+    return value
+
+
+def to_record(row: Row) -> Record:
+    """Read the image once for its content key; a record whose image is a file keeps the path and not the bytes."""
+    content, error = row.image, row.error
+    if error is None and content is None:
+        try:
+            content = read_bytes(row.image_uri or "")
+        except BadImage as problem:
+            error = f"{problem} ({row.where})"
+    if error is None and not content:
+        error = f"empty file: the image has no bytes ({row.where})"
+    if content is None and row.image_uri is None:
+        content = row.where.encode()  # nothing else tells such rows apart
+    return new_record(
+        row.caption, image=row.image, image_uri=row.image_uri, error=error, meta=row.meta, content=content
+    )

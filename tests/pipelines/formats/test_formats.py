@@ -1,0 +1,269 @@
+"""Every format: what is written reads back, a bad row stays a row, and only what is no dataset at all is refused."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pipelines.errors import UserError
+from pipelines.formats import Row, error_kind, open_dataset, to_record
+from pipelines.formats.export import export
+from pipelines.manifest import open_stage
+from pipelines.records import Record, new_record, write_shard
+
+Jpeg = Callable[[int], bytes]
+
+
+def rows_of(path: Path) -> list[Row]:
+    return list(open_dataset(path).rows())
+
+
+@pytest.fixture
+def records(tmp_path: Path, jpeg: Jpeg) -> Path:
+    """A finished stage's output: a picture on disk, one held as bytes, one failed, one rejected."""
+    (tmp_path / "pictures").mkdir()
+    file = tmp_path / "pictures" / "a b.jpg"
+    file.write_bytes(jpeg(1))
+    on_disk = new_record("as found", image_uri=str(file), content=jpeg(1), meta={"tag": "é", "n": 1})
+    held = new_record("held", image=jpeg(2), meta={})
+    failed = new_record("failed", image_uri="/nowhere.jpg", error="missing file: /nowhere.jpg")
+    rejected = new_record("rejected", image=jpeg(3))
+    on_disk["recaption"], held["recaption"], rejected["recaption"] = "a red sign", "two circles", "junk"
+    rejected["keep"], rejected["reject_reason"] = False, "words_num"
+    stage = open_stage(tmp_path / "captions", "caption", {})
+    write_shard(tmp_path / "captions" / "part-00000.parquet", [on_disk, held, failed, rejected])
+    stage.finish()
+    return tmp_path / "captions"
+
+
+@pytest.mark.parametrize(
+    ("format", "name"),
+    [("datajuicer", "set.jsonl"), ("llava", "set.json"), ("webdataset", "set.tar"), ("parquet", "set.parquet")],
+)
+def test_round_trip(records: Path, tmp_path: Path, jpeg: Jpeg, format: str, name: str) -> None:
+    """Exported pairs come back with their pictures, texts and meta; failed and rejected rows stay behind, and are counted."""
+    facts = export(records, tmp_path / "out" / name, format)
+    assert (facts["rows_in"], facts["written"], facts["left_out"]) == (4, 2, 2)
+    assert open_dataset(tmp_path / "out" / name).format == format
+    rows = rows_of(tmp_path / "out" / name)
+    texts = {"as found", "held"} if format == "parquet" else {"a red sign", "two circles"}
+    assert {row.caption for row in rows} == texts and all(row.error is None for row in rows)
+    pictures = {row.caption: row.image or Path(row.image_uri or "").read_bytes() for row in rows}
+    assert pictures == {row.caption: jpeg(1) if row.caption in ("a red sign", "as found") else jpeg(2) for row in rows}
+    if format != "llava":  # LLaVA's items have no place for anything else
+        tagged = next(row for row in rows if row.caption in ("a red sign", "as found"))
+        assert tagged.meta["tag"] == "é" and tagged.meta["n"] == 1
+
+
+def test_export_is_asked_the_right_thing(records: Path, tmp_path: Path) -> None:
+    """The text can be chosen; an unknown format, a column that is none and an unfinished stage are named."""
+    export(records, tmp_path / "x.jsonl", "datajuicer", text="caption")
+    assert {row.caption for row in rows_of(tmp_path / "x.jsonl")} == {"as found", "held"}
+    with pytest.raises(UserError, match="--format must be one of"):
+        export(records, tmp_path / "y", "excel")
+    with pytest.raises(UserError, match="--text must be"):
+        export(records, tmp_path / "y", "llava", text="stats")
+    (records / "MANIFEST.json").unlink()
+    for refused in (lambda: export(records, tmp_path / "y", "llava"), lambda: open_dataset(records)):
+        with pytest.raises(UserError, match="not finished"):
+            refused()
+
+
+def test_webdataset_bytes_are_the_same_every_time(records: Path, tmp_path: Path) -> None:
+    export(records, tmp_path / "1.tar", "webdataset")
+    export(records, tmp_path / "2.tar", "webdataset")
+    assert (tmp_path / "1.tar").read_bytes() == (tmp_path / "2.tar").read_bytes()
+
+
+def test_jsonl_rows_of_every_kind(tmp_path: Path) -> None:
+    """Each damaged line is one row whose error names file and line; special tokens leave the caption, other keys stay in meta."""
+    lines = [
+        b'\xef\xbb\xbf{"text": "<__dj__image> a sign <|__dj__eoc|>", "images": ["i/1.jpg"], "id": 7}',
+        b"",
+        b"no json",
+        b'{"text": "x"}',
+        b'{"text": "x", "images": []}',
+        b'{"text": "x", "images": ["1.jpg", "2.jpg"]}',
+        b'{"text": "x", "images": [3]}',
+        b'{"text": 5, "images": ["1.jpg"]}',
+        b'["a", "list"]',
+        b'{"text": "\xff", "images": ["1.jpg"]}',
+        b'{"text": "\\ud800", "images": ["1.jpg"]}',
+        b'{"text": "x", "images": ["https://example.org/1.jpg"]}',
+        b'{"text": "x", "images": ["file:///etc/passwd"]}',
+        b'{"images": ["/abs/2.jpg"]}',
+    ]
+    path = tmp_path / "set.jsonl"
+    path.write_bytes(b"\n".join(lines))
+    rows = rows_of(path)
+    assert len(rows) == 13  # the blank line is none
+    assert rows[0].caption == "a sign" and rows[0].meta == {"id": 7} and rows[0].image_uri == str(tmp_path / "i/1.jpg")
+    assert rows[-1].error is None and rows[-1].image_uri == "/abs/2.jpg" and rows[-1].caption == ""
+    reasons = [
+        "not valid JSON",
+        "lacks 'images'",
+        "lacks 'images'",
+        "names 2 images",
+        "not a list of file names",
+        "'text' is not",
+    ]
+    reasons += ["a JSON list", "not UTF-8", "surrogate", "is an address", "is an address"]
+    for number, (row, reason) in enumerate(zip(rows[1:-1], reasons, strict=True), start=3):
+        assert row.error is not None and reason in row.error and f"set.jsonl:{number})" in row.error
+    records = [to_record(row) for row in rows]
+    assert len({record["sample_id"] for record in records}) == 13 and all(record["error"] for record in records)
+    assert error_kind(records[0]["error"] or "") == "missing file" and "set.jsonl:1)" in (records[0]["error"] or "")
+    json.dumps(records, ensure_ascii=False).encode()
+
+
+def test_llava_items_of_every_kind(tmp_path: Path) -> None:
+    """The first answer is the caption; an item without its parts is an error row with its number."""
+    turns = [
+        {"from": "human", "value": "<image>\nWhat?"},
+        {"from": "gpt", "value": " a sign "},
+        {"from": "gpt", "value": "more"},
+    ]
+    items = [{"id": "1", "image": "a.jpg", "conversations": turns}, {"conversations": turns}, {"image": "a.jpg"}, 5]
+    (tmp_path / "set.json").write_text(json.dumps(items))
+    good, no_image, no_turns, number = rows_of(tmp_path / "set.json")
+    assert good.caption == "a sign" and good.meta["conversations"] == turns and good.error is None
+    assert "lacks 'image' (set.json: item 2)" in (no_image.error or "")
+    assert "'conversations'" in (no_turns.error or "") and "JSON int" in (number.error or "")
+
+
+def test_webdataset_with_faults(tmp_path: Path, jpeg: Jpeg) -> None:
+    """A sample without a picture or with two is an error row; a tar that breaks off keeps its whole samples and says where."""
+    path = tmp_path / "a.tar"
+    members = [
+        ("x/1.jpg", jpeg(1)),
+        ("x/1.txt", b" one "),
+        ("x/2.txt", b"alone"),
+        ("x/3.png", jpeg(2)),
+        ("x/3.jpg", jpeg(3)),
+    ]
+    members += [
+        ("x/4.jpg", jpeg(4)),
+        ("x/4.json", b'{"caption": "four", "k": 1}'),
+        ("x/5.jpg", jpeg(5)),
+        ("x/5.json", b"{"),
+    ]
+    with tarfile.open(path, "w") as tar:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    one, two, three, four, five = rows_of(path)
+    assert (one.caption, one.image, one.error) == ("one", jpeg(1), None) and one.meta == {"__key__": "x/1"}
+    assert "lacks an image (a.tar/x/2)" in (two.error or "") and "holds 2 images" in (three.error or "")
+    assert four.caption == "four" and four.meta["k"] == 1 and "not valid JSON" in (five.error or "")
+    whole = path.read_bytes()
+    path.write_bytes(whole[: whole.index(jpeg(4)) + 100])
+    assert [row.error is None for row in rows_of(path)] == [True, False, False, False]
+    assert "breaks off" in (rows_of(path)[-1].error or "") and "(a.tar/x/4)" in (rows_of(path)[-1].error or "")
+    start = whole.index(b"x/4.jpg")
+    path.write_bytes(whole[:start] + b"garbage" * 200)
+    assert [row.error is None for row in rows_of(path)] == [True, False, False, False]
+    assert "no valid header" in (rows_of(path)[-1].error or "")
+
+
+def test_parquet_tables_and_records(tmp_path: Path, jpeg: Jpeg) -> None:
+    """Bytes, Hugging Face's image struct and paths are all images; other columns become meta; records keep their errors."""
+    pq.write_table(pa.table({"image": [jpeg(1), None], "text": ["t", "u"], "n": [1, 2]}), tmp_path / "bytes.parquet")
+    good, empty = rows_of(tmp_path / "bytes.parquet")
+    assert (good.image, good.caption, good.meta) == (jpeg(1), "t", {"n": 1})
+    assert "no single image (bytes.parquet:1)" in (empty.error or "")
+    pq.write_table(pa.table({"image": [{"bytes": jpeg(2), "path": None}], "caption": ["c"]}), tmp_path / "hf.parquet")
+    assert rows_of(tmp_path / "hf.parquet")[0].image == jpeg(2)
+    pq.write_table(pa.table({"image": ["i.jpg", "http://x/i.jpg"], "caption": ["c", None]}), tmp_path / "paths.parquet")
+    path, remote = rows_of(tmp_path / "paths.parquet")
+    assert path.image_uri == str(tmp_path / "i.jpg") and error_kind(remote.error or "") == "remote image"
+    failed: Record = new_record("c", image_uri="/x.jpg", error="missing file: /x.jpg", meta={"k": "v"})
+    write_shard(tmp_path / "records" / "part-00000.parquet", [failed])
+    row = rows_of(tmp_path / "records")[0]
+    assert (
+        row.error == "missing file: /x.jpg"
+        and row.meta == {"k": "v"}
+        and to_record(row)["sample_id"] == failed["sample_id"]
+    )
+
+
+def test_imagefolder_captions(tmp_path: Path, jpeg: Jpeg) -> None:
+    """Captions from a .txt of the same name or metadata.jsonl; hidden files are no pictures; what metadata names in vain is a row."""
+    (tmp_path / "sub").mkdir()
+    (tmp_path / ".git").mkdir()
+    for name in ("b.jpg", "a.PNG", "sub/c.jpeg", ".git/x.jpg", ".hidden.jpg", "notes.md"):
+        (tmp_path / name).write_bytes(jpeg(1))
+    (tmp_path / "b.txt").write_text("from txt\n")
+    (tmp_path / "metadata.jsonl").write_text(
+        '{"file_name": "sub/c.jpeg", "text": "from metadata", "k": 1}\n{"file_name": "gone.jpg", "text": "g"}\nbroken\n'
+    )
+    dataset = open_dataset(tmp_path)
+    rows = list(dataset.rows())
+    assert dataset.format == "imagefolder"
+    assert [(row.where, row.caption) for row in rows[:3]] == [
+        ("a.PNG", ""),
+        ("b.jpg", "from txt"),
+        ("sub/c.jpeg", "from metadata"),
+    ]
+    assert rows[2].meta == {"k": 1}
+    assert [error_kind(to_record(row)["error"] or "") for row in rows[3:]] == ["missing file", "bad row"]
+
+
+def test_what_is_no_dataset_is_refused_by_name(tmp_path: Path, jpeg: Jpeg) -> None:
+    """A path that no reader can make sense of is the user's to fix, and the message names it."""
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty.jsonl").write_bytes(b"")
+    (tmp_path / "prose.jsonl").write_text("call me Ishmael\n" * 200)
+    (tmp_path / "object.json").write_text("[1")
+    (tmp_path / "fake.tar").write_text("no tar")
+    (tmp_path / "fake.parquet").write_text("no parquet")
+    (tmp_path / "one.jpg").write_bytes(jpeg(1))
+    pq.write_table(pa.table({"a": [1]}), tmp_path / "numbers.parquet")
+    for name in (
+        "nowhere",
+        "empty",
+        "empty.jsonl",
+        "prose.jsonl",
+        "object.json",
+        "fake.tar",
+        "fake.parquet",
+        "one.jpg",
+        "numbers.parquet",
+    ):
+        with pytest.raises(UserError, match=name):
+            rows_of(tmp_path / name)
+    with pytest.raises(UserError, match="local or mounted"):
+        open_dataset("s3://bucket/data")
+
+
+def test_a_folder_around_one_dataset_is_that_dataset(tmp_path: Path) -> None:
+    """The sample world's folder holds a JSONL, a JSON and pictures: the pairs are meant."""
+    line = '{"text": "x", "images": ["1.jpg"]}\n'
+    (tmp_path / "dataset.jsonl").write_text(line)
+    (tmp_path / "instruct.json").write_text("[]")
+    assert open_dataset(tmp_path).path.name == "dataset.jsonl"
+    (tmp_path / "dataset.jsonl").rename(tmp_path / "one.jsonl")
+    (tmp_path / "two.jsonl").write_text(line)
+    with pytest.raises(UserError, match="several datasets"):
+        open_dataset(tmp_path)
+
+
+def test_identity_follows_contents_not_places(tmp_path: Path, jpeg: Jpeg) -> None:
+    """A moved folder is the same input; a changed caption or picture is another."""
+    identities = []
+    for number, (name, caption) in enumerate((("a", "x"), ("b", "x"), ("b", "y"))):
+        folder = tmp_path / name
+        folder.mkdir(exist_ok=True)
+        (folder / "1.jpg").write_bytes(jpeg(1))
+        (folder / "1.txt").write_text(caption)
+        identities.append(open_dataset(folder).identity())
+        assert len(set(identities)) == (1 if number < 2 else 2)
+    (tmp_path / "b" / "1.jpg").write_bytes(jpeg(200))
+    assert open_dataset(tmp_path / "b").identity() not in identities
