@@ -53,7 +53,8 @@ def decode(data: bytes, *, max_side: int | None = None) -> Image:
         raise BadImage("empty file")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # bombs are judged below by our own limit; odd EXIF is not the user's concern
+            # bombs are judged below by our own limit; odd EXIF is not the user's concern
+            warnings.simplefilter("ignore")
             picture = Image.open(io.BytesIO(data))
             width, height = picture.size
             if width * height > MAX_PIXELS:
@@ -92,6 +93,9 @@ def _to_grey(picture: Image) -> Image:
 
     16-bit files say what their range is. Wider ones do not, so their brightest pixel decides between 0..1, 0..255 and 0..65535.
     """
-    brightest = picture.convert("F").getextrema()[1] if picture.mode in ("I", "F") else 65535
-    scale = 255.0 if picture.mode == "F" and brightest <= 1 else 1.0 if brightest <= 255 else 1 / 256
+    floating, brightest = picture.mode == "F", 65535.0
+    if picture.mode in ("I", "F"):
+        picture = picture.convert("F")
+        brightest = max(float(value) for value in picture.getextrema())  # type: ignore[arg-type]
+    scale = 255.0 if brightest <= 1 and floating else 1.0 if brightest <= 255 else 1 / 256
     return picture.convert("F").point(lambda value: value * scale).convert("L")

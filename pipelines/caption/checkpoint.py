@@ -1,0 +1,117 @@
+"""What can be known about a BLIP-2 directory without loading it: cheap enough to refuse a bad one before any work starts."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from pipelines.caption.pixels import PixelSpec, spec_from_config
+from pipelines.errors import UserError
+from pipelines.manifest import read_json
+
+IMAGE_TOKEN = "<image>"
+_HUB_ID = re.compile(r"[\w-]+(\.[\w-]+)*/[\w.-]+")
+_WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
+
+
+def resolve(model: str) -> Path:
+    """Directory of a model named by a directory or a Hugging Face hub id (downloaded on first use).
+
+    Raises:
+        UserError: no such directory, or the hub has no such model or cannot be reached.
+    """
+    if not model:
+        raise UserError("caption.model is not set: name a BLIP-2 directory or hub id, e.g. Salesforce/blip2-opt-2.7b")
+    path = Path(model)
+    if path.is_dir():
+        return path.absolute()
+    if path.exists() or not _HUB_ID.fullmatch(model) or model.startswith("."):
+        raise UserError(f"caption.model: {model} is not a model directory")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(model, ignore_patterns=["*.msgpack", "*.h5", "*.onnx"]))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(
+            f"caption.model: {model} is no directory here and could not be had from the hub ({reason})"
+        ) from None
+
+
+def check(directory: Path, prompt: str = "", max_new_tokens: int = 1) -> None:
+    """Refuse a directory that is no complete BLIP-2 checkpoint.
+
+    Raises:
+        UserError: naming what is missing: configuration, weights, tokenizer, image token, or room for so many tokens.
+    """
+    config = _read(directory, "config.json")
+    if config.get("model_type") != "blip-2":
+        raise UserError(f"{directory}: config.json describes a '{config.get('model_type')}' model, not 'blip-2'")
+    if not any(file for pattern in _WEIGHTS for file in directory.glob(pattern)):
+        raise UserError(f"{directory}: no weights there (model.safetensors or its shards)")
+    for index in directory.glob("*.index.json"):
+        lost = sorted({f for f in read_json(index).get("weight_map", {}).values() if not (directory / f).exists()})
+        if lost:
+            raise UserError(f"{directory}: {index.name} names weights that are not there: {', '.join(lost[:3])}")
+    _check_image_token(directory, config)
+    text = config.get("text_config", {})
+    limit = text.get("max_position_embeddings") if text.get("model_type", "opt") == "opt" else None
+    # words undercount the prompt's tokens; the engine counts again with the real tokenizer
+    needed = config.get("num_query_tokens", 32) + 1 + len(prompt.split()) + max_new_tokens
+    if limit is not None and needed > limit:
+        raise UserError(
+            f"caption.max_new_tokens: {max_new_tokens} new tokens do not fit; {directory} has {limit} positions and the image "
+            f"and prompt take {needed - max_new_tokens}"
+        )
+
+
+def pixel_spec(directory: Path) -> PixelSpec:
+    """The image processor's settings, from `processor_config.json` (transformers 5) or `preprocessor_config.json` (older)."""
+    for name in ("processor_config.json", "preprocessor_config.json"):
+        if (directory / name).exists():
+            config = _read(directory, name)
+            config = config.get("image_processor", config)
+            if "size" in config:
+                return spec_from_config(config, str(directory / name))
+    raise UserError(f"{directory}: no image processor settings (processor_config.json or preprocessor_config.json)")
+
+
+def _check_image_token(directory: Path, config: dict[str, Any]) -> None:
+    index = config.get("image_token_index", config.get("image_token_id"))
+    if index is None:
+        raise UserError(
+            f"{directory}: config.json has no image_token_index; use a revision of the checkpoint that has one"
+        )
+    file = directory / "tokenizer.json"
+    if not file.exists():
+        if any((directory / name).exists() for name in ("vocab.json", "spiece.model", "tokenizer.model")):
+            return  # an older layout that only transformers can read; the engine checks it after loading
+        raise UserError(f"{directory}: no tokenizer there (tokenizer.json)")
+    content = _read(directory, "tokenizer.json")
+    tokens = {token["content"]: token["id"] for token in content.get("added_tokens", [])}
+    vocabulary = content.get("model", {}).get("vocab", {})
+    found = tokens.get(IMAGE_TOKEN, vocabulary.get(IMAGE_TOKEN) if isinstance(vocabulary, dict) else None)
+    refuse_other_image_token(directory, found, index)
+
+
+def refuse_other_image_token(directory: Path, found: int | None, wanted: int) -> None:
+    """The model puts the image where token `wanted` stands; a tokenizer that writes another token there gives captions of nothing."""
+    if found is None:
+        raise UserError(
+            f"{directory}: its tokenizer lacks the image token '{IMAGE_TOKEN}' (the model expects it at id {wanted})"
+        )
+    if found != wanted:
+        raise UserError(
+            f"{directory}: its tokenizer has '{IMAGE_TOKEN}' at id {found}, but the model expects it at id {wanted}"
+        )
+
+
+def _read(directory: Path, name: str) -> dict[str, Any]:
+    if not (directory / name).exists():
+        raise UserError(f"{directory}: not a model directory, {name} is missing")
+    value = read_json(directory / name)
+    if not isinstance(value, dict):
+        raise UserError(f"{directory / name}: not a JSON object")
+    return value

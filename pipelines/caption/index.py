@@ -1,0 +1,95 @@
+"""First pass: every row of the dataset once, with its content key, as Parquet that the captioning pass reads and resumes from.
+
+One index file is one unit of work: what is in flight when a run is killed is captioned again. Files start small, so that a small dataset still
+resumes finely, and grow with the dataset, so that a large one does not drown in files.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipelines.errors import UserError
+from pipelines.formats import Dataset, Row, to_record
+from pipelines.progress import Progress
+from pipelines.records import schema
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+SMALLEST, LARGEST = 64, 1024
+_READERS = 4  # reading and hashing both release the interpreter lock
+_MAX_BYTES = 256 << 20
+
+
+def index_schema() -> pa.Schema:
+    """A record plus `where` (place in the dataset), `result_of` (id whose caption is this row's too) and `skip` (the model never sees it)."""
+    import pyarrow as pa
+
+    return pa.unify_schemas(
+        [schema(), pa.schema([("where", pa.string()), ("result_of", pa.string()), ("skip", pa.bool_())])]
+    )
+
+
+def index_files(directory: Path) -> list[Path]:
+    """Index files in the dataset's order."""
+    return sorted(directory.glob("*.parquet"))
+
+
+def build_index(dataset: Dataset, directory: Path) -> None:
+    """Write the index; `directory` appears under its name only when it is whole, so a kill here costs the pass and nothing else.
+
+    Duplicate content (same image and caption) stays in the count: the n-th row with an id gets `<id>-n`, says so in
+    `meta.duplicate_of`, and is given the first one's caption instead of the model's time.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    part = directory.with_name(directory.name + ".part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    seen: Counter[str] = Counter()
+    progress = Progress(None, "caption: reading the dataset")
+    with progress, ThreadPoolExecutor(_READERS) as readers:
+        rows = dataset.rows()
+        number = 0
+        while chunk := _next_chunk(rows, min(max(SMALLEST, progress.done // 64), LARGEST)):
+            entries = [
+                _entry(row, record, seen) for row, record in zip(chunk, readers.map(to_record, chunk), strict=True)
+            ]
+            table = pa.Table.from_pylist(entries, schema=index_schema())
+            pq.write_table(table, part / f"{number:06d}.parquet", compression="zstd")
+            number += 1
+            progress.update(len(chunk))
+    if number == 0:
+        raise UserError(f"{dataset.path}: this dataset has no rows")
+    part.rename(directory)
+
+
+def _next_chunk(rows: Iterator[Row], size: int) -> list[Row]:
+    """Up to `size` rows, fewer when they carry many bytes."""
+    chunk, held = [], 0
+    for row in islice(rows, size):
+        chunk.append(row)
+        held += len(row.image or b"")
+        if held > _MAX_BYTES:
+            break
+    return chunk
+
+
+def _entry(row: Row, record: Any, seen: Counter[str]) -> dict[str, Any]:
+    first = record["sample_id"]
+    seen[first] += 1
+    entry = {**record, "where": row.where, "result_of": first, "skip": record["error"] is not None or seen[first] > 1}
+    if seen[first] > 1:
+        entry["sample_id"] = f"{first}-{seen[first]}"
+        entry["meta"] = json.dumps(
+            {**json.loads(record["meta"]), "duplicate_of": first}, sort_keys=True, ensure_ascii=False
+        )
+    return entry

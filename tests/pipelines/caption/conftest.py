@@ -1,0 +1,119 @@
+"""A tiny random BLIP-2 and a bag of pictures, good and bad."""
+
+from __future__ import annotations
+
+import io
+import os
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def make_blip2(directory: Path, *, image_token: bool = True) -> Path:
+    """A genuine BLIP-2 checkpoint of a few hundred kilobytes; weights are random but wide enough apart to give varied captions."""
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import Blip2Config, Blip2ForConditionalGeneration, Blip2Processor, PreTrainedTokenizerFast
+    from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
+
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    special = ["<pad>", "</s>"] + (["<image>"] if image_token else [])
+    trainer = trainers.BpeTrainer(
+        vocab_size=360,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(["a red sign that says open", "two blue circles left of a green square"] * 9, trainer)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bpe, bos_token="</s>", eos_token="</s>", pad_token="<pad>", padding_side="left"
+    )
+    config = Blip2Config(
+        vision_config=dict(
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            image_size=32,
+            patch_size=8,
+        ),
+        qformer_config=dict(
+            vocab_size=8,
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            encoder_hidden_size=32,
+            cross_attention_frequency=1,
+        ),
+        text_config=dict(
+            model_type="opt",
+            vocab_size=len(tokenizer),
+            hidden_size=32,
+            word_embed_proj_dim=32,
+            ffn_dim=64,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            max_position_embeddings=64,
+            bos_token_id=1,
+            eos_token_id=1,
+            pad_token_id=0,
+        ),
+        num_query_tokens=4,
+        image_token_index=2,
+    )
+    torch.manual_seed(3)
+    model = Blip2ForConditionalGeneration(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0, 0.25)
+    model.save_pretrained(directory)
+    if image_token:
+        images = BlipImageProcessorPil(size={"height": 32, "width": 32})
+        Blip2Processor(images, tokenizer, num_query_tokens=4).save_pretrained(directory)
+    else:
+        BlipImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(directory)
+        tokenizer.save_pretrained(directory)
+    return directory
+
+
+def picture(seed: int, size: tuple[int, int] = (80, 60)) -> bytes:
+    """A JPEG of coloured boxes, different for every seed."""
+    from PIL import Image, ImageDraw
+
+    choose = random.Random(seed)
+    image = Image.new("RGB", size, tuple(choose.randrange(256) for _ in range(3)))
+    draw = ImageDraw.Draw(image)
+    for _ in range(6):
+        x, y = choose.randrange(size[0]), choose.randrange(size[1])
+        draw.rectangle(
+            (x, y, x + choose.randrange(8, 40), y + choose.randrange(8, 40)),
+            tuple(choose.randrange(256) for _ in range(3)),
+        )
+    stream = io.BytesIO()
+    image.save(stream, "JPEG", quality=90)
+    return stream.getvalue()
+
+
+@pytest.fixture(scope="session")
+def blip2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_blip2(tmp_path_factory.mktemp("blip2"))
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[None]:
+    """A local cluster of the smallest machine that captioning supports."""
+    import ray
+
+    if ray.is_initialized():
+        yield
+        return
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=True, object_store_memory=200 << 20)
+    yield
+    ray.shutdown()

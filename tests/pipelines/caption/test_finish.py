@@ -1,0 +1,99 @@
+"""What a kill can leave behind never reaches the records: half-written files, doubled results, rows without a result."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pipelines.caption import stage
+from pipelines.caption.config import CaptionConfig
+from pipelines.caption.finish import Results, count_work, write_records
+from pipelines.caption.index import build_index, index_files
+from pipelines.errors import UserError, WorkFailed
+from pipelines.formats import open_dataset
+from pipelines.records import iter_records
+
+from .conftest import picture
+
+
+def commit(
+    results: Results, name: str, rows: list[tuple[str, str | None, str | None]], *, pending: bool = False
+) -> None:
+    """A data file and its checkpoint as Ray Data leaves them."""
+    results.make_directories()
+    ids, texts, errors = (list(column) for column in zip(*rows, strict=True))
+    table = pa.table(
+        {"sample_id": ids, "recaption": pa.array(texts, pa.string()), "error": pa.array(errors, pa.string())}
+    )
+    pq.write_table(table, results.shards / f"{name}.parquet")
+    pq.write_table(table.select(["sample_id"]), results.checkpoint / f"{name}{'.pending' if pending else ''}.parquet")
+
+
+@pytest.fixture
+def work(tmp_path: Path) -> Path:
+    """An index of 150 pictures, one of them twice and one missing."""
+    (tmp_path / "i").mkdir()
+    lines = []
+    for seed in range(150):
+        (tmp_path / "i" / f"{seed}.jpg").write_bytes(picture(seed, (16, 16)))
+        lines.append({"text": f"c{seed}", "images": [f"i/{seed}.jpg"]})
+    lines.insert(70, lines[3])
+    (tmp_path / "i" / "9.jpg").unlink()
+    (tmp_path / "set.jsonl").write_text("\n".join(json.dumps(line) for line in lines))
+    build_index(open_dataset(tmp_path / "set.jsonl"), tmp_path / "_work" / "index")
+    return tmp_path / "_work"
+
+
+def test_index_is_small_files_in_order(work: Path) -> None:
+    """One index file is one unit of work; the missing picture and the duplicate are not work."""
+    tables = [pq.read_table(file) for file in index_files(work / "index")]
+    assert [len(table) for table in tables] == [64, 64, 23]
+    rows = [row for table in tables for row in table.to_pylist()]
+    assert [row["caption"] for row in rows] == [f"c{i}" for i in range(70)] + ["c3"] + [f"c{i}" for i in range(70, 150)]
+    assert count_work(work / "index") == 149 == sum(not row["skip"] for row in rows)
+    assert rows[70]["sample_id"] == rows[3]["sample_id"] + "-2" and rows[70]["result_of"] == rows[3]["sample_id"]
+    assert rows[9]["error"].startswith("missing file") and "set.jsonl:10)" in rows[9]["error"]
+
+
+def test_doubles_and_half_files_do_not_count(work: Path, tmp_path: Path) -> None:
+    """An id written twice appears once; a file whose checkpoint is pending is not even opened; duplicates share their text."""
+    rows = [r for file in index_files(work / "index") for r in pq.read_table(file).to_pylist() if not r["skip"]]
+    results = Results(work, "f")
+    done = [(r["sample_id"], f"about {r['caption']}", None) for r in rows[:-1]]
+    commit(results, "a_000000", done[:100])
+    commit(results, "b_000001", done[90:])
+    commit(results, "c_000002", [(rows[-1]["sample_id"], "half", None)], pending=True)
+    (results.shards / "c_000002.parquet").write_bytes(b"PAR1 half a file")
+    assert results.count() == 148
+    (tmp_path / "out").mkdir()
+    with pytest.raises(WorkFailed, match=r"1 rows never came back.*set\.jsonl:151"):
+        write_records(work / "index", results, tmp_path / "out", 60)
+    commit(results, "d_000003", [(rows[-1]["sample_id"], None, "broken image: x (set.jsonl:151)")])
+
+    facts = write_records(work / "index", results, tmp_path / "out", 60)
+    assert (facts["rows_in"], facts["rows_out"], facts["captioned"], facts["duplicates"]) == (151, 151, 148, 1)
+    assert facts["failed"] == {"broken image": 1, "missing file": 1}
+    assert facts["metrics"]["recaption"]["mean_words"] == 2
+    assert [pq.read_metadata(p).num_rows for p in sorted((tmp_path / "out").glob("*.parquet"))] == [60, 60, 31]
+    records = list(iter_records(tmp_path / "out"))
+    assert len({r["sample_id"] for r in records}) == 151
+    assert all(r["recaption"] == f"about {r['caption']}" for r in records if r["error"] is None)
+
+
+def test_a_dataset_of_faults_needs_no_model_and_no_ray(blip2: Path, tmp_path: Path) -> None:
+    """When nothing can be captioned the stage still accounts for every row; an empty table is refused."""
+    (tmp_path / "set.jsonl").write_text(
+        '{"text": "a", "images": ["no.jpg"]}\n{"text": "b", "images": ["http://x/y.jpg"]}\n'
+    )
+    manifest = stage.run(str(tmp_path / "set.jsonl"), tmp_path / "out", CaptionConfig(model=str(blip2)))
+    assert manifest["rows_out"] == 2 and manifest["failed"] == {"missing file": 1, "remote image": 1}
+    assert not (tmp_path / "out" / "_work").exists()
+    pq.write_table(
+        pa.table({"image": pa.array([], pa.binary()), "text": pa.array([], pa.string())}), tmp_path / "e.parquet"
+    )
+    with pytest.raises(UserError, match="no rows"):
+        stage.run(str(tmp_path / "e.parquet"), tmp_path / "none", CaptionConfig(model=str(blip2)))

@@ -1,0 +1,63 @@
+"""A stage's output directory: skipped when complete, continued when half done, refused when it is another run's."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from pipelines.errors import UserError
+from pipelines.manifest import identity, open_stage, read_json, write_json
+
+
+@dataclass
+class Settings:
+    model: str = "a"
+    steps: int = 1
+
+
+def test_claim_resume_complete(tmp_path: Path) -> None:
+    """First call starts, second continues, and after `finish` the third is told that all is done."""
+    out = tmp_path / "out"
+    first = open_stage(out, "caption", {"config": Settings(), "input": Path("x")})
+    assert not first.resumed and not first.complete
+    assert open_stage(out, "caption", {"config": Settings(), "input": Path("x")}).resumed
+    manifest = first.finish(rows_in=3)
+    third = open_stage(out, "caption", {"config": Settings(), "input": Path("x")})
+    assert third.complete and third.manifest == manifest and manifest["rows_in"] == 3
+
+
+def test_other_runs_are_refused_by_what_changed(tmp_path: Path) -> None:
+    """The message names the changed key; `restart` clears what a stage wrote and never what it did not."""
+    out = tmp_path / "out"
+    open_stage(out, "caption", {"config": Settings()})
+    (out / "half.parquet").touch()
+    with pytest.raises(UserError, match=r"what changed: config\.steps"):
+        open_stage(out, "caption", {"config": Settings(steps=2)})
+    with pytest.raises(UserError, match="stage 'caption', not of 'refine'"):
+        open_stage(out, "refine", {"config": Settings()})
+    assert not open_stage(out, "caption", {"config": Settings(steps=2)}, restart=True).resumed
+    assert not (out / "half.parquet").exists()
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").touch()
+    for restart in (False, True):
+        with pytest.raises(UserError, match="no captune stage wrote"):
+            open_stage(tmp_path / "mine", "caption", {}, restart=restart)
+    assert (tmp_path / "mine" / "thesis.txt").exists()
+
+
+def test_identity_and_json(tmp_path: Path) -> None:
+    """Identity follows contents, a stage's output is its fingerprint, and broken JSON is named."""
+    for name in ("a", "b"):
+        write_json(tmp_path / name / "x.json", {"k": 1})
+    assert identity(tmp_path / "a") == identity(tmp_path / "b")
+    write_json(tmp_path / "b" / "x.json", {"k": 2})
+    assert identity(tmp_path / "a") != identity(tmp_path / "b")
+    claimed = open_stage(tmp_path / "out", "s", {})
+    assert identity(tmp_path / "out") == claimed.fingerprint
+    with pytest.raises(UserError, match="no such file"):
+        identity(tmp_path / "gone")
+    (tmp_path / "bad.json").write_text("{")
+    with pytest.raises(UserError, match=r"bad\.json: not valid JSON"):
+        read_json(tmp_path / "bad.json")
