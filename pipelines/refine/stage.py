@@ -1,0 +1,214 @@
+"""Refine: which rows train the model. A Data-Juicer recipe inside Ray Data; every row ends up kept, or rejected with its reason.
+
+Small columns (ids, texts, verdicts) pass through the driver, which alone sees all rows and so finds duplicates. Images never do:
+Ray Data reads them where an operator wants them, and one task per shard copies them to where they belong.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipelines.errors import UserError, WorkFailed
+from pipelines.formats import error_kind
+from pipelines.manifest import CLAIM, MANIFEST, identity, open_stage, write_json
+from pipelines.progress import say
+from pipelines.records import Record, read_shards, shard_paths, write_shard
+from pipelines.refine.apply import Outcome
+from pipelines.refine.config import RefineConfig
+from pipelines.refine.metrics import text_metrics
+from pipelines.refine.operators import Operator, Process, build, read_recipe
+from pipelines.refine.rowwise import run_stretch
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+
+Outcomes = dict[str, Outcome]
+"""What became of each distinct sample, by `sample_id`."""
+SCREEN = ("error", "empty_text", "duplicate")
+"""Reasons to reject a row before any operator sees it, in the order in which they are asked."""
+
+
+def run(
+    input: Path | str, output: Path | str, config: RefineConfig, *, arm: str = "", restart: bool = False
+) -> dict[str, Any]:
+    """Refine the records in `input` into `output`.
+
+    Writes `output/*.parquet` (kept records; the training text is the column `config.text`, as the recipe's mappers left it),
+    `output/rejects/*.parquet`, `output/metrics.json` and the manifest. Shards mirror those of `input`; within a shard rows are
+    ordered by `sample_id`. Killed halfway it starts over, because nothing in it is slow.
+
+    Args:
+        arm: name of the arm, for messages and the manifest.
+        restart: throw away what another configuration left in `output`.
+
+    Returns:
+        The manifest.
+
+    Raises:
+        UserError: `input` holds no finished records, the recipe cannot be run, `output` holds another run.
+        WorkFailed: an operator fails on rows in bulk, or rows got lost.
+    """
+    input, output = Path(input), Path(output)
+    process = read_recipe(config.recipe) if config.recipe else []
+    inputs = {"input": identity(input), "text": config.text, "process": process}
+    if (input / CLAIM).exists() and not (input / MANIFEST).exists():
+        raise UserError(f"{input}: the stage that writes these records has not finished; run it again first")
+    shards = shard_paths(input)
+    if (output / MANIFEST).exists() and not restart:
+        return open_stage(output, "refine", inputs).manifest  # complete, or refused as another run's
+    # Before the directory is claimed: a recipe or a shard that is broken must not leave a claim behind.
+    operators = build(process)
+    table = read_shards(input, columns=["sample_id", "caption", "recaption", "error", "meta"])
+    stage = open_stage(output, "refine", inputs, restart=restart)
+    _remove_leftovers(output)
+
+    what = f"refine {arm}".strip()
+    outcomes = _screen(table, config.text)
+    _run_recipe(process, operators, shards, outcomes, config, what)
+    kept, rejected = _write(shards, output, outcomes, config.text)
+    if kept + rejected != table.num_rows:
+        raise WorkFailed(f"{output}: {table.num_rows} rows came in, {kept} kept + {rejected} rejected went out")
+    if kept == 0:
+        say(f"{what}: nothing is left, every row was rejected; {output / 'rejects'} says why")
+    facts = {
+        "arm": arm,
+        "text": config.text,
+        "rows_in": table.num_rows,
+        "kept": kept,
+        "rejected": rejected,
+        "retention": round(kept / table.num_rows, 6) if table.num_rows else 0.0,
+    }
+    write_json(output / "metrics.json", {**facts, **_metrics(table, outcomes, operators, what)})
+    return stage.finish(**facts)
+
+
+def _remove_leftovers(output: Path) -> None:
+    """What a killed run left; its shards are whole, but nobody says that they are all."""
+    for folder in (output, output / "rejects"):
+        for path in [*folder.glob("*.parquet"), *folder.glob("*.part")]:
+            path.unlink()
+
+
+def _screen(table: pa.Table, text: str) -> Outcomes:
+    """Outcome of every distinct sample before any operator sees it. Rows that repeat a sample's id are counted when written."""
+    outcomes: Outcomes = {}
+    for row in table.to_pylist():
+        if row["sample_id"] in outcomes:
+            continue
+        outcome = outcomes[row["sample_id"]] = Outcome(row[text] or "")
+        if row["error"]:
+            outcome.reject("error", row["error"])
+        elif not outcome.text.strip():
+            outcome.step = outcome.reason = "empty_text"
+        elif '"duplicate_of"' in (row["meta"] or "") and json.loads(row["meta"]).get("duplicate_of"):
+            outcome.step = outcome.reason = "duplicate"
+    return outcomes
+
+
+def _run_recipe(
+    process: Process,
+    operators: Sequence[Operator],
+    shards: Sequence[Path],
+    outcomes: Outcomes,
+    config: RefineConfig,
+    what: str,
+) -> None:
+    """The operators in order: stretches of row-wise ones through Ray Data, global ones here, where all texts are."""
+    for is_global, group in groupby(enumerate(operators), key=lambda step: step[1].kind == "global"):
+        stretch = list(group)
+        if is_global:
+            for _, operator in stretch:
+                _drop_same_documents(operator, outcomes)
+        else:
+            run_stretch(process, stretch, shards, outcomes, config, what)
+
+
+def _drop_same_documents(operator: Operator, outcomes: Outcomes) -> None:
+    """document_deduplicator: of equal texts the one with the first `sample_id` stays, whatever the order of the shards."""
+    from data_juicer.utils.constant import HashKeys
+
+    first: dict[str, str] = {}
+    for sample_id, outcome in sorted(outcomes.items()):
+        if outcome.step is None:
+            digest = operator.op.compute_hash({"text": outcome.text})[HashKeys.hash]
+            original = first.setdefault(digest, sample_id)
+            if original != sample_id:
+                outcome.reject(operator.label, f"duplicate_of={original}")
+
+
+def _write(shards: Sequence[Path], output: Path, outcomes: Outcomes, text: str) -> tuple[int, int]:
+    """Write kept and rejected records, one task per shard; returns the numbers of both."""
+    import pyarrow.parquet as pq
+    import ray
+
+    task = ray.remote(num_cpus=1)(_write_one)
+    owner: dict[str, int] = {}
+    pending = []
+    for number, shard in enumerate(shards):
+        ids = pq.read_table(shard, columns=["sample_id"])["sample_id"].to_pylist()
+        mine = {sample_id for sample_id in ids if owner.setdefault(sample_id, number) == number}
+        pending.append(task.remote(shard, output, {sample_id: outcomes[sample_id] for sample_id in mine}, text))
+    done = ray.get(pending)
+    return sum(kept for kept, _ in done), sum(rejected for _, rejected in done)
+
+
+def _write_one(shard: Path, output: Path, outcomes: Outcomes, text: str) -> tuple[int, int]:
+    """Split one shard. `outcomes` holds the samples that this shard is the first to bring; the others are repeats."""
+    kept: list[Record] = []
+    rejected: list[Record] = []
+    seen: set[str] = set()
+    for record in _read_one(shard):
+        sample_id = record["sample_id"]
+        outcome = outcomes.get(sample_id)
+        if outcome is None or sample_id in seen:
+            rejected.append({**record, "keep": False, "reject_reason": "duplicate"})
+            continue
+        seen.add(sample_id)
+        stats = json.dumps(json.loads(record["stats"] or "{}") | outcome.stats, sort_keys=True, ensure_ascii=False)
+        record["stats"], record["keep"], record["reject_reason"] = stats, outcome.step is None, outcome.reason
+        if record["keep"]:
+            record[text] = outcome.text  # type: ignore[literal-required]  # one of two columns, checked by the config
+        (kept if record["keep"] else rejected).append(record)
+    write_shard(output / shard.name, kept)
+    write_shard(output / "rejects" / shard.name, rejected)
+    return len(kept), len(rejected)
+
+
+def _read_one(shard: Path) -> list[Record]:
+    import pyarrow.parquet as pq
+
+    records: list[Record] = pq.read_table(shard).sort_by("sample_id").to_pylist()
+    return records
+
+
+def _metrics(table: pa.Table, outcomes: Outcomes, operators: Sequence[Operator], what: str) -> dict[str, Any]:
+    """Funnel, reasons, and the quality of the captions before (all rows, as found) and after (kept rows, training text)."""
+    rejected = Counter(outcome.step for outcome in outcomes.values() if outcome.step is not None)
+    rejected["duplicate"] += table.num_rows - len(outcomes)
+    reasons = Counter(_kind_of_reason(outcome) for outcome in outcomes.values() if outcome.step is not None)
+    reasons["duplicate"] += table.num_rows - len(outcomes)
+    funnel = []
+    rows = table.num_rows
+    for step in (*SCREEN, *(operator.label for operator in operators)):
+        funnel.append({"step": step, "rows_in": rows, "rows_out": rows - rejected[step], "rejected": rejected[step]})
+        rows -= rejected[step]
+        say(f"{what}: {step}: {funnel[-1]['rows_in']} -> {rows} rows")
+    return {
+        "funnel": funnel,
+        "before": text_metrics([text or "" for text in table["caption"].to_pylist()]),
+        "after": text_metrics([outcome.text for _, outcome in sorted(outcomes.items()) if outcome.step is None]),
+        "reject_reasons": {reason: count for reason, count in sorted(reasons.items()) if count},
+    }
+
+
+def _kind_of_reason(outcome: Outcome) -> str:
+    """Reasons without what is particular to a row: `error: missing file`, `duplicate`, `words_num_filter`."""
+    if outcome.step == "error" and outcome.reason:
+        return f"error: {error_kind(outcome.reason.removeprefix('error: '))}"
+    return outcome.step or ""
