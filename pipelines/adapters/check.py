@@ -1,0 +1,276 @@
+"""Is this model, or this adapter, what it claims to be? A list of verdicts; nothing is changed.
+
+Each check is a function that yields verdicts; one that cannot run because an earlier one failed is left out.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipelines.adapters import probe
+from pipelines.adapters.files import CONFIG, NON_LORA, WEIGHTS, read_weights
+from pipelines.errors import UserError
+
+_SHOWN = 3
+_TOWERS = {"CLIP": "model.vision_tower.", "ConvNeXt": "model.vision_tower_aux."}
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One check's outcome; `detail` says what was found, good or bad."""
+
+    name: str
+    passed: bool
+    detail: str
+
+
+def check_model(model: Path | str) -> list[Verdict]:
+    """Verdicts on a model directory.
+
+    Raises:
+        UserError: there is no such directory.
+    """
+    model = Path(model)
+    if not model.is_dir():
+        raise UserError(f"{model}: no such directory")
+    return list(_model_verdicts(model))
+
+
+def check_adapter(adapter: Path | str, model: Path | str) -> list[Verdict]:
+    """Verdicts on an adapter directory for the base `model` (whose weights are not loaded).
+
+    Raises:
+        UserError: there is no such directory, or the model's configuration cannot be read.
+    """
+    adapter, model = Path(adapter), Path(model)
+    for path in (adapter, model):
+        if not path.is_dir():
+            raise UserError(f"{path}: no such directory")
+    return list(_adapter_verdicts(adapter, _skeleton(model)))
+
+
+def _skeleton(model: Path) -> Any:
+    """The model without memory for its weights: names, shapes and modules only."""
+    from transformers import AutoConfig
+
+    from pipelines.mgm.modeling import MGMForConditionalGeneration
+
+    try:
+        config = AutoConfig.from_pretrained(model)
+        with torch.device("meta"):
+            return MGMForConditionalGeneration(config)
+    except (ValueError, OSError, TypeError, AttributeError) as error:
+        raise UserError(f"{model}: not the configuration of an MGM ({error})") from error
+
+
+def _verdict(name: str, bad: list[str], good: str) -> Verdict:
+    """Passed when nothing bad was found; otherwise the first few of it are shown."""
+    more = f" and {len(bad) - _SHOWN} more" if len(bad) > _SHOWN else ""
+    return Verdict(name, not bad, f"{', '.join(bad[:_SHOWN])}{more}" if bad else good)
+
+
+# ------------------------------------------------------------------------------------------------ models
+
+
+def _model_verdicts(model: Path) -> Iterator[Verdict]:
+    try:
+        skeleton = _skeleton(model)
+        tensors: dict[str, torch.Tensor] = {}
+        for file in sorted(model.glob("*.safetensors")):
+            tensors.update(read_weights(file))
+        if not tensors:
+            raise UserError(f"{model}: a model directory without weights (no *.safetensors)")
+        processor = probe.load_processor(model)
+    except (UserError, ValueError, OSError) as error:
+        yield Verdict("files", False, str(error))
+        return
+    yield Verdict("files", True, f"configuration, processor and {len(tensors)} tensors")
+    complete = list(_against_config(skeleton, tensors))
+    yield from complete
+    yield from _values(tensors)
+    yield _dtype(skeleton.config, tensors)
+    agreement = _tokenizer(skeleton.config, processor)
+    yield agreement
+    if agreement.passed and all(verdict.passed for verdict in complete):
+        yield from _behaviour(model, processor)
+
+
+def _against_config(skeleton: Any, tensors: dict[str, torch.Tensor]) -> Iterator[Verdict]:
+    expected = {name: tuple(tensor.shape) for name, tensor in skeleton.state_dict().items()}
+    tied = set(skeleton._tied_weights_keys) if skeleton.config.tie_word_embeddings else set()
+    yield _verdict("missing tensors", sorted(set(expected) - set(tensors) - tied), "none")
+    yield _verdict("unexpected tensors", sorted(set(tensors) - set(expected)), "none")
+    wrong = [
+        f"{name} is {tuple(tensor.shape)}, the configuration says {expected[name]}"
+        for name, tensor in sorted(tensors.items())
+        if name in expected and tuple(tensor.shape) != expected[name]
+    ]
+    yield _verdict("shapes", wrong, "as the configuration says")
+    counts = {tower: sum(name.startswith(prefix) for name in tensors) for tower, prefix in _TOWERS.items()}
+    absent = [f"no tensor of the {tower} tower" for tower, count in counts.items() if not count]
+    yield _verdict("towers", absent, ", ".join(f"{tower}: {count} tensors" for tower, count in counts.items()))
+
+
+def _values(tensors: dict[str, torch.Tensor]) -> Iterator[Verdict]:
+    floats = {name: tensor for name, tensor in sorted(tensors.items()) if tensor.is_floating_point()}
+    yield _verdict(
+        "finite", [name for name, tensor in floats.items() if not tensor.isfinite().all()], "no NaN, no infinity"
+    )
+    # Vectors may well be zero: a fresh bias, or the weight of Gemma's norm, which stands for one plus itself.
+    zero = [name for name, tensor in floats.items() if tensor.ndim >= 2 and not tensor.any()]
+    yield _verdict("all-zero", zero, "no matrix is all zero")
+
+
+def _dtype(config: Any, tensors: dict[str, torch.Tensor]) -> Verdict:
+    found = sorted(
+        {str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values() if tensor.is_floating_point()}
+    )
+    claimed = str(config.dtype).removeprefix("torch.") if config.dtype is not None else None
+    right = len(found) == 1 and claimed in (None, found[0])
+    return Verdict("dtype", right, ", ".join(found) + ("" if right else f"; the configuration says {claimed}"))
+
+
+def _tokenizer(config: Any, processor: Any) -> Verdict:
+    tokenizer, bad = processor.tokenizer, []
+    image = tokenizer.convert_tokens_to_ids(processor.image_token)
+    if image != config.image_token_id:
+        bad.append(
+            f"the tokenizer's {processor.image_token} is {image}, the configuration's image_token_id {config.image_token_id}"
+        )
+    if processor.num_image_tokens != config.num_image_tokens:
+        bad.append(
+            f"the processor writes {processor.num_image_tokens} image tokens, the model makes {config.num_image_tokens}"
+        )
+    rows = config.text_config.vocab_size
+    # The image token is never looked up, so it alone may lie outside of the embedding.
+    outside = [token for token, n in tokenizer.get_vocab().items() if n >= rows and n != config.image_token_id]
+    if outside:
+        bad.append(f"{len(outside)} tokens, e.g. {outside[0]!r}, have no row in the embedding of {rows}")
+    if not processor.chat_template:
+        bad.append("there is no chat template")
+    return _verdict(
+        "tokenizer", bad, f"{len(tokenizer)} tokens, image token {image}, {config.num_image_tokens} per image"
+    )
+
+
+def _behaviour(model: Path, processor: Any) -> Iterator[Verdict]:
+    from pipelines.train.step import load_base, quiet
+
+    quiet()
+    loaded = load_base(model, "float32")
+    first, second = (probe.batch(processor, seed) for seed in (1, 2))
+    logits = probe.logits(loaded, first)
+    finite = bool(logits.isfinite().all())
+    change = float((logits - probe.logits(loaded, second)).abs().max())
+    seen = finite and change > 1e-6
+    yield Verdict(
+        "sees the image", seen, f"another image changes a logit by {change:.3g}" if finite else "logits are not finite"
+    )
+    yield _stops(loaded, processor)
+
+
+def _stops(model: Any, processor: Any) -> Verdict:
+    """The tokens that end an answer in the chat template must be such that `generate` ends at one of them."""
+    stop = model.generation_config.eos_token_id
+    stop = set(stop) if isinstance(stop, list) else {stop} - {None}
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "\N{SNOWMAN}"}]
+    end = processor.tokenizer.apply_chat_template(messages, chat_template=processor.chat_template, tokenize=False)
+    end_ids = processor.tokenizer(end.split("\N{SNOWMAN}")[-1], add_special_tokens=False)["input_ids"]
+    names = [processor.tokenizer.decode([n]) for n in sorted(stop)]
+    if not stop & set(end_ids):
+        ends = processor.tokenizer.convert_ids_to_tokens(end_ids)
+        return Verdict("generation stops", False, f"answers end with {ends}, generation stops at {names or 'nothing'}")
+    return Verdict("generation stops", True, f"at {', '.join(names)}")
+
+
+# ---------------------------------------------------------------------------------------------- adapters
+
+
+def _adapter_verdicts(adapter: Path, skeleton: Any) -> Iterator[Verdict]:
+    try:
+        files = {name for name in (CONFIG, WEIGHTS, NON_LORA) if (adapter / name).exists()}
+        if not files:
+            raise UserError(f"{adapter}: neither {CONFIG} nor {NON_LORA}")
+        if (CONFIG in files) != (WEIGHTS in files):
+            raise UserError(f"{adapter}: of {CONFIG} and {WEIGHTS} only one is there")
+        lora = read_weights(adapter / WEIGHTS) if WEIGHTS in files else {}
+        other = read_weights(adapter / NON_LORA) if NON_LORA in files else {}
+        settings = json.loads((adapter / CONFIG).read_text()) if CONFIG in files else None
+    except (UserError, json.JSONDecodeError) as error:
+        yield Verdict("files", False, str(error))
+        return
+    yield Verdict("files", True, f"{len(lora)} LoRA tensors, {len(other)} others")
+    tensors = {**lora, **other}
+    yield _verdict(
+        "empty tensors", [f"{n} {t.shape}" for n, t in sorted(tensors.items()) if t.numel() == 0], "none is Size([0])"
+    )
+    yield _verdict("finite", [n for n, t in sorted(tensors.items()) if not t.isfinite().all()], "no NaN, no infinity")
+    yield _non_lora(other, skeleton)
+    if settings is not None:
+        yield from _lora(settings, lora, skeleton)
+
+
+def _non_lora(other: dict[str, torch.Tensor], skeleton: Any) -> Verdict:
+    shapes = {name: tuple(parameter.shape) for name, parameter in skeleton.named_parameters()}
+    bad = []
+    for name, tensor in sorted(other.items()):
+        if name not in shapes:
+            bad.append(f"{name} has no place in the model")
+        elif name.startswith(tuple(_TOWERS.values())):
+            bad.append(f"{name} belongs to a tower, and towers stay frozen")
+        elif tuple(tensor.shape) != shapes[name]:
+            bad.append(f"{name} is {tuple(tensor.shape)}, the model's is {shapes[name]}")
+    return _verdict("trained without LoRA", bad, f"{len(other)} tensors of the model")
+
+
+def _lora(settings: dict[str, Any], lora: dict[str, torch.Tensor], skeleton: Any) -> Iterator[Verdict]:
+    rank, alpha = settings.get("r", 0), settings.get("lora_alpha", 0)
+    parts: dict[str, dict[str, torch.Tensor]] = {}
+    for name, tensor in lora.items():
+        module, _, part = name.removeprefix("base_model.model.").rpartition(".lora_")
+        parts.setdefault(module, {})[part.removesuffix(".weight")] = tensor
+    wrong = [
+        f"{module} has rank {sorted({p['A'].shape[0], p['B'].shape[-1]})}"
+        for module, p in sorted(parts.items())
+        if {"A", "B"} <= set(p) and p["A"].numel() != 0 and (p["A"].shape[0] != rank or p["B"].shape[-1] != rank)
+    ]
+    yield _verdict("rank", wrong or ([] if rank > 0 else [f"r is {rank}"]), f"r = {rank} everywhere")
+    yield Verdict("alpha", alpha > 0, f"alpha = {alpha}, scale {alpha / rank:g}" if rank else f"alpha = {alpha}")
+    yield _targets(settings, parts, skeleton)
+    modules = dict(skeleton.named_modules())
+    mismatched = []
+    for module, p in sorted(parts.items()):
+        weight = getattr(modules.get(module), "weight", None)
+        if weight is not None and {"A", "B"} <= set(p) and (p["B"].shape[0], p["A"].shape[-1]) != tuple(weight.shape):
+            mismatched.append(
+                f"{module} is {(p['B'].shape[0], p['A'].shape[-1])}, the model's is {tuple(weight.shape)}"
+            )
+    yield _verdict("shapes", mismatched, "as the model's")
+    zero = [module for module, p in sorted(parts.items()) if "B" in p and not p["B"].any()]
+    yield _verdict("non-zero B", [f"{module} learned nothing" for module in zero], f"all {len(parts)} of them")
+
+
+def _targets(settings: dict[str, Any], parts: dict[str, Any], skeleton: Any) -> Verdict:
+    from peft import LoraConfig
+    from peft.tuners.tuners_utils import check_target_module_exists
+
+    targets = settings.get("target_modules")
+    config = LoraConfig(target_modules=targets)
+    named = [name for name, _ in skeleton.named_modules() if name and check_target_module_exists(config, name)]
+    bad = [f"{name} lies in a tower" for name in sorted({*named, *parts}) if name.startswith(tuple(_TOWERS.values()))]
+    known = {name for name, _ in skeleton.named_modules()}
+    bad += [f"{name} is no module of the model" for name in sorted(set(parts) - known)]
+    bad += [f"{name} is a target without weights" for name in sorted(set(named) - set(parts))]
+    bad += [f"{name} has weights but is no target" for name in sorted(set(parts) & known - set(named))]
+    bad += [
+        f"{name} lacks {' and '.join(sorted({'A', 'B'} - set(p)))}"
+        for name, p in sorted(parts.items())
+        if not {"A", "B"} <= set(p)
+    ]
+    return _verdict("targets", bad or ([] if parts else ["none"]), f"{len(parts)} modules, none in a tower")

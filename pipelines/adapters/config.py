@@ -1,0 +1,26 @@
+"""The `merge` section of a recipe."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pipelines.errors import UserError
+
+
+@dataclass
+class MergeConfig:
+    """How an adapter becomes part of its model.
+
+    Attributes:
+        dtype: of the written weights: `auto` (the base model's), float32, bfloat16 or float16.
+        tolerance: largest absolute difference of logits, in float32, between base + adapter and the merged model.
+    """
+
+    dtype: str = "auto"
+    tolerance: float = 1e-3
+
+    def __post_init__(self) -> None:
+        if self.dtype not in ("auto", "float32", "bfloat16", "float16"):
+            raise UserError(f"merge.dtype must be auto, float32, bfloat16 or float16, not '{self.dtype}'")
+        if self.tolerance <= 0:
+            raise UserError("merge.tolerance must be positive")

@@ -1,0 +1,134 @@
+"""The `train` section of a recipe."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from pipelines.errors import UserError
+
+
+@dataclass
+class PhaseConfig:
+    """One training phase.
+
+    Attributes:
+        steps: optimizer steps; 0 leaves the phase out. Steps, not epochs: arms of unequal size then see equally many samples.
+        learning_rate: peak of the cosine schedule.
+        warmup: share of the steps over which the learning rate rises from 0.
+        weight_decay: AdamW's.
+        micro_batch: samples per worker and forward pass.
+        accumulation: forward passes per optimizer step.
+        max_grad_norm: gradients are clipped to this norm.
+    """
+
+    steps: int = 100
+    learning_rate: float = 1e-3
+    warmup: float = 0.03
+    weight_decay: float = 0.0
+    micro_batch: int = 1
+    accumulation: int = 1
+    max_grad_norm: float = 1.0
+
+    def check(self, name: str) -> None:
+        """Raise `UserError` naming the key of an impossible value."""
+        for key in ("micro_batch", "accumulation"):
+            if getattr(self, key) < 1:
+                raise UserError(f"train.{name}.{key} must be at least 1, not {getattr(self, key)}")
+        if self.steps < 0:
+            raise UserError(f"train.{name}.steps cannot be negative")
+        if self.learning_rate <= 0 or self.max_grad_norm <= 0:
+            raise UserError(f"train.{name}: learning_rate and max_grad_norm must be positive")
+        if not 0 <= self.warmup < 1:
+            raise UserError(f"train.{name}.warmup is a share of the steps, from 0 to below 1")
+
+
+@dataclass
+class LoraSettings:
+    """LoRA (Hu et al. 2021, arXiv:2106.09685) on the language model.
+
+    Attributes:
+        rank: r.
+        alpha: the update is scaled by alpha / r.
+        dropout: on the adapter's input.
+        target_modules: a regular expression matched against *full* module paths, so that a tower's `q_proj` is never hit.
+    """
+
+    rank: int = 16
+    alpha: int = 32
+    dropout: float = 0.1
+    target_modules: str = r"model\.language_model\.layers\.\d+\.(self_attn\.(q|k|v|o)_proj|mlp\.(gate|up|down)_proj)"
+
+    def __post_init__(self) -> None:
+        if self.rank < 1 or self.alpha <= 0:
+            raise UserError("train.lora: rank must be at least 1 and alpha positive")
+        if not 0 <= self.dropout < 1:
+            raise UserError(f"train.lora.dropout is a probability below 1, not {self.dropout}")
+
+
+def _align() -> PhaseConfig:
+    return PhaseConfig(learning_rate=1e-3, micro_batch=8, accumulation=4)
+
+
+def _instruct() -> PhaseConfig:
+    return PhaseConfig(learning_rate=2e-4, micro_batch=1, accumulation=128)
+
+
+@dataclass
+class TrainConfig:
+    """Alignment of the projector on captions, then LoRA on instructions.
+
+    Attributes:
+        model: Hugging Face directory of the base MGM.
+        instruct_data: LLaVA JSON of the instruction set; None leaves the instruct phase out.
+        align: phase 1: projector and uni-modules learn on captions, everything else is frozen.
+        instruct: phase 2: LoRA on the language model (and the projector, when `instruct_projector`).
+        instruct_projector: keep training projector and uni-modules in phase 2, as the original does.
+        lora: the adapter.
+        workers: Ray Train workers.
+        cpus_per_worker: CPUs that Ray reserves for a worker; also its torch threads.
+        use_gpu: one GPU per worker.
+        strategy: `ddp`, `zero2` or `zero3` (DeepSpeed).
+        precision: `bf16` or `float32` for the forward and backward pass; master weights are float32.
+        gradient_checkpointing: recompute activations in the backward pass instead of keeping them.
+        checkpoint_every: optimizer steps between checkpoints.
+        log_every: optimizer steps between log lines.
+        max_length: longest token sequence, visual tokens included; longer rows are counted and cut as the original does.
+        feature_cache_mb: memory per worker for the frozen towers' outputs, so that each image is encoded once and not every
+            epoch; a data set whose outputs do not fit is encoded afresh. 0: never keep them.
+        seed: order of the data, dropout and the adapter's initial values.
+        max_failures: how often a dead worker group is started again.
+    """
+
+    model: str = ""
+    instruct_data: str | None = None
+    align: PhaseConfig = field(default_factory=_align)
+    instruct: PhaseConfig = field(default_factory=_instruct)
+    instruct_projector: bool = True
+    lora: LoraSettings = field(default_factory=LoraSettings)
+    workers: int = 1
+    cpus_per_worker: float = 1.0
+    use_gpu: bool = False
+    strategy: str = "ddp"
+    precision: str = "bf16"
+    gradient_checkpointing: bool = True
+    checkpoint_every: int = 100
+    log_every: int = 1
+    max_length: int = 2048
+    feature_cache_mb: int = 2048
+    seed: int = 0
+    max_failures: int = 3
+
+    def __post_init__(self) -> None:
+        self.align.check("align")
+        self.instruct.check("instruct")
+        for key in ("workers", "checkpoint_every", "log_every", "max_length"):
+            if getattr(self, key) < 1:
+                raise UserError(f"train.{key} must be at least 1, not {getattr(self, key)}")
+        if self.feature_cache_mb < 0 or self.max_failures < 0:
+            raise UserError("train.feature_cache_mb and train.max_failures cannot be negative")
+        if self.cpus_per_worker <= 0:
+            raise UserError(f"train.cpus_per_worker must be positive, not {self.cpus_per_worker}")
+        if self.strategy not in ("ddp", "zero2", "zero3"):
+            raise UserError(f"train.strategy must be ddp, zero2 or zero3, not '{self.strategy}'")
+        if self.precision not in ("bf16", "float32"):
+            raise UserError(f"train.precision must be bf16 or float32, not '{self.precision}'")

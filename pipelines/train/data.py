@@ -1,0 +1,298 @@
+"""The templates that turn rows into tokens and loss masks, batches of them, and an order that a restart finds again.
+
+Nothing here depends on Ray. In the place of a row that turns out broken comes the next one, so that every step sees the
+same number of samples whatever was broken.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any, TypeVar
+
+import torch
+
+from pipelines.images import BadImage, decode
+from pipelines.train.rows import IMAGE, BadRow, Row, Rows
+
+IGNORE = -100
+"""Label of a token that the loss does not see."""
+
+T = TypeVar("T")
+
+
+@dataclass
+class Example:
+    """One row as tokens: `input_ids` with the image's tokens in place, and `labels` of equal length."""
+
+    input_ids: torch.Tensor
+    labels: torch.Tensor
+
+
+class Templates:
+    """Rows to tokens and loss masks.
+
+    Args:
+        processor: an `MGMProcessor`; its chat template must mark what the model says with `{% generation %}`.
+        max_length: longest sequence, visual tokens included. What is longer loses its end, as in the original.
+    """
+
+    def __init__(self, processor: Any, max_length: int) -> None:
+        self.tokenizer = processor.tokenizer
+        self.chat_template = processor.chat_template
+        self.image_token_id = int(processor.image_token_id)
+        self.num_image_tokens = int(processor.num_image_tokens)
+        self.max_length = max_length
+        self.cut: set[str] = set()
+
+    def align(self, row: Row) -> Example:
+        """The alignment template `plain`: image, then its caption; the loss is on the caption and its end."""
+        caption = next(text for role, text in row.turns if role == "assistant")
+        answer = self._tokens(caption.strip()) + [self.tokenizer.eos_token_id]
+        start = [self.tokenizer.bos_token_id] if self.tokenizer.bos_token_id is not None else []
+        start += [self.image_token_id] if row.image is not None else []
+        return self._finish(row, start + answer, [0] * len(start) + [1] * len(answer))
+
+    def instruct(self, row: Row) -> Example:
+        """The model's chat template; the loss is on the answers, the end of their turn included."""
+        messages = [{"role": role, "content": self._content(text)} for role, text in row.turns]
+        encoded = self.tokenizer.apply_chat_template(
+            messages,
+            chat_template=self.chat_template,
+            tokenize=True,
+            return_dict=True,
+            return_assistant_tokens_mask=True,
+        )
+        return self._finish(row, list(encoded["input_ids"]), list(encoded["assistant_masks"]))
+
+    def _content(self, text: str) -> list[dict[str, str]]:
+        """Images first in their turn, wherever the placeholder stood: so does the original."""
+        parts = [{"type": "image"}] * text.count(IMAGE)
+        return [*parts, {"type": "text", "text": text.replace(IMAGE, "").strip()}]
+
+    def _tokens(self, text: str) -> list[int]:
+        # A caption that spells a special token is text, not the token.
+        return list(self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
+
+    def _finish(self, row: Row, ids: list[int], mask: list[int]) -> Example:
+        if ids.count(self.image_token_id) != (row.image is not None):
+            raise BadRow(f"{ids.count(self.image_token_id)} image token(s) for {int(row.image is not None)} image(s)")
+        input_ids = torch.tensor(ids)
+        labels = torch.where(torch.tensor(mask, dtype=torch.bool), input_ids, IGNORE)
+        repeats = torch.where(input_ids == self.image_token_id, self.num_image_tokens, 1)
+        input_ids, labels = input_ids.repeat_interleave(repeats), labels.repeat_interleave(repeats)
+        if len(input_ids) > self.max_length:
+            if self.image_token_id in input_ids[self.max_length :]:
+                raise BadRow(f"the image's tokens end after max_length {self.max_length}")
+            self.cut.add(row.name)
+            input_ids, labels = input_ids[: self.max_length], labels[: self.max_length]
+        if not (labels[1:] != IGNORE).any():
+            raise BadRow(f"nothing to learn within max_length {self.max_length}")
+        return Example(input_ids, labels)
+
+
+@dataclass
+class Batch:
+    """One micro-batch, padded on the right.
+
+    Attributes:
+        input_ids, attention_mask, labels: (rows, length) int64.
+        pixels: (images, 3, S, S) uint8, in reading order; None when `features` are given or no row has an image.
+        features: frozen tower outputs of the images (see features.py), first dimension: images.
+        samples: number of rows.
+        targets: number of tokens that the loss sees.
+    """
+
+    input_ids: torch.Tensor
+    attention_mask: torch.Tensor
+    labels: torch.Tensor
+    pixels: torch.Tensor | None
+    features: tuple[torch.Tensor, torch.Tensor] | None
+    samples: int
+    targets: int
+
+    def to(self, device: torch.device) -> Batch:
+        """The same batch with its tensors on `device`."""
+
+        def move(tensor: torch.Tensor | None) -> Any:
+            return None if tensor is None else tensor.to(device, non_blocking=True)
+
+        return replace(
+            self,
+            input_ids=move(self.input_ids),
+            attention_mask=move(self.attention_mask),
+            labels=move(self.labels),
+            pixels=move(self.pixels),
+            features=None if self.features is None else (move(self.features[0]), move(self.features[1])),
+        )
+
+
+class Sampler:
+    """An endless shuffle, epoch after epoch: position p of the stream is a pure function of (seed, phase, p)."""
+
+    def __init__(self, rows: int, seed: int, phase: str) -> None:
+        self.rows, self.seed, self.phase = rows, seed, phase
+        self._order = lru_cache(maxsize=2)(self._shuffle)
+
+    def _shuffle(self, epoch: int) -> list[int]:
+        import numpy as np
+
+        key = [self.seed, *self.phase.encode(), epoch]
+        return np.random.default_rng(key).permutation(self.rows).tolist()
+
+    def at(self, position: int, count: int) -> list[int]:
+        """Row numbers of `count` consecutive positions."""
+        return [self._order(p // self.rows)[p % self.rows] for p in range(position, position + count)]
+
+
+@dataclass(frozen=True)
+class Share:
+    """Which positions of the stream a worker takes at a step: micro-batches are dealt out in turn, so that accumulating on
+    one worker and spreading over several see the same samples in the same step.
+    """
+
+    worker: int
+    workers: int
+    micro_batch: int
+    accumulation: int
+
+    @property
+    def per_step(self) -> int:
+        """Samples of one optimizer step, all workers together."""
+        return self.workers * self.micro_batch * self.accumulation
+
+    def starts(self, position: int) -> list[int]:
+        """First position of each of this worker's micro-batches in the step that begins at `position`."""
+        return [position + (m * self.workers + self.worker) * self.micro_batch for m in range(self.accumulation)]
+
+
+class Loader:
+    """Micro-batches of one phase for one worker.
+
+    Args:
+        rows: the training set; rows found broken on the way are entered in `rows.broken`.
+        encode: `Templates.align` or `Templates.instruct`.
+        resize: PIL images -> (N, 3, S, S) uint8, `MGMImageProcessor.resize`.
+        pad_token_id: what fills short rows.
+    """
+
+    def __init__(
+        self,
+        rows: Rows,
+        encode: Callable[[Row], Example],
+        resize: Callable[[list[Any]], torch.Tensor],
+        sampler: Sampler,
+        share: Share,
+        pad_token_id: int,
+    ) -> None:
+        self.rows, self.resize, self.sampler, self.share, self.pad = rows, resize, sampler, share, pad_token_id
+        self.encode = lru_cache(maxsize=1 << 16)(encode)
+        self.features: Any = None  # a FeatureCache once it is filled
+
+    def step(self, position: int) -> list[Batch]:
+        """This worker's micro-batches of the step that begins at `position`."""
+        return [self._collate(self.sampler.at(start, self.share.micro_batch)) for start in self.share.starts(position)]
+
+    def steps(self, position: int, count: int, depth: int = 2) -> Iterator[list[Batch]]:
+        """Micro-batches of `count` steps, made ahead in a thread."""
+        size = self.share.per_step
+        return prefetch((self.step(position + step * size) for step in range(count)), depth)
+
+    def images(self, position: int, count: int) -> list[tuple[str | tuple[int, int], Row]]:
+        """Distinct images of `count` steps, in a fixed order, each with a row that shows it."""
+        needed: dict[Any, Row] = {}
+        for step in range(count):
+            for start in self.share.starts(position + step * self.share.per_step):
+                for index in self.sampler.at(start, self.share.micro_batch):
+                    row = self.rows.rows[index]
+                    if row.image is not None:
+                        needed.setdefault(row.image, row)
+        return sorted(needed.items(), key=lambda item: str(item[0]).zfill(24))
+
+    def pixels(self, row: Row) -> torch.Tensor:
+        """(3, S, S) uint8 of the row's image. Raises `BadRow`."""
+        try:
+            return self.resize([decode(self.rows.image_bytes(row.image))])[0]  # type: ignore[arg-type]
+        except BadImage as reason:
+            raise BadRow(str(reason)) from None
+
+    def _collate(self, indices: list[int]) -> Batch:
+        examples, visuals = [], []
+        for index in indices:
+            example, visual = self._usable(index)
+            examples.append(example)
+            if visual is not None:
+                visuals.append(visual)
+        length = max(len(example.input_ids) for example in examples)
+        input_ids = torch.full((len(examples), length), self.pad)
+        labels = torch.full((len(examples), length), IGNORE)
+        attention_mask = torch.zeros((len(examples), length), dtype=torch.long)
+        for n, example in enumerate(examples):
+            size = len(example.input_ids)
+            input_ids[n, :size], labels[n, :size], attention_mask[n, :size] = example.input_ids, example.labels, 1
+        cached = self.features is not None and visuals
+        return Batch(
+            input_ids,
+            attention_mask,
+            labels,
+            pixels=torch.stack(visuals) if visuals and not cached else None,
+            features=self.features.gather(visuals) if cached else None,
+            samples=len(examples),
+            targets=int((labels[:, 1:] != IGNORE).sum()),
+        )
+
+    def _usable(self, index: int) -> tuple[Example, Any]:
+        """The row, or the next one that is usable: tokens, and its pixels or its place in the feature cache."""
+        for step in range(len(self.rows)):
+            row = self.rows.rows[(index + step) % len(self.rows)]
+            if row.name in self.rows.broken:
+                continue
+            try:
+                example = self.encode(row)
+                if row.image is None:
+                    return example, None
+                return example, self.pixels(row) if self.features is None else self.features.place(row)
+            except BadRow as reason:
+                self.rows.broken[row.name] = str(reason)
+        self.rows.require_some()
+        raise AssertionError("unreachable: rows are left, but none was usable")
+
+
+def prefetch(items: Iterable[T], depth: int) -> Iterator[T]:
+    """The same items, made up to `depth` ahead in a thread; its exceptions come out here."""
+    done = object()
+    ready: queue.Queue[Any] = queue.Queue(maxsize=depth)
+    stop = threading.Event()
+
+    def put(item: Any) -> bool:
+        while not stop.is_set():
+            try:
+                ready.put(item, timeout=0.1)
+                return True
+            except queue.Full:
+                continue
+        return False
+
+    def fill() -> None:
+        try:
+            for item in items:
+                if not put((item, None)):
+                    return
+            put((done, None))
+        except BaseException as error:
+            put((done, error))
+
+    threading.Thread(target=fill, daemon=True, name="prefetch").start()
+    try:
+        while True:
+            item, error = ready.get()
+            if error is not None:
+                raise error
+            if item is done:
+                return
+            yield item
+    finally:
+        stop.set()

@@ -1,0 +1,137 @@
+"""What the frozen towers say about each image, computed once.
+
+Both towers are frozen in both phases, so an image's tower outputs are the same in every epoch. Kept is everything up to
+the first number that learns: CLIP's tokens, and ConvNeXt's positions after the parameter-free half of their LayerNorm
+(mining reads them in no other way, and that half costs more than all that learns behind it). Torch only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+
+from pipelines.mgm.modeling import MGMModel, gather_regions
+from pipelines.train.data import Loader, prefetch
+from pipelines.train.rows import BadRow, Row
+
+if TYPE_CHECKING:
+    from pipelines.progress import Progress
+
+Parts = tuple[torch.Tensor, torch.Tensor]
+_IMAGES_PER_CALL = 32
+
+
+@torch.no_grad()
+def tower_outputs(model: MGMModel, pixel_values: torch.Tensor, pixel_values_aux: torch.Tensor) -> Parts:
+    """The frozen part of `MGMModel.get_image_features`, whose arguments these are.
+
+    Returns:
+        tokens (N, T, C) of all views, and the normalized positions of their regions (N, T, P, A); the latter in the dtype
+        in which matrix products are computed (autocast would round them to it anyway).
+    """
+    dtype = model.vision_tower.embeddings.patch_embedding.weight.dtype
+    n, grid = pixel_values_aux.shape[0], model.config.image_grid
+    tokens_NVTC = model.encode_views(pixel_values.reshape(-1, *pixel_values.shape[-3:]).to(dtype)).unflatten(0, (n, -1))
+    aux_dtype = model.vision_tower_aux.embeddings.patch_embeddings.weight.dtype
+    maps = model.vision_tower_aux(pixel_values_aux.to(aux_dtype)).to(tokens_NVTC.dtype)
+    crops = maps.unflatten(-1, (grid, -1)).unflatten(-3, (grid, -1)).permute(0, 2, 4, 1, 3, 5).flatten(1, 2)
+    if model.config.image_global:
+        whole = F.interpolate(maps.float(), scale_factor=1 / grid, mode="bilinear", align_corners=False)
+        crops = torch.cat([whole.to(maps.dtype).unsqueeze(1), crops], dim=1)
+        tokens_NVTC = torch.cat([tokens_NVTC[:, -1:], tokens_NVTC[:, :-1]], dim=1)
+    positions = gather_regions(crops.flatten(0, 1), model.config.patches_per_side)
+    normalized = F.layer_norm(positions, positions.shape[-1:], eps=model.uni_key.norm.eps)
+    if torch.is_autocast_enabled(normalized.device.type):
+        normalized = normalized.to(torch.get_autocast_dtype(normalized.device.type))
+    return tokens_NVTC.flatten(1, 2), normalized.unflatten(0, (n, -1)).flatten(1, 2)
+
+
+def image_features(model: MGMModel, parts: Parts) -> torch.Tensor:
+    """The part of `MGMModel.get_image_features` that learns: mining (folded as in the model) and projector, (N, T, D)."""
+    tokens_NTC, normalized_NTPA = parts
+    key, value = model.uni_key, model.uni_value
+    queries = model.uni_query(tokens_NTC)
+    probes = (queries * queries.shape[-1] ** -0.5) @ key.proj.weight * key.norm.weight
+    scores = probes.unsqueeze(2) @ normalized_NTPA.transpose(-1, -2)
+    found = (scores.nan_to_num().softmax(-1) @ normalized_NTPA).squeeze(2)
+    mined = value.proj(found * value.norm.weight + value.norm.bias)
+    return model.multi_modal_projector(tokens_NTC + mined)
+
+
+class FeatureCache:
+    """Tower outputs by image, in main memory.
+
+    Args:
+        images: how many there will be at most.
+    """
+
+    def __init__(self, images: int) -> None:
+        self.images = images
+        self.slots: dict[Any, int] = {}
+        self.bad: dict[Any, str] = {}
+        self.parts: list[torch.Tensor] = []
+
+    def place(self, row: Row) -> int:
+        """Where the row's image lies. Raises `BadRow` when it did not decode."""
+        if row.image in self.bad:
+            raise BadRow(self.bad[row.image])
+        return self.slots[row.image]
+
+    def gather(self, places: list[int]) -> Parts:
+        """Outputs of several images as one batch."""
+        index = torch.tensor(places)
+        tokens, positions = (part.index_select(0, index) for part in self.parts)
+        return tokens, positions
+
+    def add(self, images: list[Any], parts: Parts) -> None:
+        """Keep one batch of outputs."""
+        if not self.parts:
+            self.parts = [torch.empty((self.images, *part.shape[1:]), dtype=part.dtype) for part in parts]
+        start = len(self.slots)
+        for kept, part in zip(self.parts, parts, strict=True):
+            kept[start : start + len(images)] = part.cpu()
+        self.slots.update({image: start + n for n, image in enumerate(images)})
+
+
+def fill(
+    model: MGMModel,
+    normalize: Any,
+    loader: Loader,
+    images: list[tuple[Any, Row]],
+    limit_bytes: int,
+    autocast: Any,
+    progress: Progress | None = None,
+) -> FeatureCache | None:
+    """Encode `images` (see `Loader.images`), or return None when their features would not fit into `limit_bytes`.
+
+    The grouping into calls depends on `images` alone, so a restarted worker computes the very same bits.
+    """
+    device = next(model.parameters()).device
+    cache = FeatureCache(len(images))
+    for keys, pixels in prefetch(_groups(loader, images, cache), depth=2):
+        with autocast():
+            parts = tower_outputs(model, *normalize(pixels.to(device)))
+        if sum(part.nbytes for part in parts) // len(keys) * len(images) > limit_bytes:
+            return None
+        cache.add(keys, parts)
+        if progress is not None:
+            progress.update(len(keys))
+    return cache
+
+
+def _groups(
+    loader: Loader, images: list[tuple[Any, Row]], cache: FeatureCache
+) -> Iterator[tuple[list[Any], torch.Tensor]]:
+    for start in range(0, len(images), _IMAGES_PER_CALL):
+        keys, pixels = [], []
+        for key, row in images[start : start + _IMAGES_PER_CALL]:
+            try:
+                pixels.append(loader.pixels(row))
+                keys.append(key)
+            except BadRow as reason:
+                cache.bad[key] = str(reason)
+        if keys:
+            yield keys, torch.stack(pixels)

@@ -1,0 +1,195 @@
+"""The train stage on Ray Train: start the workers, watch their log, leave an adapter and its manifest."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import threading
+from pathlib import Path
+from typing import Any
+
+from pipelines.errors import UserError, WorkFailed
+from pipelines.manifest import identity, open_stage
+from pipelines.progress import Progress, say
+from pipelines.train.config import TrainConfig
+
+RUN = "run"
+_NOT_RESULT = (
+    "model",
+    "instruct_data",
+    "workers",
+    "cpus_per_worker",
+    "use_gpu",
+    "max_failures",
+    "log_every",
+    "checkpoint_every",
+    "feature_cache_mb",
+)
+"""Settings that say where and how fast, not what: a run may be continued with others."""
+
+
+def run(
+    input: Path | str,
+    model: Path | str,
+    output: Path | str,
+    config: TrainConfig,
+    *,
+    arm: str = "",
+    restart: bool = False,
+) -> dict[str, Any]:
+    """Train projector and LoRA on `input` (and `config.instruct_data`); continues what a kill left unfinished.
+
+    Returns:
+        The manifest.
+
+    Raises:
+        UserError: an impossible input, model or setting.
+        WorkFailed: training itself failed.
+    """
+    input, model, output = Path(input).resolve(), Path(model).resolve(), Path(output).resolve()
+    data = _phases(input, config)
+    if not (model / "config.json").exists():
+        raise UserError(f"{model}: not a model directory (it has no config.json)")
+    settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in _NOT_RESULT}
+    identities = {phase: identity(path) for phase, path in data.items()}
+    stage = open_stage(
+        output, "train", {"config": settings, "model": identity(model), "data": identities}, restart=restart
+    )
+    if stage.complete:
+        return stage.manifest
+    what = f"train {arm}".strip()
+    say(f"{what}: {'continuing' if stage.resumed else 'starting'} with {config.workers} worker(s), {config.strategy}")
+    facts = _fit(model, output, config, data, what)
+    for phase, broken in facts["broken"].items():
+        if broken:
+            first = next(iter(broken.items()))
+            say(f"{what}: {len(broken)} row(s) of {phase} could not be used, e.g. {first[0]}: {first[1]}")
+    return stage.finish(
+        rows_in={phase: found["rows"] for phase, found in facts["phases"].items()},
+        rows_broken={phase: len(broken) for phase, broken in facts["broken"].items()},
+        rows_cut={phase: len(cut) for phase, cut in facts["cut"].items()},
+        broken={phase: dict(list(broken.items())[:100]) for phase, broken in facts["broken"].items()},
+        phases=facts["phases"],
+        training_seconds=facts["seconds"],
+        workers=config.workers,
+        seed=config.seed,
+    )
+
+
+def _phases(input: Path, config: TrainConfig) -> dict[str, str]:
+    """Phase -> its data, for the phases that have steps."""
+    data = {}
+    if config.align.steps > 0:
+        data["align"] = str(input)
+    if config.instruct.steps > 0 and config.instruct_data is not None:
+        data["instruct"] = str(Path(config.instruct_data).resolve())
+    if not data:
+        raise UserError(
+            "train.align.steps is 0 and there is no instruct phase (train.instruct.steps, train.instruct_data)"
+        )
+    for path in (str(input), *data.values()):
+        if not Path(path).exists():
+            raise UserError(f"{path}: no such file or directory")
+    return data
+
+
+def _fit(model: Path, output: Path, config: TrainConfig, data: dict[str, str], what: str) -> dict[str, Any]:
+    """Run the workers to the end and return what the first one found out."""
+    import ray
+    import ray.train
+    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.v2.api.config import LoggingConfig
+    from ray.train.v2.api.exceptions import TrainingFailedError
+
+    from pipelines.train.worker import Job, train_worker
+
+    _tune_ray_train(nodes=len(ray.nodes()))
+    resources: dict[str, float] = {"CPU": config.cpus_per_worker} | ({"GPU": 1} if config.use_gpu else {})
+    trainer = TorchTrainer(
+        train_worker,
+        train_loop_config={"job": Job(str(model), str(output), config, data, what)},
+        torch_config=TorchConfig(backend="nccl" if config.use_gpu else "gloo"),
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=config.workers, use_gpu=config.use_gpu, resources_per_worker=resources
+        ),
+        run_config=ray.train.RunConfig(
+            name=RUN,
+            storage_path=str(output / "checkpoints"),
+            failure_config=ray.train.FailureConfig(max_failures=config.max_failures),
+            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
+            logging_config=LoggingConfig(log_level="WARNING"),
+        ),
+    )
+    with _Watch(output, {phase: getattr(config, phase).steps for phase in data}, what):
+        try:
+            facts: dict[str, Any] | None = trainer.fit().return_value
+        except TrainingFailedError as error:
+            raise WorkFailed(f"{what}: the workers failed {config.max_failures + 1} time(s): {error}") from error
+    if facts is None:
+        raise WorkFailed(f"{what}: the first worker returned nothing")
+    if "error" in facts:
+        raise {"UserError": UserError, "WorkFailed": WorkFailed}[facts["error"]](facts["message"])
+    return facts
+
+
+def _tune_ray_train(nodes: int) -> None:
+    """Ray Train's switches are environment variables; whoever set one keeps it."""
+    # How often the controller looks at its workers; the default of 2 s adds seconds to a short run.
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+    # Importing torch and transformers on a busy small machine can take longer than the default minute.
+    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "600")
+    if nodes == 1:  # a preemption takes the only node, the watcher and the controller alike
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+
+
+class _Watch:
+    """Turns the workers' log into a progress line on the driver, which is what the person looks at."""
+
+    def __init__(self, output: Path, steps: dict[str, int], what: str) -> None:
+        self.output, self.steps = output, steps
+        self.progress = Progress(sum(steps.values()), what, "steps")
+        self.stop = threading.Event()
+        self.thread = threading.Thread(target=self._follow, daemon=True, name="train-progress")
+
+    def __enter__(self) -> _Watch:
+        self.progress.start_at(self._look()[0])
+        self.thread.start()
+        return self
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        self.stop.set()
+        self.thread.join()
+        self._tell()
+        self.progress.__exit__(kind, error, trace)
+
+    def _follow(self) -> None:
+        while not self.stop.wait(0.5):
+            self._tell()
+
+    def _tell(self) -> None:
+        done, notes = self._look()
+        if done >= self.progress.done:
+            self.progress.update(done - self.progress.done, notes)
+        else:  # a worker died and its successor does the steps since the last checkpoint again
+            self.progress.start_at(done)
+
+    def _look(self) -> tuple[int, str]:
+        """Steps done over all phases and a live figure, from the end of the log."""
+        import json
+
+        path = self.output / "log.jsonl"
+        if not path.exists():
+            return 0, "starting workers"
+        with path.open("rb") as stream:
+            stream.seek(max(0, path.stat().st_size - 4096))
+            lines = [
+                line
+                for line in stream.read().decode(errors="replace").splitlines(keepends=True)
+                if line.endswith("}\n")
+            ]
+        if not lines:
+            return 0, "starting workers"
+        last = json.loads(lines[-1])
+        names = list(self.steps)
+        before = sum(self.steps[name] for name in names[: names.index(last["phase"])])
+        return before + last["step"], f"{last['phase']}, loss {last['loss']:.3g}"

@@ -1,0 +1,284 @@
+"""What one Ray Train worker does: the phases in turn, from the last checkpoint on."""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import json
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import ray.train
+import torch
+import torch.distributed as dist
+from ray.train.torch import get_device
+from transformers import AutoConfig, AutoProcessor
+
+from pipelines.adapters.files import is_lora, write_adapter
+from pipelines.errors import UserError, WorkFailed
+from pipelines.mgm.modeling import MGMForConditionalGeneration
+from pipelines.progress import Progress
+from pipelines.train import features
+from pipelines.train.config import PhaseConfig, TrainConfig
+from pipelines.train.data import Loader, Sampler, Share, Templates
+from pipelines.train.log import TrainLog
+from pipelines.train.rows import Rows, read_rows
+from pipelines.train.step import (
+    Engine,
+    TorchEngine,
+    TrainForward,
+    add_lora,
+    autocast,
+    learning_rate,
+    load_base,
+    lora_targets,
+    prepare,
+    quiet,
+    train_projector,
+)
+
+STATE = "state.json"
+TRAINED = "trained.safetensors"
+
+
+@dataclass
+class Job:
+    """What the driver tells every worker. `data` has a path per phase, in the order in which the phases run."""
+
+    model: str
+    output: str
+    config: TrainConfig
+    data: dict[str, str]
+    what: str
+
+
+@dataclass
+class State:
+    """How far training has come: what a checkpoint holds besides tensors.
+
+    Attributes:
+        phase, step: the running phase and its finished steps.
+        position: samples of the phase that were used; the order of the data continues there.
+        done: phase -> finished steps.
+        broken, cut: phase -> rows that could not be used (with the reason), and rows cut at max_length.
+        seconds: phase -> time spent in its steps.
+        phases: phase -> facts for the manifest.
+    """
+
+    phase: str = ""
+    step: int = 0
+    position: int = 0
+    workers: int = 1
+    done: dict[str, int] = field(default_factory=dict)
+    broken: dict[str, dict[str, str]] = field(default_factory=dict)
+    cut: dict[str, list[str]] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+    phases: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+
+def train_worker(settings: dict[str, Any]) -> dict[str, Any]:
+    """Ray Train's `train_loop_per_worker`. An error that no restart can mend is returned, not raised: Ray would try again."""
+    job: Job = settings["job"]
+    torch.set_num_threads(max(1, int(job.config.cpus_per_worker)))
+    quiet()
+    try:
+        return Run(job).train()
+    except (UserError, WorkFailed) as error:
+        return {"error": type(error).__name__, "message": str(error)}
+
+
+class Run:
+    """One worker's walk through the phases."""
+
+    def __init__(self, job: Job) -> None:
+        self.job, self.config = job, job.config
+        context = ray.train.get_context()
+        self.rank, self.workers = context.get_world_rank(), context.get_world_size()
+        self.device = get_device()
+        self.processor = AutoProcessor.from_pretrained(job.model)
+        self.state, self.trained = State(workers=self.workers), {}
+        self.lora_config: Any = None
+        self._check_targets()
+        self.rows = {name: read_rows(path) for name, path in job.data.items()}
+
+    def _check_targets(self) -> None:
+        """Find a wrong `target_modules` now, on a model without weights, and not after hours of alignment."""
+        if "instruct" in self.job.data:
+            with torch.device("meta"):
+                lora_targets(
+                    MGMForConditionalGeneration(AutoConfig.from_pretrained(self.job.model)),
+                    self.config.lora.target_modules,
+                )
+
+    def train(self) -> dict[str, Any]:
+        """All phases; returns the facts for the manifest."""
+        checkpoint = ray.train.get_checkpoint()
+        if checkpoint is None:
+            return self._phases(None)
+        with checkpoint.as_directory() as directory:
+            self._restore(Path(directory))
+            return self._phases(Path(directory))
+
+    def _phases(self, checkpoint: Path | None) -> dict[str, Any]:
+        log = TrainLog(Path(self.job.output), self.state.done) if self.rank == 0 else None
+        names = list(self.job.data)
+        resumed = self.state.phase
+        for name in names[names.index(resumed) if resumed else 0 :]:
+            self._phase(name, log, checkpoint if name == resumed else None)
+        if log is not None:
+            log.close()
+            write_adapter(Path(self.job.output), self.trained, self.lora_config)
+        return vars(self.state)
+
+    def _phase(self, name: str, log: TrainLog | None, checkpoint: Path | None) -> None:
+        """One phase to its end."""
+        phase: PhaseConfig = getattr(self.config, name)
+        if checkpoint is None:
+            self.state.phase, self.state.step, self.state.position = name, 0, 0
+        model = self._model(name)
+        rows = self.rows[name]
+        rows.broken.update(self.state.broken.get(name, {}))
+        templates = Templates(self.processor, self.config.max_length)
+        templates.cut.update(self.state.cut.get(name, []))
+        share = Share(self.rank, self.workers, phase.micro_batch, phase.accumulation)
+        loader = Loader(
+            rows,
+            getattr(templates, name),
+            self.processor.image_processor.resize,
+            Sampler(len(rows), self.config.seed, name),
+            share,
+            _pad_token_id(self.processor.tokenizer),
+        )
+        if self.state.step < phase.steps:
+            self._cache_features(name, model, loader, self.state.position - self.state.step * share.per_step)
+        engine = self._engine(model, phase, any(row.image is None for row in rows.rows))
+        if checkpoint is not None:
+            engine.load(checkpoint)
+        self.state.phases[name] = {
+            "steps": phase.steps,
+            "batch": share.per_step,
+            "rows": rows.total,
+            "cached_images": len(loader.features.slots) if loader.features is not None else 0,
+        }
+        self._steps(name, phase, engine, loader, templates, log)
+        self.trained.update(engine.weights())
+        engine.close()
+        del engine, model
+        gc.collect()
+
+    def _model(self, name: str) -> Any:
+        """The base model with this phase's trainable weights in it, as far as they have been trained."""
+        model = load_base(self.job.model, self.config.precision)
+        if name == "align" or self.config.instruct_projector:
+            train_projector(model)
+        if name == "instruct":
+            self.lora_config = add_lora(model, self.config.lora, self.config.seed)
+            self.lora_config.base_model_name_or_path = self.job.model
+        with torch.no_grad():
+            own = dict(model.named_parameters())
+            for key, tensor in self.trained.items():
+                if key in own:
+                    own[key].copy_(tensor)
+        prepare(model, self.config.gradient_checkpointing)
+        return model.to(self.device)
+
+    def _engine(self, model: Any, phase: PhaseConfig, text_only_rows: bool) -> Engine:
+        forward = TrainForward(model, self.processor.image_processor.normalize)
+        if self.config.strategy == "ddp":
+            return TorchEngine(forward, phase, self.config.precision, self.device, text_only_rows)
+        from pipelines.train.zero import ZeroEngine
+
+        return ZeroEngine(forward, int(self.config.strategy[-1]), phase, self.config.precision, self.device)
+
+    def _cache_features(self, name: str, model: Any, loader: Loader, start: int) -> None:
+        """Encode every image of the phase once, when the features fit into the memory given to them.
+
+        From the phase's first step, also after a restart: the same images in the same groups give the same bits.
+        """
+        if self.config.feature_cache_mb == 0:
+            return
+        images = loader.images(max(start, 0), getattr(self.config, name).steps)
+        progress = Progress(len(images), f"{self.job.what}: {name} images", "images") if self.rank == 0 else None
+        loader.features = features.fill(
+            model.model,
+            self.processor.image_processor.normalize,
+            loader,
+            images,
+            self.config.feature_cache_mb << 20,
+            autocast(self.device, self.config.precision),
+            progress,
+        )
+
+    def _steps(
+        self, name: str, phase: PhaseConfig, engine: Engine, loader: Loader, templates: Templates, log: TrainLog | None
+    ) -> None:
+        """From the current step to the phase's last, with log lines and checkpoints."""
+        state, seen = self.state, 0
+        before = state.seconds.get(name, 0.0)
+        started = last = time.monotonic()
+        for batches in loader.steps(state.position, phase.steps - state.step):
+            torch.manual_seed(_seed(self.config.seed, name, state.step, self.rank))  # dropout, also after a restart
+            rate = learning_rate(phase, state.step)
+            result = engine.step(batches, rate)
+            state.step += 1
+            state.position += loader.share.per_step
+            seen += result.samples
+            now = time.monotonic()
+            state.seconds[name] = round(before + now - started, 3)
+            if log is not None and (state.step % self.config.log_every == 0 or state.step == phase.steps):
+                line = {"phase": name, "step": state.step, "loss": result.loss, "grad_norm": result.grad_norm}
+                speed = {"samples_per_second": round(seen / (now - last), 3), "seconds": state.seconds[name]}
+                log.write(line | {"learning_rate": rate} | speed)
+                last, seen = now, 0
+            if state.step % self.config.checkpoint_every == 0 or state.step == phase.steps:
+                state.done[name] = state.step
+                self._gather_broken(name, loader.rows, templates)
+                self._checkpoint(engine, {"phase": name, "step": state.step, "loss": result.loss})
+
+    def _gather_broken(self, name: str, rows: Rows, templates: Templates) -> None:
+        """Workers see different rows; the state holds what any of them found."""
+        found: list[Any] = [(rows.broken, sorted(templates.cut))]
+        if self.workers > 1:
+            found = [None] * self.workers
+            dist.all_gather_object(found, (rows.broken, sorted(templates.cut)))
+        self.state.broken[name] = {row: reason for broken, _ in found for row, reason in sorted(broken.items())}
+        self.state.cut[name] = sorted({row for _, cut in found for row in cut})
+
+    def _checkpoint(self, engine: Engine, metrics: dict[str, Any]) -> None:
+        """Report a checkpoint that holds what was trained and nothing of the base model."""
+        from safetensors.torch import save_file
+
+        weights = engine.weights()
+        with tempfile.TemporaryDirectory() as scratch:
+            directory = Path(scratch)
+            engine.save(directory)
+            if self.rank == 0:
+                save_file({**self.trained, **weights}, directory / TRAINED)
+                (directory / STATE).write_text(json.dumps(vars(self.state)))
+            checkpoint = ray.train.Checkpoint.from_directory(directory) if any(directory.iterdir()) else None
+            ray.train.report(metrics, checkpoint=checkpoint)
+
+    def _restore(self, directory: Path) -> None:
+        from safetensors.torch import load_file
+
+        self.state = State(**json.loads((directory / STATE).read_text()))
+        if self.config.strategy != "ddp" and self.state.workers != self.workers:
+            raise UserError(
+                f"train.workers is {self.workers}, but the checkpoint's {self.config.strategy} state is sharded over "
+                f"{self.state.workers}; continue with as many workers, or pass --restart true"
+            )
+        self.state.workers = self.workers
+        self.trained = load_file(directory / TRAINED)
+        if self.rank == 0 and any(is_lora(name) for name in self.trained) != (self.state.phase == "instruct"):
+            raise WorkFailed(f"checkpoint of phase {self.state.phase} does not hold that phase's weights")
+
+
+def _pad_token_id(tokenizer: Any) -> int:
+    return int(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id)
+
+
+def _seed(*parts: Any) -> int:
+    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=6).digest(), "big")

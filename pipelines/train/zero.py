@@ -1,0 +1,101 @@
+"""DeepSpeed ZeRO-2 and ZeRO-3 (Rajbhandari et al. 2019, arXiv:1910.02054) behind the same interface as `TorchEngine`."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from pipelines.errors import UserError, WorkFailed
+from pipelines.train.config import PhaseConfig
+from pipelines.train.data import Batch
+from pipelines.train.step import StepResult, TrainForward, adamw, require_finite, total
+
+_TAG = "state"
+
+
+def deepspeed_config(stage: int, phase: PhaseConfig, precision: str, device: torch.device) -> dict[str, Any]:
+    """DeepSpeed's own configuration of one phase."""
+    return {
+        "train_micro_batch_size_per_gpu": phase.micro_batch,
+        "gradient_accumulation_steps": phase.accumulation,
+        "gradient_clipping": phase.max_grad_norm,
+        "bf16": {"enabled": precision == "bf16"},
+        "zero_optimization": {"stage": stage, "overlap_comm": device.type == "cuda", "contiguous_gradients": True},
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 10**9,
+    }
+
+
+class ZeroEngine:
+    """ZeRO-2 or ZeRO-3 training; refuses to run when DeepSpeed turns out to do anything else.
+
+    DeepSpeed keeps the model in bf16 and float32 master weights in its sharded optimizer.
+    """
+
+    def __init__(
+        self, forward: TrainForward, stage: int, phase: PhaseConfig, precision: str, device: torch.device
+    ) -> None:
+        os.environ.setdefault("DS_ACCELERATOR", device.type)
+        os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "error")
+        try:
+            import deepspeed
+        except ImportError as error:
+            raise UserError(f"train.strategy zero{stage} needs DeepSpeed: install captune[zero] ({error})") from error
+        logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+        self.phase, self.device = phase, device
+        forward.dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+        self.named = {n: p for n, p in forward.model.named_parameters() if p.requires_grad}
+        deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo", verbose=False)
+        self.engine, *_ = deepspeed.initialize(
+            model=forward,
+            optimizer=adamw(self.named.items(), phase),
+            config=deepspeed_config(stage, phase, precision, device),
+        )
+        if self.engine.zero_optimization_stage() != stage or not self.engine.zero_optimization():
+            raise WorkFailed(f"DeepSpeed runs ZeRO stage {self.engine.zero_optimization_stage()}, not {stage}")
+        sharded = all(hasattr(parameter, "ds_id") for parameter in self.named.values())
+        if stage == 3 and not sharded:
+            raise WorkFailed("DeepSpeed did not shard the parameters although ZeRO-3 was asked for")
+
+    def step(self, batches: list[Batch], learning_rate: float) -> StepResult:
+        """As `TorchEngine.step`."""
+        targets = total(sum(batch.targets for batch in batches), self.device)
+        samples = total(sum(batch.samples for batch in batches), self.device)
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = learning_rate
+        loss_sum = torch.zeros((), device=self.device)
+        for batch in batches:
+            loss = self.engine(batch.to(self.device))
+            # DeepSpeed averages over the workers; the division by accumulation is ours (by target tokens), not its own.
+            self.engine.backward(loss * (dist.get_world_size() / targets), scale_wrt_gas=False)
+            self.engine.step()
+            loss_sum += loss.detach()
+        loss_mean = total(float(loss_sum), self.device) / targets
+        grad_norm = float(self.engine.get_global_grad_norm() or 0.0)
+        require_finite(loss_mean, grad_norm)
+        return StepResult(loss_mean, grad_norm, int(samples))
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        """The float32 master weights, gathered from their shards."""
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        return {name: safe_get_full_fp32_param(p).detach().float().cpu().clone() for name, p in self.named.items()}
+
+    def save(self, directory: Path) -> None:
+        """Every worker writes its shard of the optimizer's state."""
+        self.engine.save_checkpoint(str(directory / "zero"), tag=_TAG, exclude_frozen_parameters=True)
+
+    def load(self, directory: Path) -> None:
+        """Continue from the shards that `save` wrote on equally many workers."""
+        found, _ = self.engine.load_checkpoint(str(directory / "zero"), tag=_TAG, load_module_strict=False)
+        if found is None:
+            raise WorkFailed(f"{directory / 'zero'}: DeepSpeed could not load its own checkpoint")
+
+    def close(self) -> None:
+        """Free DeepSpeed's buffers before the next phase."""
+        self.engine.destroy()

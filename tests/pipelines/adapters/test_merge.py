@@ -1,0 +1,118 @@
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from pipelines.adapters import merge, probe
+from pipelines.adapters.config import MergeConfig
+from pipelines.adapters.files import NON_LORA, WEIGHTS, write_adapter
+from pipelines.errors import UserError, WorkFailed
+from pipelines.train.step import load_base
+
+
+def test_merged_model_gives_the_logits_of_base_and_adapter(model_dir: Path, adapter_dir: Path, tmp_path: Path) -> None:
+    """A plain directory whose logits are those of base + adapter, not those of the base; towers and names are the base's."""
+    manifest = merge.run(model_dir, adapter_dir, tmp_path / "merged", MergeConfig())
+    assert manifest["max_logit_difference_as_written"] <= 1e-3 and manifest["lora"]
+    inputs = probe.batch(probe.load_processor(tmp_path / "merged"))
+    merged = probe.logits(load_base(tmp_path / "merged", "float32"), inputs)
+    torch.testing.assert_close(
+        merged, probe.logits(merge.with_adapter(model_dir, adapter_dir), inputs), rtol=0, atol=1e-3
+    )
+    assert (merged - probe.logits(load_base(model_dir, "float32"), inputs)).abs().max() > 0.05
+    before, after = load_file(model_dir / "model.safetensors"), load_file(tmp_path / "merged" / "model.safetensors")
+    assert set(before) == set(after)
+    assert all(torch.equal(after[name], before[name]) for name in before if "vision_tower" in name)
+    assert merge.run(model_dir, adapter_dir, tmp_path / "merged", MergeConfig()) == manifest  # done already
+
+
+def test_tied_and_untied_embeddings_survive(tiny: Any, tmp_path: Path) -> None:
+    """A tied head stays tied in file and memory; an untied one keeps weights of its own."""
+    for tie in (True, False):
+        model = tiny.write_model(tmp_path / f"model-{tie}", tie=tie)
+        data = tiny.write_instructions(tmp_path / f"{tie}" / "instruct.json")
+        adapter = tiny.train_adapter(model, data, tmp_path / f"adapter-{tie}", steps=1)
+        merge.run(model, adapter, tmp_path / f"merged-{tie}", MergeConfig())
+        merged = load_base(tmp_path / f"merged-{tie}", "float32")
+        assert (merged.lm_head.weight.data_ptr() == merged.model.language_model.embed_tokens.weight.data_ptr()) == tie
+        assert ("lm_head.weight" in load_file(tmp_path / f"merged-{tie}" / "model.safetensors")) != tie
+
+
+def test_bf16_base_stays_bf16(tiny: Any, tmp_path: Path) -> None:
+    """`auto` writes the base's dtype; every tensor is the float32 merge rounded once."""
+    model = tiny.write_model(tmp_path / "model", dtype="bfloat16")
+    adapter = tiny.train_adapter(model, tiny.write_instructions(tmp_path / "i.json"), tmp_path / "adapter", steps=2)
+    manifest = merge.run(model, adapter, tmp_path / "merged", MergeConfig())
+    assert manifest["dtype"] == "bfloat16"
+    assert {t.dtype for t in load_file(tmp_path / "merged" / "model.safetensors").values()} == {torch.bfloat16}
+    assert json.loads((tmp_path / "merged" / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_projector_alone_can_be_merged(tiny: Any, model_dir: Path, tmp_path: Path) -> None:
+    """Training without an instruct phase leaves no PEFT adapter; its projector still becomes a model."""
+    data = tiny.write_dataset(tmp_path / "data")
+    adapter = tiny.train_adapter(model_dir, data, tmp_path / "adapter", lora=False)
+    assert not (adapter / WEIGHTS).exists()
+    manifest = merge.run(model_dir, adapter, tmp_path / "merged", MergeConfig())
+    trained, merged = load_file(adapter / NON_LORA), load_file(tmp_path / "merged" / "model.safetensors")
+    assert manifest["merged_tensors"] > 0 and all(torch.equal(merged[name], tensor) for name, tensor in trained.items())
+
+
+@pytest.mark.parametrize("fault", ["lora dropped", "tower changed", "NaN"])
+def test_a_wrong_merge_is_refused_and_leaves_nothing(
+    model_dir: Path, adapter_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    """Whatever PEFT or transformers may do wrong one day: no directory appears."""
+
+    def corrupted(tuned: Any) -> Any:
+        if fault == "lora dropped":
+            return tuned.unload()
+        merged = tuned.merge_and_unload()
+        parameters = dict(merged.named_parameters())
+        # The tower's class token never reaches the language model: no logit can tell that it changed.
+        name = "model.vision_tower.post_layernorm.weight" if fault == "tower changed" else "model.uni_value.proj.weight"
+        parameters[name].data.fill_(0.5 if fault == "tower changed" else float("nan"))
+        return merged
+
+    monkeypatch.setattr(merge, "merge_lora", corrupted)
+    with pytest.raises(WorkFailed, match="towers must stay" if fault == "tower changed" else "logits differ"):
+        merge.run(model_dir, adapter_dir, tmp_path / "merged", MergeConfig())
+    assert not (tmp_path / "merged").exists()
+
+
+def test_adapters_of_another_model_are_refused(tiny: Any, model_dir: Path, adapter_dir: Path, tmp_path: Path) -> None:
+    """Other shapes, tensors without a place, half an adapter, an unfinished training: each is named and nothing is left."""
+    other = tiny.write_model(tmp_path / "other", hidden=64)
+    with pytest.raises(UserError, match="multi_modal_projector"):
+        merge.run(other, adapter_dir, tmp_path / "merged", MergeConfig())
+    assert not (tmp_path / "merged").exists()
+
+    broken = shutil.copytree(adapter_dir, tmp_path / "broken")
+    tensors = load_file(broken / WEIGHTS)
+    lost = tensors.pop(sorted(tensors)[0])
+    save_file(tensors, broken / WEIGHTS)
+    with pytest.raises(UserError, match="1 adapter tensors missing"):
+        merge.run(model_dir, broken, tmp_path / "merged", MergeConfig())
+    (broken / WEIGHTS).unlink()
+    with pytest.raises(UserError, match="half an adapter"):
+        merge.run(model_dir, broken, tmp_path / "merged", MergeConfig())
+    (broken / ".stage.json").write_text("{}")
+    with pytest.raises(UserError, match="training has not finished"):
+        merge.run(model_dir, broken, tmp_path / "merged", MergeConfig())
+    with pytest.raises(UserError, match="not an adapter directory"):
+        merge.run(model_dir, tmp_path, tmp_path / "merged", MergeConfig())
+    assert lost.numel()
+
+
+def test_empty_shards_are_never_written(tmp_path: Path) -> None:
+    """The ZeRO-3 accident: a tensor that nobody gathered has no elements; the adapter is refused."""
+    weights = {"model.multi_modal_projector.0.weight": torch.empty(0)}
+    with pytest.raises(WorkFailed, match="not gathered"):
+        write_adapter(tmp_path / "adapter", weights, None)
+    assert not (tmp_path / "adapter").exists()

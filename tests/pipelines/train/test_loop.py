@@ -1,0 +1,239 @@
+"""The train stage on Ray Train. Every run starts worker processes, so one undisturbed run serves several tests."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from pipelines.adapters.check import check_adapter
+from pipelines.adapters.files import CONFIG, NON_LORA, WEIGHTS
+from pipelines.errors import UserError
+from pipelines.train import loop
+from pipelines.train.config import LoraSettings, PhaseConfig, TrainConfig
+from pipelines.train.log import read_log
+
+pytestmark = pytest.mark.timeout(1800)
+
+ALIGN, INSTRUCT = 16, 8
+
+
+def _config(instruct: Path | None, **settings: Any) -> TrainConfig:
+    defaults: dict[str, Any] = {
+        "align": PhaseConfig(steps=ALIGN, learning_rate=5e-3, micro_batch=2, accumulation=2),
+        "instruct": PhaseConfig(steps=INSTRUCT, learning_rate=5e-3, micro_batch=2, accumulation=2),
+        "instruct_data": str(instruct) if instruct else None,
+        "lora": LoraSettings(rank=4, alpha=8),
+        "cpus_per_worker": 0.5,
+        "checkpoint_every": 5,
+        "max_failures": 1,
+    }
+    return TrainConfig(**{**defaults, **settings})
+
+
+def _weights(output: Path) -> dict[str, torch.Tensor]:
+    return {**load_file(output / WEIGHTS), **load_file(output / NON_LORA)}
+
+
+@pytest.fixture(scope="module")
+def data(tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("data")
+    refined = tiny.write_dataset(root / "refined", rows=10, broken=1)
+    return {"refined": refined, "instruct": tiny.write_instructions(root / "instruct.json", rows=6, text_only=2)}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(
+    ray_cluster: None, model_dir: Path, data: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, dict[str, Any]]:
+    output = tmp_path_factory.mktemp("undisturbed") / "adapter"
+    return output, loop.run(data["refined"], model_dir, output, _config(data["instruct"]), arm="enhanced")
+
+
+@pytest.mark.heavy
+def test_both_phases_leave_an_adapter_and_its_history(
+    undisturbed: tuple[Path, dict[str, Any]], model_dir: Path, data: dict[str, Path]
+) -> None:
+    """Files, manifest, log, TensorBoard and checkpoints are as promised, and checkpoints hold no base model."""
+    output, manifest = undisturbed
+    for name in (CONFIG, WEIGHTS, NON_LORA, "log.jsonl", "tensorboard", "checkpoints", "MANIFEST.json"):
+        assert (output / name).exists(), name
+    assert [(line["phase"], line["step"]) for line in read_log(output)] == [
+        *(("align", step) for step in range(1, ALIGN + 1)),
+        *(("instruct", step) for step in range(1, INSTRUCT + 1)),
+    ]
+    assert set(read_log(output)[0]) == {
+        "phase", "step", "loss", "grad_norm", "learning_rate", "samples_per_second", "seconds",
+    }  # fmt: skip
+    assert manifest["rows_in"] == {"align": 11, "instruct": 8}
+    assert manifest["rows_broken"] == {"align": 1, "instruct": 0}
+    assert list(manifest["broken"]["align"].values()) == ["not an image"]
+    assert all(verdict.passed for verdict in check_adapter(output, model_dir))
+    checkpoints = list((output / "checkpoints" / loop.RUN).glob("checkpoint_*"))
+    assert len(checkpoints) == 2
+    trained = sum(tensor.nbytes for tensor in _weights(output).values())
+    size = sum(file.stat().st_size for file in checkpoints[0].rglob("*") if file.is_file())
+    assert size < 4 * trained + 50_000  # weights and AdamW's two moments
+    again = loop.run(data["refined"], model_dir, output, _config(data["instruct"], log_every=3), arm="enhanced")
+    assert again == manifest  # done already: nothing starts
+
+
+@pytest.mark.heavy
+def test_another_setting_is_another_run(
+    undisturbed: tuple[Path, dict[str, Any]], model_dir: Path, data: dict[str, Path]
+) -> None:
+    """An output directory of a different run is refused with the key that differs."""
+    with pytest.raises(UserError, match="config.seed"):
+        loop.run(data["refined"], model_dir, undisturbed[0], _config(data["instruct"], seed=1))
+
+
+_DRIVER = """
+import sys
+from pathlib import Path
+import ray
+from pipelines.train import loop
+from pipelines.train.config import LoraSettings, PhaseConfig, TrainConfig
+refined, instruct, model, output = sys.argv[1:]
+ray.init(num_cpus=2, include_dashboard=False, object_store_memory=200_000_000)
+align = PhaseConfig(steps={align}, learning_rate=5e-3, micro_batch=2, accumulation=2)
+tune = PhaseConfig(steps={instruct}, learning_rate=5e-3, micro_batch=2, accumulation=2)
+loop.run(refined, model, output, TrainConfig(align=align, instruct=tune, instruct_data=instruct,
+    lora=LoraSettings(rank=4, alpha=8), cpus_per_worker=0.5, checkpoint_every=5, max_failures=1))
+"""
+
+
+def _wait(condition: Callable[[], Any], process: subprocess.Popen[bytes], seconds: float = 900) -> Any:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        value = condition()
+        if value:
+            return value
+        assert process.poll() is None, "the driver ended too early"
+        time.sleep(0.02)
+    raise AssertionError("waited in vain")
+
+
+@pytest.mark.heavy
+def test_a_killed_worker_and_a_killed_driver_change_nothing(
+    undisturbed: tuple[Path, dict[str, Any]], model_dir: Path, data: dict[str, Path], tmp_path: Path
+) -> None:
+    """kill -9 of the worker in `align`, of the driver in `instruct`; the same command ends with the same bits and log."""
+    import psutil
+
+    output = tmp_path / "adapter"
+    arguments = [str(data["refined"]), str(data["instruct"]), str(model_dir), str(output)]
+    code = _DRIVER.format(align=ALIGN, instruct=INSTRUCT)
+    process = subprocess.Popen([sys.executable, "-c", code, *arguments], env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+    def reached(phase: str, step: int) -> bool:
+        return any(line["phase"] == phase and line["step"] >= step for line in read_log(output))
+
+    def worker() -> Any:
+        children = psutil.Process(process.pid).children(recursive=True)
+        return next((c for c in children if "RayTrainWorker" in " ".join(c.cmdline()[:1])), None)
+
+    try:
+        _wait(lambda: reached("align", 7), process)
+        _wait(worker, process).send_signal(signal.SIGKILL)
+        _wait(lambda: reached("instruct", 6), process)
+    finally:
+        children = psutil.Process(process.pid).children(recursive=True)
+        process.kill()
+        process.wait()
+        psutil.wait_procs(children, timeout=60)  # a local cluster ends with its driver
+    assert not (output / "MANIFEST.json").exists()
+    loop.run(data["refined"], model_dir, output, _config(data["instruct"]))
+
+    expected, found = _weights(undisturbed[0]), _weights(output)
+    assert set(expected) == set(found)
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    curve = [(line["phase"], line["step"], line["loss"], line["grad_norm"]) for line in read_log(undisturbed[0])]
+    assert [(line["phase"], line["step"], line["loss"], line["grad_norm"]) for line in read_log(output)] == curve
+
+
+@pytest.mark.heavy
+def test_zero_shards_train_as_ddp_does(
+    ray_cluster: None, model_dir: Path, data: dict[str, Path], tmp_path: Path
+) -> None:
+    """ZeRO-2 and ZeRO-3 on two workers, really on (the engine is asked): full tensors, and the weights that DDP gets."""
+    pytest.importorskip("deepspeed")
+    results = {}
+    for strategy in ("ddp", "zero2", "zero3"):
+        config = _config(
+            data["instruct"], workers=2, strategy=strategy, precision="float32", lora=LoraSettings(rank=4, dropout=0.0)
+        )
+        loop.run(data["refined"], model_dir, tmp_path / strategy, config)
+        assert all(verdict.passed for verdict in check_adapter(tmp_path / strategy, model_dir))
+        results[strategy] = _weights(tmp_path / strategy), read_log(tmp_path / strategy)
+    for strategy in ("zero2", "zero3"):
+        weights, log = results[strategy]
+        for name, tensor in results["ddp"][0].items():
+            torch.testing.assert_close(weights[name], tensor, rtol=0.05, atol=5e-3)
+        for line, reference in zip(log, results["ddp"][1], strict=True):
+            assert line["loss"] == pytest.approx(reference["loss"], rel=1e-2)
+            assert line["grad_norm"] == pytest.approx(reference["grad_norm"], rel=5e-2)
+
+
+@pytest.mark.heavy
+def test_zero_continues_from_its_shards(
+    ray_cluster: None, model_dir: Path, data: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A ZeRO-3 run that stopped after a checkpoint goes on from it, with the losses of an undisturbed run."""
+    pytest.importorskip("deepspeed")
+    config = _config(None, strategy="zero3", workers=2)
+    loop.run(data["refined"], model_dir, tmp_path / "whole", config)
+    whole = read_log(tmp_path / "whole")
+    # The state that a kill between the last two checkpoints leaves: everything but the newest one.
+    shutil.copytree(tmp_path / "whole", tmp_path / "half")
+    (tmp_path / "half" / "MANIFEST.json").unlink()
+    _forget_last_checkpoint(tmp_path / "half" / "checkpoints" / loop.RUN)
+    loop.run(data["refined"], model_dir, tmp_path / "half", config)
+    assert [line["loss"] for line in read_log(tmp_path / "half")] == [line["loss"] for line in whole]
+    expected, found = load_file(tmp_path / "whole" / NON_LORA), load_file(tmp_path / "half" / NON_LORA)
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    assert not (tmp_path / "half" / WEIGHTS).exists()
+
+
+def _forget_last_checkpoint(run: Path) -> None:
+    import json
+
+    path = run / "checkpoint_manager_snapshot.json"
+    snapshot = json.loads(path.read_text())
+    results = snapshot["checkpoint_results"]
+    last = max(results, key=lambda result: str(result["checkpoint_dir_name"]))
+    results.remove(last)
+    snapshot["latest_checkpoint_result"] = results[-1]
+    path.write_text(json.dumps(snapshot))
+    shutil.rmtree(run / last["checkpoint_dir_name"])
+
+
+@pytest.mark.heavy
+def test_mistakes_end_with_a_message_and_no_retry(
+    ray_cluster: None, model_dir: Path, data: dict[str, Path], tmp_path: Path
+) -> None:
+    """A worker that finds an impossible setting says so once; Ray does not start it again."""
+    config = _config(data["instruct"], lora=LoraSettings(target_modules="q_proj"))
+    with pytest.raises(UserError, match="matches no module"):
+        loop.run(data["refined"], model_dir, tmp_path / "out", config)
+    assert not read_log(tmp_path / "out")
+
+
+def test_impossible_requests_are_refused_before_ray(model_dir: Path, data: dict[str, Path], tmp_path: Path) -> None:
+    """No phase at all, no such input, no such model: nothing is created."""
+    with pytest.raises(UserError, match="no instruct phase"):
+        loop.run(data["refined"], model_dir, tmp_path / "out", _config(None, align=PhaseConfig(steps=0)))
+    with pytest.raises(UserError, match="nowhere: no such file"):
+        loop.run(tmp_path / "nowhere", model_dir, tmp_path / "out", _config(None))
+    with pytest.raises(UserError, match="not a model directory"):
+        loop.run(data["refined"], tmp_path, tmp_path / "out", _config(None))
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,201 @@
+from __future__ import annotations
+
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pipelines.errors import UserError, WorkFailed
+from pipelines.train import features
+from pipelines.train.config import LoraSettings, PhaseConfig
+from pipelines.train.log import TrainLog, read_log
+from pipelines.train.step import add_lora, learning_rate, load_base, prepare, train_projector
+
+PHASE = PhaseConfig(steps=12, learning_rate=5e-3, warmup=0.0, max_grad_norm=1.0)
+
+
+def _aligning(model_dir: Path, *, checkpointing: bool = False) -> Any:
+    model = load_base(model_dir, "float32")
+    train_projector(model)
+    prepare(model, checkpointing)
+    return model
+
+
+def _losses(
+    tiny: Any, model: Any, model_dir: Path, loader: Any, precision: str = "float32", steps: int = 12
+) -> list[float]:
+    engine = tiny.engine(model, model_dir, PHASE, precision)
+    return [engine.step(batches, learning_rate(PHASE, n)).loss for n, batches in enumerate(loader.steps(0, steps))]
+
+
+def test_align_trains_projector_and_uni_modules_only(tiny: Any, model_dir: Path, tmp_path: Path) -> None:
+    """After some steps exactly these tensors differ from the base model, and the loss fell."""
+    model, base = _aligning(model_dir), load_base(model_dir, "float32").state_dict()
+    losses = _losses(tiny, model, model_dir, tiny.loader(model_dir, tiny.write_dataset(tmp_path / "data"), "align"))
+    changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, base[name])}
+    prefixes = {name.split(".")[1] for name in changed}
+    assert prefixes == {"multi_modal_projector", "uni_query", "uni_key", "uni_value"}
+    assert losses[-1] < losses[0] - 0.02
+
+
+def test_instruct_trains_lora_and_projector_only(tiny: Any, model_dir: Path, tmp_path: Path) -> None:
+    """The language model's own weights and both towers stay; every LoRA B has moved; the loss fell."""
+    model, base = _aligning(model_dir), load_base(model_dir, "float32").state_dict()
+    add_lora(model, LoraSettings(rank=4), seed=0)
+    prepare(model, checkpointing=True)
+    trainable = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert all("lora_" in name or ".uni_" in name or "multi_modal_projector" in name for name in trainable)
+    assert sum("lora_A" in name for name in trainable) == 2 * 7
+    losses = _losses(
+        tiny, model, model_dir, tiny.loader(model_dir, tiny.write_instructions(tmp_path / "i.json"), "instruct")
+    )
+    for name, tensor in model.state_dict().items():
+        plain = name.replace(".base_layer", "")
+        if plain in base and name not in trainable:
+            assert torch.equal(tensor, base[plain]), name
+        if "lora_B" in name:
+            assert tensor.any(), name
+    assert losses[-1] < losses[0] - 0.1
+
+
+def test_instruct_may_leave_the_projector_alone(model_dir: Path) -> None:
+    """`instruct_projector: false`: LoRA is all that learns."""
+    model = load_base(model_dir, "float32")
+    add_lora(model, LoraSettings(), seed=0)
+    assert all("lora_" in name for name, p in model.named_parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "message"),
+    [
+        (r"q_proj", "matches no module.*model.language_model.layers.0"),
+        (r".*\.q_proj", r"outside of the language model, e.g. model.vision_tower"),
+        (r"(", "is not a regular expression"),
+    ],
+)
+def test_wrong_lora_targets_are_errors(model_dir: Path, pattern: str, message: str) -> None:
+    """A leaf name, a pattern that also hits the CLIP tower, and no pattern at all."""
+    with pytest.raises(UserError, match=message):
+        add_lora(load_base(model_dir, "float32"), LoraSettings(target_modules=pattern), seed=0)
+
+
+def test_accumulation_equals_one_big_batch(tiny: Any, model_dir: Path, tmp_path: Path) -> None:
+    """Rows of unequal length: four micro-batches of two weigh every token as one batch of eight does."""
+    data = tiny.write_instructions(tmp_path / "i.json", rows=8, text_only=4)
+    results = []
+    for micro, accumulation in ((8, 1), (2, 4)):
+        model = _aligning(model_dir)
+        loader = tiny.loader(model_dir, data, "instruct", micro_batch=micro, accumulation=accumulation)
+        engine = tiny.engine(model, model_dir, PHASE)
+        step = engine.step(loader.step(0), 1e-2)
+        results.append((step, engine.weights()))
+    (big, big_weights), (small, small_weights) = results
+    assert small.samples == big.samples == 8
+    assert small.loss == pytest.approx(big.loss, rel=1e-5) and small.grad_norm == pytest.approx(big.grad_norm, rel=1e-4)
+    for name, tensor in big_weights.items():
+        torch.testing.assert_close(small_weights[name], tensor, rtol=1e-3, atol=2e-4)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+def test_cached_features_give_the_same_losses(tiny: Any, model_dir: Path, tmp_path: Path, precision: str) -> None:
+    """Encoding each image once is an optimization and nothing else."""
+    from pipelines.train.step import autocast
+
+    data, losses = tiny.write_dataset(tmp_path / "data", rows=10, broken=1), []
+    for cached in (False, True):
+        model, loader = _aligning(model_dir), tiny.loader(model_dir, data, "align")
+        if cached:
+            normalize = _normalize(model_dir)
+            context = autocast(torch.device("cpu"), precision)
+            loader.features = features.fill(model.model, normalize, loader, loader.images(0, 12), 1 << 30, context)
+            assert len(loader.features.slots) == 10 and list(loader.features.bad.values()) == ["not an image"]
+        losses.append(_losses(tiny, model, model_dir, loader, precision))
+        assert len(loader.rows.broken) == 1
+    torch.testing.assert_close(losses[0], losses[1], rtol=1e-6 if precision == "float32" else 2e-3, atol=0)
+
+
+def _normalize(model_dir: Path) -> Any:
+    from pipelines.adapters.probe import load_processor
+
+    return load_processor(model_dir).image_processor.normalize
+
+
+def test_features_that_do_not_fit_are_not_kept(tiny: Any, model_dir: Path, tmp_path: Path) -> None:
+    """The memory limit decides before more than one group of images was encoded."""
+    model, loader = _aligning(model_dir), tiny.loader(model_dir, tiny.write_dataset(tmp_path / "data"), "align")
+    assert features.fill(model.model, _normalize(model_dir), loader, loader.images(0, 3), 1000, nullcontext) is None
+
+
+def test_tower_outputs_lead_to_the_models_own_features(model_dir: Path) -> None:
+    """features.py splits `get_image_features` at the towers; both halves together must be the whole."""
+    torch.manual_seed(0)
+    model = load_base(model_dir, "float32").model
+    pixels, aux = torch.randn(3, 3, 32, 32), torch.randn(3, 3, 64, 64)
+    with torch.no_grad():
+        whole = model.get_image_features(pixels, aux)
+        halves = features.image_features(model, features.tower_outputs(model, pixels, aux))
+    assert torch.equal(whole, halves)
+
+
+def test_gradient_checkpointing_changes_no_number(tiny: Any, model_dir: Path, tmp_path: Path) -> None:
+    """Recomputing activations saves memory; the losses are the same."""
+    data = tiny.write_dataset(tmp_path / "data")
+    losses = [
+        _losses(tiny, _aligning(model_dir, checkpointing=c), model_dir, tiny.loader(model_dir, data, "align"), steps=4)
+        for c in (False, True)
+    ]
+    assert losses[0] == losses[1]
+
+
+def test_a_loss_that_is_no_number_stops_the_run(tiny: Any, model_dir: Path, tmp_path: Path) -> None:
+    """NaN is reported as such, and the weights are not updated with it."""
+    model = _aligning(model_dir)
+    model.model.multi_modal_projector[0].weight.data.fill_(float("nan"))
+    loader = tiny.loader(model_dir, tiny.write_dataset(tmp_path / "data"), "align")
+    with pytest.raises(WorkFailed, match="loss became nan"):
+        tiny.engine(model, model_dir, PHASE).step(loader.step(0), 1e-3)
+
+
+def test_schedule_rises_and_falls() -> None:
+    """Warm-up reaches the peak, the cosine ends near zero."""
+    phase = PhaseConfig(steps=100, learning_rate=1.0, warmup=0.1)
+    rates = [learning_rate(phase, step) for step in range(100)]
+    assert rates[0] == pytest.approx(0.1) and max(rates) == rates[10] == 1.0 and rates[-1] < 1e-3
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+
+
+def test_models_that_cannot_be_trained_are_named(tmp_path: Path, model_dir: Path) -> None:
+    """No configuration, no weights: the directory and what it lacks."""
+    with pytest.raises(UserError, match="no config.json"):
+        load_base(tmp_path, "float32")
+    (tmp_path / "config.json").write_text((model_dir / "config.json").read_text())
+    with pytest.raises(UserError, match="without weights"):
+        load_base(tmp_path, "float32")
+
+
+def test_the_log_of_a_resumed_run_has_every_step_once(tmp_path: Path) -> None:
+    """Lines after the checkpoint and a line cut short by the kill go; TensorBoard's curves follow."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    def line(phase: str, step: int, loss: float) -> dict[str, Any]:
+        return {"phase": phase, "step": step, "loss": loss, "grad_norm": 1.0, "learning_rate": 1e-3} | {
+            "samples_per_second": 1.0,
+            "seconds": 1.0,
+        }
+
+    first = TrainLog(tmp_path, {})
+    for step in (1, 2, 3, 4):
+        first.write(line("align", step, loss=step))
+    first.close()
+    with (tmp_path / "log.jsonl").open("a") as stream:
+        stream.write('{"phase": "align", "st')
+    second = TrainLog(tmp_path, {"align": 2})
+    for step in (3, 4):
+        second.write(line("align", step, loss=10 * step))
+    second.close()
+    assert [(entry["step"], entry["loss"]) for entry in read_log(tmp_path)] == [(1, 1), (2, 2), (3, 30), (4, 40)]
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [(e.step, e.value) for e in events.Scalars("align/loss")] == [(1, 1), (2, 2), (3, 30), (4, 40)]

@@ -1,0 +1,188 @@
+"""A tiny random MGM with a real tokenizer, and a training set of coloured squares. Shared by the train and adapters tests."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+COLOURS = {"red": (220, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 220), "white": (240, 240, 240)}
+_WORDS = ["a", "an", "square", "of", "colour", "what", "is", "the", "?", ".", "user", "model", *COLOURS]
+SPECIAL = ["<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>", "<image>"]
+
+
+def tokenizer() -> Any:
+    """A byte-level BPE tokenizer with Gemma's special tokens, built in memory."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
+    )
+    core.train_from_iterator([" ".join(_WORDS)] * 10, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        bos_token="<bos>",
+        eos_token="<eos>",
+        pad_token="<pad>",
+        unk_token="<unk>",
+        extra_special_tokens=["<start_of_turn>", "<end_of_turn>", "<image>"],
+    )
+
+
+def write_model(
+    directory: Path, *, layers: int = 2, hidden: int = 32, dtype: str = "float32", tie: bool = True
+) -> Path:
+    """Save a random MGM (16 visual tokens an image) and its processor."""
+    import torch
+    from transformers import CLIPVisionConfig, GemmaConfig
+
+    from pipelines.mgm.configuration import MGMConfig, MGMConvNextConfig
+    from pipelines.mgm.modeling import MGMForConditionalGeneration
+    from pipelines.mgm.processing import MGMProcessor
+
+    tok = tokenizer()
+    config = MGMConfig(
+        text_config=GemmaConfig(
+            vocab_size=len(tok),
+            hidden_size=hidden,
+            num_hidden_layers=layers,
+            num_attention_heads=4,
+            num_key_value_heads=1,
+            head_dim=max(8, hidden // 4),
+            intermediate_size=2 * hidden,
+            tie_word_embeddings=tie,
+            bos_token_id=tok.bos_token_id,
+            eos_token_id=tok.eos_token_id,
+            pad_token_id=tok.pad_token_id,
+        ),
+        vision_config=CLIPVisionConfig(
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            image_size=32,
+            patch_size=8,
+        ),
+        vision_config_aux=MGMConvNextConfig(
+            hidden_sizes=[8, 16], depths=[1, 1], num_stages=2, layer_scale_init_value=0.5
+        ),
+        image_token_id=tok.convert_tokens_to_ids("<image>"),
+        image_size_aux=64,
+    )
+    torch.manual_seed(0)
+    model = MGMForConditionalGeneration(config).to(getattr(torch, dtype))
+    model.generation_config.eos_token_id = [tok.eos_token_id, tok.convert_tokens_to_ids("<end_of_turn>")]
+    model.generation_config.pad_token_id = tok.pad_token_id
+    model.save_pretrained(directory)
+    MGMProcessor.from_config(config, tok).save_pretrained(directory)
+    return directory
+
+
+def jpeg(colour: str, shade: int = 0, size: tuple[int, int] = (48, 40)) -> bytes:
+    """Encoded bytes of a one-colour picture."""
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    Image.new("RGB", size, tuple(max(0, part - shade) for part in COLOURS[colour])).save(buffer, "JPEG")
+    return buffer.getvalue()
+
+
+def write_dataset(directory: Path, rows: int = 12, *, broken: int = 0, in_record: bool = True) -> Path:
+    """A refined dataset: `rows` good records and `broken` ones whose image does not decode."""
+    from pipelines.manifest import open_stage
+    from pipelines.records import new_record, write_shard
+
+    stage = open_stage(directory, "refine", {"config": {"text": "recaption"}, "rows": rows})
+    names = list(COLOURS)
+    records = []
+    for number in range(rows + broken):
+        colour = names[number % len(names)]
+        data = jpeg(colour, shade=number) if number < rows else b"\xff\xd8 no picture %d" % number
+        uri = None
+        if not in_record:
+            uri = str(directory.parent / f"{directory.name}-{number}.jpg")
+            Path(uri).write_bytes(data)
+        record = new_record("junk", image=data if in_record else None, image_uri=uri, content=data)
+        record["recaption"], record["keep"] = f"a square of the colour {colour}.", True
+        records.append(record)
+    write_shard(directory / "part-0.parquet", records[::2])
+    write_shard(directory / "part-1.parquet", records[1::2])
+    stage.finish(rows_in=len(records), rows_out=len(records))
+    return directory
+
+
+def write_instructions(path: Path, rows: int = 8, text_only: int = 0) -> Path:
+    """A LLaVA JSON beside an `images` folder."""
+    (path.parent / "images").mkdir(parents=True, exist_ok=True)
+    entries = []
+    for number in range(rows):
+        colour = list(COLOURS)[number % len(COLOURS)]
+        (path.parent / "images" / f"{number}.jpg").write_bytes(jpeg(colour, shade=number))
+        turns = [
+            {"from": "human", "value": "<image>\nwhat is the colour ?"},
+            {"from": "gpt", "value": colour},
+        ]
+        entries.append({"id": str(number), "image": f"images/{number}.jpg", "conversations": turns})
+    for number in range(text_only):
+        turns = [{"from": "human", "value": "what is a square ?"}, {"from": "gpt", "value": "a square."}]
+        entries.append({"id": f"text-{number}", "conversations": turns})
+    path.write_text(json.dumps(entries))
+    return path
+
+
+def loader(
+    model_dir: Path, data: Path, phase: str, *, micro_batch: int = 4, accumulation: int = 1, seed: int = 0
+) -> Any:
+    """The batches of one phase for a single worker."""
+    from pipelines.adapters.probe import load_processor
+    from pipelines.train.data import Loader, Sampler, Share, Templates
+    from pipelines.train.rows import read_rows
+
+    processor = load_processor(model_dir)
+    rows = read_rows(data)
+    return Loader(
+        rows,
+        getattr(Templates(processor, 512), phase),
+        processor.image_processor.resize,
+        Sampler(len(rows), seed, phase),
+        Share(0, 1, micro_batch, accumulation),
+        processor.tokenizer.pad_token_id,
+    )
+
+
+def engine(model: Any, model_dir: Path, phase: Any, precision: str = "float32") -> Any:
+    """A `TorchEngine` on the CPU for a model that is ready to train."""
+    import torch
+
+    from pipelines.adapters.probe import load_processor
+    from pipelines.train.step import TorchEngine, TrainForward
+
+    forward = TrainForward(model, load_processor(model_dir).image_processor.normalize)
+    return TorchEngine(forward, phase, precision, torch.device("cpu"))
+
+
+def train_adapter(model_dir: Path, data: Path, directory: Path, *, lora: bool = True, steps: int = 3) -> Path:
+    """A trained adapter directory, made without Ray."""
+    from pipelines.adapters.files import write_adapter
+    from pipelines.train.config import LoraSettings, PhaseConfig
+    from pipelines.train.step import add_lora, learning_rate, load_base, prepare, train_projector
+
+    phase = PhaseConfig(steps=steps, learning_rate=1e-2, warmup=0.0)
+    model = load_base(model_dir, "float32")
+    train_projector(model)
+    config = add_lora(model, LoraSettings(rank=4, alpha=8, dropout=0.0), seed=0) if lora else None
+    prepare(model, checkpointing=False)
+    learner, batches = (
+        engine(model, model_dir, phase),
+        loader(model_dir, data, "instruct" if data.is_file() else "align"),
+    )
+    for step, batch in enumerate(batches.steps(0, steps)):
+        learner.step(batch, learning_rate(phase, step))
+    write_adapter(directory, learner.weights(), config)
+    return directory
