@@ -1,0 +1,221 @@
+"""TextVQA v0.5.1 (Singh et al., 2019): its files, the prompt that published scores were measured with, and its score.
+
+Annotations: `TextVQA_0.5.1_*.json`, `{"data": [{"question_id", "question", "image_id", "answers": [ten], ...}]}`;
+    pictures are
+`<image_id>.jpg`. OCR tokens come with the entries (`ocr_tokens`) or from `TextVQA_Rosetta_OCR_v0.2_*.json`.
+
+Predictions, three files with the same answers, each of which `read_predictions` reads back:
+
+- `predictions.jsonl`: one line per question, `{"question_id", "image_id", "prompt", "text", "error"}`.
+- `predictions_llava.jsonl`: the lines that the `eval_textvqa.py` of LLaVA and MGM reads; there `question_id` is the
+  picture's id.
+- `predictions_official.json`: the challenge's submission, `[{"question_id", "answer"}]`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from pipelines.errors import UserError
+from pipelines.evaluate.benchmark import Prediction, Question
+from pipelines.evaluate.metrics import ANSWERS, soft_score
+from pipelines.manifest import read_json, write_json
+
+INSTRUCTION = "Answer the question using a single word or phrase."
+OCR_HINT = "Reference OCR token: "
+
+
+def load(annotations: Path | str, *, ocr_tokens: bool = False, ocr: Path | str | None = None) -> list[Question]:
+    """Questions in the order of the annotation file.
+
+    Args:
+        ocr_tokens: put them into the prompt.
+        ocr: the Rosetta file, when the entries themselves hold no `ocr_tokens`.
+
+    Raises:
+        UserError: no such file, not this layout, a question without its ten answers, an id twice; the question is
+            named.
+    """
+    path = Path(annotations)
+    entries = _entries(path)
+    rosetta = _rosetta(Path(ocr)) if ocr and ocr_tokens else {}
+    questions: dict[str, Question] = {}
+    for row, entry in enumerate(entries):
+        question = _question(entry, f"{path}: data[{row}]")
+        if question.id in questions:
+            raise UserError(f"{path}: data[{row}]: question_id {question.id} occurs twice")
+        tokens = _tokens(entry, rosetta, path, question) if ocr_tokens else None
+        questions[question.id] = Question(**{**vars(question), "prompt": prompt(question.text, tokens)})
+    return list(questions.values())
+
+
+def prompt(question: str, ocr_tokens: Sequence[str] | None = None) -> str:
+    """What is asked. With OCR tokens there is a line for them even when the picture has none, as in the files that
+    published scores come from.
+    """
+    hint = "" if ocr_tokens is None else f"\n{OCR_HINT}{', '.join(ocr_tokens)}"
+    return f"{question}{hint}\n{INSTRUCTION}"
+
+
+def image_path(images: Path, image_id: str) -> Path:
+    """`<image_id>.jpg`."""
+    return images / f"{image_id}.jpg"
+
+
+def score_question(question: Question, prediction: Prediction) -> float:
+    """Soft score in [0, 1]; a failed request scores 0 whatever its text."""
+    if len(question.answers) != ANSWERS:
+        raise UserError(
+            f"question_id {question.id}: {len(question.answers)} answers where TextVQA's score needs {ANSWERS}"
+        )
+    return 0.0 if prediction.error else soft_score(prediction.text, question.answers)
+
+
+def write_predictions(
+    directory: Path, questions: Sequence[Question], predictions: dict[str, Prediction], model: str
+) -> None:
+    """Write the three files; each appears whole or not at all."""
+    ours, llava, official = [], [], []
+    for question in questions:
+        said = predictions[question.id]
+        answer = {"prompt": question.prompt, "text": said.text}
+        number = _number(question.id)
+        ours.append({"question_id": number, "image_id": question.image_id, **answer, "error": said.error})
+        metadata = {"error": said.error} if said.error else {}
+        llava.append(
+            {
+                "question_id": question.image_id,
+                **answer,
+                "answer_id": question.id,
+                "model_id": model,
+                "metadata": metadata,
+            }
+        )
+        official.append({"question_id": number, "answer": said.text})
+    _write_lines(directory / "predictions.jsonl", ours)
+    _write_lines(directory / "predictions_llava.jsonl", llava)
+    write_json(directory / "predictions_official.json", official)
+
+
+def read_predictions(path: Path | str, questions: Sequence[Question]) -> dict[str, Prediction]:
+    """Answers by question id, from any of the three files.
+
+    Raises:
+        UserError: not such a file, an answer to no question, a question answered twice or not at all (the ids are
+            named).
+    """
+    path = Path(path)
+    known = {question.id for question in questions}
+    by_image: dict[tuple[str, str], list[str]] = defaultdict(list)
+    for question in questions:
+        by_image[question.image_id, question.text.lower()].append(question.id)
+    found: dict[str, Prediction] = {}
+    for row, entry in enumerate(_prediction_rows(path)):
+        where = f"{path}: answer {row + 1}"
+        if not isinstance(entry, dict) or "question_id" not in entry or not ("text" in entry or "answer" in entry):
+            raise UserError(f"{where}: needs 'question_id' and 'text' (or 'answer')")
+        text, error = entry.get("text", entry.get("answer")), entry.get("error") or _metadata_error(entry)
+        if not isinstance(text, str):
+            raise UserError(f"{where}: the answer must be text, not {type(text).__name__}")
+        key = _resolve(entry, by_image, found) or str(entry["question_id"])
+        if key not in known:
+            raise UserError(f"{where}: question_id {entry['question_id']} is no question of these annotations")
+        if key in found:
+            raise UserError(f"{where}: question_id {entry['question_id']} is answered twice")
+        found[key] = Prediction(key, text, error)
+    missing = [question.id for question in questions if question.id not in found]
+    if missing:
+        raise UserError(f"{path}: {len(missing)} of {len(questions)} questions have no answer: {_some(missing)}")
+    return found
+
+
+def _resolve(
+    entry: dict[str, Any], by_image: dict[tuple[str, str], list[str]], found: dict[str, Prediction]
+) -> str | None:
+    """Question id of a LLaVA line, which names the picture and carries the question inside its prompt; None for other
+    lines. Questions annotated twice for one picture are taken in their order.
+    """
+    if "prompt" not in entry or "image_id" in entry:
+        return None
+    lines = str(entry["prompt"]).split("\n")
+    question = lines[1] if len(lines) == 3 and lines[0].startswith(OCR_HINT.rstrip()) else lines[0]
+    ids = by_image.get((str(entry["question_id"]), question.lower()), [])
+    return next((key for key in ids if key not in found), ids[0] if ids else None)
+
+
+def _entries(path: Path) -> list[Any]:
+    if not path.is_file():
+        raise UserError(f"{path}: no such annotation file")
+    content = read_json(path)
+    entries = content.get("data") if isinstance(content, dict) else None
+    if not isinstance(entries, list) or not entries:
+        raise UserError(f"{path}: not in the TextVQA_0.5.1 layout (an object with a non-empty list 'data')")
+    return entries
+
+
+def _question(entry: Any, where: str) -> Question:
+    if not isinstance(entry, dict):
+        raise UserError(f"{where}: not an object")
+    for key in ("question_id", "question", "image_id"):
+        if key not in entry:
+            raise UserError(f"{where}: lacks '{key}'")
+    answers = entry.get("answers", [])
+    if not isinstance(answers, list) or not all(isinstance(answer, str) for answer in answers):
+        raise UserError(f"{where}: 'answers' of question_id {entry['question_id']} must be a list of texts")
+    if answers and len(answers) != ANSWERS:
+        raise UserError(f"{where}: question_id {entry['question_id']} has {len(answers)} answers, not {ANSWERS}")
+    return Question(str(entry["question_id"]), str(entry["image_id"]), str(entry["question"]), "", tuple(answers))
+
+
+def _rosetta(path: Path) -> dict[str, list[str]]:
+    return {str(entry["image_id"]): entry["ocr_tokens"] for entry in _entries(path) if "ocr_tokens" in entry}
+
+
+def _tokens(entry: dict[str, Any], rosetta: dict[str, list[str]], path: Path, question: Question) -> list[str]:
+    tokens = entry.get("ocr_tokens", rosetta.get(question.image_id))
+    if tokens is None:
+        raise UserError(
+            f"{path}: question_id {question.id} has no 'ocr_tokens'; name the Rosetta file with evaluate.ocr, "
+            "or set evaluate.ocr_tokens to false"
+        )
+    return [str(token) for token in tokens]
+
+
+def _prediction_rows(path: Path) -> Iterable[Any]:
+    if not path.is_file():
+        raise UserError(f"{path}: no such prediction file")
+    text = path.read_text(encoding="utf-8")
+    if text.lstrip().startswith("["):
+        return list(read_json(path))
+    rows = []
+    for number, line in enumerate(text.split("\n"), 1):  # not splitlines: an answer may hold U+2028
+        if line.strip():
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError as error:
+                raise UserError(f"{path}: line {number} is not valid JSON ({error})") from error
+    return rows
+
+
+def _metadata_error(entry: dict[str, Any]) -> str | None:
+    metadata = entry.get("metadata")
+    return metadata.get("error") if isinstance(metadata, dict) else None
+
+
+def _write_lines(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    part = path.with_name(path.name + ".part")
+    part.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    part.replace(path)
+
+
+def _number(key: str) -> int | str:
+    """The challenge's ids are numbers; an id that is none stays text."""
+    return int(key) if key.isdecimal() and str(int(key)) == key else key
+
+
+def _some(ids: Sequence[str], limit: int = 10) -> str:
+    return ", ".join(ids[:limit]) + (f" and {len(ids) - limit} more" if len(ids) > limit else "")

@@ -1,0 +1,1 @@
+"""The Ray Serve application: OpenAI-compatible answers of a merged MGM, in batches."""

@@ -1,0 +1,52 @@
+"""The `serve` section of a recipe."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pipelines.errors import UserError
+
+
+@dataclass
+class ServeConfig:
+    """How a merged model answers over HTTP.
+
+    Attributes:
+        replicas: model replicas.
+        cpus_per_replica: CPUs that Ray reserves for a replica; also its torch threads.
+        gpus_per_replica: GPUs that Ray reserves for a replica; 0 runs on the CPU.
+        max_batch_size: questions answered in one call of the model.
+        batch_wait_s: longest time the first question of a batch waits for others, in seconds.
+        max_new_tokens: upper limit for `max_tokens` of a request.
+        max_queued_requests: further requests get 429 with Retry-After.
+        request_timeout_s: a request that takes longer gets 408.
+        max_image_pixels: larger pictures are refused with 400.
+        max_image_bytes: larger files are refused with 413.
+        max_images: pictures in one request; more are refused with 400.
+        dtype: auto, float32, bfloat16 or float16.
+    """
+
+    replicas: int = 1
+    cpus_per_replica: float = 1.0
+    gpus_per_replica: float = 0.0
+    max_batch_size: int = 16
+    batch_wait_s: float = 0.02
+    max_new_tokens: int = 128
+    max_queued_requests: int = 512
+    request_timeout_s: float = 60.0
+    max_image_pixels: int = 50_000_000
+    max_image_bytes: int = 20_000_000
+    max_images: int = 16
+    dtype: str = "auto"
+
+    def __post_init__(self) -> None:
+        counts = ("replicas", "max_batch_size", "max_new_tokens", "max_queued_requests")
+        for key in (*counts, "max_image_pixels", "max_image_bytes", "max_images"):
+            if getattr(self, key) < 1:
+                raise UserError(f"serve.{key} must be at least 1, not {getattr(self, key)}")
+        if self.cpus_per_replica < 0 or self.gpus_per_replica < 0:
+            raise UserError("serve: cpus_per_replica and gpus_per_replica cannot be negative")
+        if self.request_timeout_s <= 0 or self.batch_wait_s < 0:
+            raise UserError("serve: request_timeout_s must be positive and batch_wait_s not negative")
+        if self.dtype not in ("auto", "float32", "bfloat16", "float16"):
+            raise UserError(f"serve.dtype must be auto, float32, bfloat16 or float16, not '{self.dtype}'")

@@ -1,0 +1,153 @@
+"""Comparisons: numbers against hand computation and scipy, and evaluations that must not be compared."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from pipelines.errors import UserError
+from pipelines.evaluate.compare import bootstrap_means, compare, interval, mcnemar, run, summarise
+from pipelines.evaluate.config import CompareConfig
+
+CONFIG = CompareConfig(resamples=4000, seed=3, examples=2)
+
+
+def arm(scores: list[float], **changes: Any) -> dict[str, Any]:
+    rows = [
+        {
+            "question_id": str(i),
+            "image_id": f"i{i}",
+            "question": "?",
+            "prediction": "p",
+            "answers": [],
+            "score": s,
+            "error": None,
+        }
+        for i, s in enumerate(scores)
+    ]
+    return {
+        "benchmark": "textvqa",
+        "accuracy": sum(scores) / len(scores),
+        "count": len(scores),
+        "errors": 0,
+        "ocr_tokens": False,
+        "max_new_tokens": 16,
+        "annotations": {"identity": "x"},
+        "questions": rows,
+    } | changes
+
+
+def test_differences_wins_and_mcnemar_by_hand() -> None:
+    """Eight questions; 0.3 counts as wrong and 0.6 as right."""
+    original = arm([0.0, 0.3, 1.0, 1.0, 0.0, 0.6, 0.0, 0.3])
+    enhanced = arm([1.0, 1.0, 1.0, 0.3, 0.0, 0.6, 0.6, 0.6])
+    result = compare({"original": original, "enhanced": enhanced}, CONFIG)
+    found = result["differences"]["enhanced"]
+    assert found["difference"] == pytest.approx((1 + 0.7 + 0 - 0.7 + 0 + 0 + 0.6 + 0.3) / 8)
+    assert (found["won"], found["lost"], found["tied"]) == (["0", "1", "6", "7"], ["3"], ["2", "4", "5"])
+    assert found["counts"] == {"won": 4, "lost": 1, "tied": 3}
+    test = found["mcnemar"]
+    assert (test["only_this_arm_correct"], test["only_baseline_correct"]) == (4, 1)
+    assert (test["both_correct"], test["neither_correct"]) == (2, 1)
+    assert test["p_value"] == pytest.approx(0.375)
+    assert [example["question_id"] for example in found["examples"]["won"]] == ["0", "1"]
+    assert result["arms"]["original"]["accuracy"] == original["accuracy"]
+
+
+@pytest.mark.parametrize("won, lost", [(0, 0), (1, 0), (5, 5), (9, 2), (2, 9), (400, 330), (2000, 1900)])
+def test_mcnemar_equals_the_exact_binomial_test(won: int, lost: int) -> None:
+    expected = stats.binomtest(won, won + lost, 0.5).pvalue if won + lost else 1.0
+    assert mcnemar(won, lost) == pytest.approx(expected, rel=1e-9)
+
+
+def test_intervals_agree_with_scipy_and_pair_the_arms() -> None:
+    random = np.random.default_rng(0)
+    base = random.choice([0.0, 0.3, 0.6, 0.9, 1.0], size=400)
+    better = np.clip(base + random.choice([0.0, 0.0, 0.3, -0.3], size=400), 0, 1)
+    ours = compare({"original": arm(list(base)), "enhanced": arm(list(better))}, CONFIG)
+    settings: dict[str, Any] = {"n_resamples": 4000, "method": "percentile", "rng": np.random.default_rng(1)}
+    paired = stats.bootstrap((better - base,), np.mean, **settings).confidence_interval
+    single = stats.bootstrap((base,), np.mean, **settings).confidence_interval
+    assert ours["differences"]["enhanced"]["interval"] == pytest.approx([paired.low, paired.high], abs=0.004)
+    assert ours["arms"]["original"]["interval"] == pytest.approx([single.low, single.high], abs=0.006)
+    assert np.diff(ours["differences"]["enhanced"]["interval"]) < 0.6 * np.diff(ours["arms"]["original"]["interval"])
+
+
+def test_resampling_is_seeded_and_does_not_need_memory_for_all_resamples() -> None:
+    scores = np.random.default_rng(0).random((2, 5000))
+    means = bootstrap_means(scores, 450, seed=1)
+    assert means.shape == (2, 450)
+    assert np.array_equal(means, bootstrap_means(scores, 450, seed=1))
+    assert not np.array_equal(means, bootstrap_means(scores, 450, seed=2))
+    assert means.std(axis=1) == pytest.approx(scores.std(axis=1) / 5000**0.5, rel=0.15)
+
+
+def test_the_interval_covers_as_often_as_it_says() -> None:
+    """200 experiments with a known mean: about 95 % of the intervals hold it."""
+    random = np.random.default_rng(5)
+    samples = (random.random((200, 80)) < 0.4).astype(float)
+    held = 0
+    for index, sample in enumerate(samples):
+        low, high = interval(bootstrap_means(sample[None], 400, seed=index)[0], 0.95)
+        held += low <= 0.4 <= high
+    assert 0.88 <= held / 200 <= 0.99
+
+
+def test_no_difference_is_no_finding() -> None:
+    same = arm([0.0, 1.0, 0.6])
+    found = compare({"original": same, "enhanced": same}, CONFIG)["differences"]["enhanced"]
+    assert found["difference"] == 0 and found["interval"] == [0, 0] and not found["excludes_zero"]
+    assert found["mcnemar"]["p_value"] == 1.0
+
+
+@pytest.mark.parametrize(
+    "changes, match",
+    [
+        ({"questions": arm([1.0, 1.0])["questions"]}, "same questions"),
+        ({"ocr_tokens": True}, "ocr_tokens is True and False"),
+        ({"max_new_tokens": 99}, "max_new_tokens"),
+        ({"annotations": {"identity": "y"}}, "different annotation files"),
+    ],
+)
+def test_what_must_not_be_compared(tmp_path: Path, changes: dict[str, Any], match: str) -> None:
+    for name, scores in (("original", arm([1.0] * 3)), ("enhanced", arm([1.0] * 3, **changes))):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "scores.json").write_text(json.dumps(scores))
+    evaluations = {name: tmp_path / name for name in ("original", "enhanced")}
+    with pytest.raises(UserError, match=match):
+        run(evaluations, tmp_path, CONFIG)
+
+
+def test_run_writes_the_comparison_and_names_what_is_missing(tmp_path: Path) -> None:
+    for name, value in (("original", 0.0), ("enhanced", 1.0), ("third", 0.3)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "scores.json").write_text(json.dumps(arm([value] * 5)))
+    evaluations = {name: tmp_path / name for name in ("original", "enhanced", "third")}
+    comparison = run(evaluations, tmp_path / "out", CONFIG)
+    assert json.loads((tmp_path / "out" / "comparison.json").read_text()) == comparison
+    assert comparison["differences"]["enhanced"]["interval"] == [1.0, 1.0]
+    assert set(comparison["differences"]) == {"enhanced", "third"}
+    with pytest.raises(UserError, match="at least two"):
+        run({"original": tmp_path / "original"}, tmp_path / "out", CONFIG)
+    with pytest.raises(UserError, match=r"compare\.baseline"):
+        run({"a": tmp_path / "third", "b": tmp_path / "enhanced"}, tmp_path / "out", CONFIG)
+    with pytest.raises(UserError, match="no finished evaluation"):
+        run({"original": tmp_path / "original", "enhanced": tmp_path / "out"}, tmp_path / "out", CONFIG)
+
+
+def test_several_seeds_are_summarised() -> None:
+    comparisons = [
+        compare({"original": arm([0.0] * 10), "enhanced": arm([1.0] * n + [0.0] * (10 - n))}, CONFIG) for n in (3, 5, 4)
+    ]
+    found = summarise(comparisons)["differences"]["enhanced"]
+    assert found["each"] == pytest.approx([0.3, 0.5, 0.4]) and found["mean"] == pytest.approx(0.4)
+    assert found["standard_deviation"] == pytest.approx(0.1) and found["same_sign"]
+    down = compare({"original": arm([1.0] * 10), "enhanced": arm([0.0] * 10)}, CONFIG)
+    assert not summarise([*comparisons, down])["differences"]["enhanced"]["same_sign"]
+    with pytest.raises(UserError, match="no comparisons"):
+        summarise([])

@@ -1,0 +1,125 @@
+"""The engine without Ray: a batch answers what its requests would get alone, and no request can hurt another."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from pipelines.errors import UserError
+from serve.directory import check_model_directory
+from serve.engine import Answer, Engine, Request
+
+Picture = Callable[[int], bytes]
+
+
+@pytest.fixture(scope="module")
+def engine(tiny_model: Path) -> Engine:
+    torch.set_num_threads(1)
+    return Engine(tiny_model, device="cpu")
+
+
+def request(text: str, *images: bytes, **settings: Any) -> Request:
+    pictures = [Image.open(io.BytesIO(image)).convert("RGB") for image in images]
+    content = [{"type": "image"} for _ in pictures] + [{"type": "text", "text": text}]
+    return Request([{"role": "user", "content": content}], pictures, **settings)
+
+
+def mixed(picture: Picture) -> list[Request]:
+    """None, one and two pictures; short and long prompts; greedy and drawn; every limit from 1 to 9."""
+    return [
+        request(
+            "Why? " * (1 + i % 4),
+            *[picture(i + k) for k in range(i % 3)],
+            max_tokens=1 + i % 9,
+            temperature=float(i % 2),
+            seed=i,
+        )
+        for i in range(12)
+    ]
+
+
+def test_a_batch_answers_like_its_requests_alone(engine: Engine, picture: Picture) -> None:
+    requests = mixed(picture)
+    together = engine.answer(requests)
+    assert together == [engine.answer([one])[0] for one in requests]
+    assert together[::-1] == engine.answer(requests[::-1])
+    assert len({answer.text for answer in together}) > 6, (
+        "the model says the same to everything; this test proves nothing"
+    )
+    for one, answer in zip(requests, together, strict=True):
+        assert answer.error is None and 1 <= answer.completion_tokens <= one.max_tokens
+        assert answer.finish_reason == "stop" or answer.completion_tokens == one.max_tokens
+
+
+def test_pictures_and_their_order_matter(engine: Engine, picture: Picture) -> None:
+    one, other, swapped = engine.answer(
+        [request("?", picture(1), picture(2), max_tokens=8), request("?", picture(3), picture(2), max_tokens=8)]
+        + [request("?", picture(2), picture(1), max_tokens=8)]
+    )
+    assert len({one.text, other.text, swapped.text}) == 3
+
+
+def test_one_bad_request_does_not_hurt_the_batch(engine: Engine, picture: Picture) -> None:
+    """Too long, a picture marker smuggled into the text, a picture part without its picture."""
+    good = [request("fine", picture(0), max_tokens=5), request("also fine", max_tokens=5)]
+    lost = request("x", picture(0))
+    lost.images.clear()
+    answers = engine.answer([good[0], request("long " * 200), request("<image>"), lost, good[1]])
+    assert [answers[0], answers[4]] == engine.answer(good)
+    assert "context of 512" in str(answers[1].error)
+    assert "<image>" in str(answers[2].error)
+    assert answers[3].error is not None
+
+
+def test_drawing_follows_the_softmax(engine: Engine) -> None:
+    """First tokens of many seeds have the frequencies that the temperature says; the same seed says the same."""
+    prompt = engine.prepare(request("draw", max_tokens=1))
+    with torch.inference_mode():
+        logits = engine.model(**prompt.inputs).logits[0, -1].double()
+    expected = torch.softmax(logits / 3, -1).topk(3)
+    prepared = [engine.prepare(request("draw", max_tokens=1, temperature=3.0, seed=seed)) for seed in range(600)]
+    rows: list[list[int]] = []
+    original = engine._read
+    engine._read = lambda prepared, row: rows.append(row) or Answer()  # type: ignore[method-assign,func-returns-value]
+    try:
+        engine.generate(prepared)
+        engine.generate(prepared[:50])
+    finally:
+        engine._read = original  # type: ignore[method-assign]
+    drawn, again = rows[:600], rows[600:]
+    assert drawn[:50] == again
+    for probability, token in zip(expected.values.tolist(), expected.indices.tolist(), strict=True):
+        found = sum(row[0] == token for row in drawn) / len(drawn)
+        assert abs(found - probability) < 5 * (probability * (1 - probability) / len(drawn)) ** 0.5
+
+
+def test_a_batch_that_does_not_fit_is_halved(engine: Engine, picture: Picture, monkeypatch: pytest.MonkeyPatch) -> None:
+    requests = mixed(picture)[:6]
+    expected = engine.answer(requests)
+    generate = engine.model.generate
+
+    def small_device(**inputs: Any) -> torch.Tensor:
+        if inputs["input_ids"].shape[0] > 2:
+            raise torch.OutOfMemoryError
+        return generate(**inputs)  # type: ignore[no-any-return]
+
+    monkeypatch.setattr(engine.model, "generate", small_device)
+    assert engine.answer(requests) == expected
+
+
+def test_a_directory_that_is_no_model_is_named(tmp_path: Path, tiny_model: Path) -> None:
+    with pytest.raises(UserError, match="no such model directory"):
+        check_model_directory(tmp_path / "none")
+    with pytest.raises(UserError, match=r"config\.json is missing"):
+        check_model_directory(tmp_path)
+    for file in tiny_model.iterdir():
+        if file.suffix != ".safetensors":
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+    with pytest.raises(UserError, match="without weights"):
+        check_model_directory(tmp_path)
