@@ -1,0 +1,130 @@
+"""Did better data make a better model? The answer in words, and what the drawing of it shows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from markupsafe import Markup
+
+from pipelines.report import charts, numbers
+from pipelines.report.collect import Run
+
+BENCHMARKS = {"textvqa": "TextVQA", "vqav2": "VQAv2", "mmbench": "MMBench"}
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One arm against the baseline. `mood` is `good`, `bad` or `open`."""
+
+    arm: str
+    mood: str
+    word: str
+    sentence: Markup
+
+
+def answers(run: Run) -> list[Answer]:
+    """One per arm that is compared with the baseline; none while the comparison is missing."""
+    if not run.seeds:
+        return []
+    _, first = run.seeds[0]
+    several = len(run.seeds) > 1
+    return [_over_seeds(run, arm) if several else _single(first, arm) for arm in first["differences"]]
+
+
+def _single(comparison: dict[str, Any], arm: str) -> Answer:
+    found, baseline = comparison["differences"][arm], comparison["baseline"]
+    low, high = found["interval"]
+    if found["excludes_zero"]:
+        mood, word = ("good", "Yes.") if found["difference"] > 0 else ("bad", "No, a worse one.")
+    else:
+        mood, word = "open", "Not shown."
+    sentence = Markup(
+        "Trained on the <b>{arm}</b> data the model scores <b>{score}</b> on {count} {benchmark} questions, trained on the "
+        "<b>{baseline}</b> data {base}: a difference of <b>{difference} points</b> ({confidence} interval {low} to {high})."
+    ).format(
+        arm=arm,
+        score=numbers.percent(comparison["arms"][arm]["accuracy"]),
+        count=numbers.count(comparison["count"]),
+        benchmark=benchmark(comparison),
+        baseline=baseline,
+        base=numbers.percent(comparison["arms"][baseline]["accuracy"]),
+        difference=numbers.points(found["difference"]),
+        confidence=confidence(comparison),
+        low=numbers.points(low),
+        high=numbers.points(high),
+    )
+    if mood == "open":
+        sentence += " The interval holds zero: this run cannot tell the two apart."
+    return Answer(arm, mood, word, sentence)
+
+
+def _over_seeds(run: Run, arm: str) -> Answer:
+    _, first = run.seeds[0]
+    summary = run.comparison["summary"]["differences"][arm]
+    mean, clear, number = summary["mean"], summary["intervals_exclude_zero"], len(run.seeds)
+    if summary["same_sign"] and clear == number:
+        mood, word = ("good", f"Yes, with all {number} seeds.") if mean > 0 else ("bad", "No, a worse one.")
+    elif summary["same_sign"]:
+        mood, word = "open", "Probably." if mean > 0 else "Probably not."
+    else:
+        mood, word = "open", "Not shown."
+    agreement = "with the same sign every time" if summary["same_sign"] else "but not with the same sign every time"
+    sentence = Markup(
+        "Over {number} training seeds the <b>{arm}</b> data move the score on {count} {benchmark} questions by "
+        "<b>{mean} points</b> on average against the <b>{baseline}</b> data ({each}), {agreement}; "
+        "the {confidence} interval excludes zero for {clear} of {number} seeds."
+    ).format(
+        number=number,
+        arm=arm,
+        count=numbers.count(first["count"]),
+        benchmark=benchmark(first),
+        mean=numbers.points(mean),
+        baseline=first["baseline"],
+        each=Markup(", ").join(numbers.points(value) for value in summary["each"]),
+        agreement=agreement,
+        confidence=confidence(first),
+        clear=clear,
+    )
+    return Answer(arm, mood, word, sentence)
+
+
+def plots(run: Run, styles: dict[str, int]) -> dict[str, Markup]:
+    """`scores` and `differences` with their intervals; empty without a comparison."""
+    if not run.seeds:
+        return {}
+    scores, differences = [], []
+    for seed, comparison in run.seeds:
+        suffix = "" if seed is None else f", seed {seed}"
+        for arm, found in comparison["arms"].items():
+            scores.append(_estimate(arm + suffix, found, "accuracy", numbers.percent_text, styles[arm]))
+        for arm, found in comparison["differences"].items():
+            name = f"{arm} {numbers.MINUS} {comparison['baseline']}{suffix}"
+            differences.append(_estimate(name, found, "difference", numbers.points_text, styles[arm]))
+    unit = f"{confidence(run.seeds[0][1])} intervals"
+    label = f"Score of each arm in percent, {unit}"
+    drawn = {"scores": charts.intervals(scores, label, lambda value: f"{value:g}")}
+    if differences:
+        label = f"Difference to the baseline in points, {unit}"
+        drawn["differences"] = charts.intervals(differences, label, _signed, zero="no difference")
+    return drawn
+
+
+def benchmark(comparison: dict[str, Any]) -> str:
+    """The benchmark's name as its authors write it."""
+    return BENCHMARKS.get(str(comparison.get("benchmark")), str(comparison.get("benchmark")))
+
+
+def confidence(comparison: dict[str, Any]) -> str:
+    """`95 %`."""
+    return f"{100 * comparison['confidence']:.3g}\N{NARROW NO-BREAK SPACE}%"
+
+
+def _signed(value: float) -> str:
+    return f"{value:+g}".replace("-", numbers.MINUS) if value else "0"
+
+
+def _estimate(name: str, found: dict[str, Any], key: str, text: Any, index: int) -> charts.Estimate:
+    low, high = found["interval"]
+    words = f"{text(found[key])}  ({text(low)} to {text(high)})"
+    return charts.Estimate(name, 100 * low, 100 * found[key], 100 * high, words, index)

@@ -1,0 +1,184 @@
+"""What lies in a run directory, finished or not. Reads; never computes, never fails over a part that is not there yet."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from pipelines.errors import UserError
+from pipelines.manifest import CLAIM, MANIFEST, read_json
+
+_STAGE_FOLDERS = ("dataset", "adapter", "merged", "predictions")
+_SEEDED = re.compile(r"(?P<arm>.+)-seed(?P<seed>-?\d+)")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage's output directory."""
+
+    directory: Path
+
+    @cached_property
+    def manifest(self) -> dict[str, Any]:
+        """The manifest; empty until the stage is complete."""
+        path = self.directory / MANIFEST
+        return dict(read_json(path)) if path.is_file() else {}
+
+    @property
+    def state(self) -> str:
+        """`done`, `unfinished` or `missing`."""
+        if self.manifest:
+            return "done"
+        return "unfinished" if (self.directory / CLAIM).exists() or self._holds_anything() else "missing"
+
+    @property
+    def inputs(self) -> dict[str, Any]:
+        """What the fingerprint was made of."""
+        return dict(self.manifest.get("inputs") or {})
+
+    def json(self, name: str) -> dict[str, Any]:
+        """A JSON file of the stage; empty when it is not there."""
+        path = self.directory / name
+        return dict(read_json(path)) if path.is_file() else {}
+
+    def _holds_anything(self) -> bool:
+        return self.directory.is_dir() and any(self.directory.iterdir())
+
+
+@dataclass(frozen=True)
+class Walk:
+    """One model's way: an arm's data, trained with one seed. `seed` is None when the run has a single one."""
+
+    arm: str
+    seed: int | None
+    directory: Path
+
+    @property
+    def name(self) -> str:
+        """As people call it: `enhanced`, or `enhanced, seed 1`."""
+        return self.arm if self.seed is None else f"{self.arm}, seed {self.seed}"
+
+    @cached_property
+    def adapter(self) -> Stage:
+        """Training."""
+        return Stage(self.directory / "adapter")
+
+    @cached_property
+    def merged(self) -> Stage:
+        """The merged model."""
+        return Stage(self.directory / "merged")
+
+    @cached_property
+    def evaluations(self) -> dict[str, Stage]:
+        """Benchmark -> evaluation."""
+        return {path.name: Stage(path) for path in sorted((self.directory / "predictions").glob("*")) if path.is_dir()}
+
+    @cached_property
+    def log(self) -> list[dict[str, Any]]:
+        """Lines of the training log, also of a training that still runs."""
+        from pipelines.train.log import read_log
+
+        return read_log(self.adapter.directory)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run directory.
+
+    Attributes:
+        recipe: the resolved recipe; empty when there is none.
+        datasets: arm -> refined dataset, the baseline first.
+        walks: every model that was or will be trained, in the order of `datasets` and seeds.
+        comparison: `comparison.json`; empty until all arms are evaluated.
+        seeds: (seed, comparison) of each training seed; one with seed None in a run of a single seed.
+    """
+
+    directory: Path
+    recipe: dict[str, Any]
+    recipe_text: str
+    captions: Stage
+    datasets: dict[str, Stage]
+    walks: list[Walk]
+    comparison: dict[str, Any]
+    seeds: list[tuple[int | None, dict[str, Any]]] = field(default_factory=list)
+
+    @property
+    def baseline(self) -> str:
+        """The arm that the others are compared with."""
+        return _baseline(self.recipe, self.comparison)
+
+    def stages(self) -> Iterator[tuple[str, Stage]]:
+        """Every stage directory that exists, with its path inside the run."""
+        places = [self.captions, *self.datasets.values()]
+        for walk in self.walks:
+            places += [walk.adapter, walk.merged, *walk.evaluations.values()]
+        for stage in places:
+            if stage.state != "missing":
+                yield str(stage.directory.relative_to(self.directory)), stage
+
+
+def collect(run_dir: Path | str) -> Run:
+    """Look at a run directory.
+
+    Raises:
+        UserError: no such directory, or one that holds nothing of a run.
+    """
+    directory = Path(run_dir).resolve()
+    if not directory.is_dir():
+        raise UserError(f"{run_dir}: no such run directory")
+    recipe_text, recipe = _recipe(directory / "recipe.yaml")
+    comparison = Stage(directory).json("comparison.json")
+    captions = Stage(directory / "captions")
+    walks = _walks(directory, recipe, comparison)
+    if not (recipe or comparison or walks or captions.state != "missing"):
+        raise UserError(f"{run_dir}: holds no run (no recipe.yaml, no captions/, no comparison.json)")
+    arms = list(dict.fromkeys(walk.arm for walk in walks))
+    datasets = {arm: Stage(directory / arm / "dataset") for arm in arms}
+    seeds: list[tuple[int | None, dict[str, Any]]] = [(None, comparison)] if comparison.get("arms") else []
+    if comparison.get("seeds"):
+        seeds = [(entry["seed"], entry) for entry in comparison["seeds"]]
+    return Run(directory, recipe, recipe_text, captions, datasets, walks, comparison, seeds)
+
+
+def _recipe(path: Path) -> tuple[str, dict[str, Any]]:
+    import yaml
+
+    if not path.is_file():
+        return "", {}
+    text = path.read_text(encoding="utf-8")
+    try:
+        recipe = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}: not valid YAML ({error})") from error
+    return text, recipe if isinstance(recipe, dict) else {}
+
+
+def _walks(directory: Path, recipe: dict[str, Any], comparison: dict[str, Any]) -> list[Walk]:
+    """Those the recipe promises and those that lie there, the baseline's first."""
+    found: dict[str, set[int | None]] = {arm: set() for arm in recipe.get("arms") or {}}
+    for folder in sorted(path for path in directory.iterdir() if path.is_dir()):
+        if not any((folder / name).is_dir() for name in _STAGE_FOLDERS):
+            continue
+        seeded = _SEEDED.fullmatch(folder.name)
+        if seeded and not (folder / "dataset").exists():  # an arm's data are refined once, whatever the number of seeds
+            found.setdefault(seeded["arm"], set()).add(int(seeded["seed"]))
+        else:
+            own = {None} if any((folder / name).is_dir() for name in _STAGE_FOLDERS[1:]) else set()
+            found.setdefault(folder.name, set()).update(own)
+    promised = recipe.get("seeds") or [0]
+    for seeds in found.values():
+        seeds |= set(promised) if len(promised) > 1 else set() if seeds else {None}
+    baseline = _baseline(recipe, comparison)
+    return [
+        Walk(arm, seed, directory / (arm if seed is None else f"{arm}-seed{seed}"))
+        for arm in sorted(found, key=lambda arm: arm != baseline)
+        for seed in sorted(found[arm], key=lambda seed: (seed is not None, seed or 0))
+    ]
+
+
+def _baseline(recipe: dict[str, Any], comparison: dict[str, Any]) -> str:
+    return str(comparison.get("baseline") or (recipe.get("compare") or {}).get("baseline") or "original")

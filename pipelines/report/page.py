@@ -1,0 +1,158 @@
+"""`captune report`: one page that says whether better data made a better model, and shows why one may believe it.
+
+The page loads nothing: no scripts, no fonts, images inside it as data URLs, and a content security policy that forbids the rest.
+Everything that came from data is escaped. What a half-done run lacks is said in its place.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from pipelines.report import answer, charts, data, examples, numbers, overview, training
+from pipelines.report.collect import Run, collect
+
+REPORT = Path("report") / "index.html"
+QUESTIONS = 12
+"""Questions won, and as many lost, that are open to see; the other examples of the comparison unfold."""
+
+
+def run(run_dir: Path | str) -> Path:
+    """Write `run_dir/report/index.html` from what lies in the run directory and return its path.
+
+    Raises:
+        UserError: no such directory, nothing of a run in it, or a file of it is damaged (the file is named).
+    """
+    found = collect(run_dir)
+    path = Path(run_dir) / REPORT
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    part.write_text(render(found), encoding="utf-8")
+    part.replace(path)
+    return path
+
+
+def render(run: Run) -> str:
+    """The page as text; the same run gives the same page."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    for name in ("percent", "points", "count", "figure", "p_value", "clock"):
+        environment.filters[name] = getattr(numbers, name)
+    return environment.get_template("page.html.j2").render(view(run))
+
+
+def view(run: Run) -> dict[str, Any]:
+    """Everything the template shows."""
+    styles = _styles(run)
+    thumbnails = examples.Thumbnails()
+    refined = data.arms(run, styles)
+    versions, differing = overview.versions(run)
+    return {
+        "run": run,
+        "styles": {arm: charts.style(index) for arm, index in styles.items()},
+        "legend": [(arm, charts.swatch(index)) for arm, index in styles.items()],
+        "answers": answer.answers(run),
+        "plots": answer.plots(run, styles),
+        "benchmark": answer.benchmark(run.seeds[0][1]) if run.seeds else "",
+        "confidence": answer.confidence(run.seeds[0][1]) if run.seeds else "",
+        "source": overview.source(run),
+        "lanes": overview.lanes(run),
+        "compared": overview.comparison(run),
+        "models": overview.models(run),
+        "seeds": overview.seeds(run),
+        "refined": refined,
+        "metrics": data.metric_rows(refined, styles),
+        "times": data.times,
+        "galleries": _galleries(refined, thumbnails),
+        "curves": training.curves(run, styles),
+        "phases": training.table(run, styles),
+        "scores": _scores(run),
+        "questions": _questions(run, thumbnails),
+        "stages": [(place, stage, overview.rows_of(stage.manifest)) for place, stage in run.stages()],
+        "versions": versions,
+        "differing": differing,
+    }
+
+
+def _styles(run: Run) -> dict[str, int]:
+    """Arm -> number of its colour, dash and sign; the baseline has 0 whatever else is there."""
+    named = [run.baseline, *run.datasets, *(arm for _, found in run.seeds for arm in found["arms"])]
+    known = set(named[1:])
+    return {arm: number for number, arm in enumerate(dict.fromkeys(arm for arm in named if arm in known))}
+
+
+def _galleries(refined: list[data.ArmData], thumbnails: examples.Thumbnails) -> list[dict[str, Any]]:
+    """Arms with new captions first, since before and after is what there is to see; kept samples of one arm with old ones at most."""
+    ordered = sorted(refined, key=lambda found: found.text != "recaption")
+    galleries = []
+    for place, found in enumerate(ordered):
+        gallery: dict[str, Any] = {"arm": found.arm, "style": found.style, "metrics": found.metrics, "kept": []}
+        if found.metrics:
+            dataset = found.stage.directory
+            if found.text == "recaption" or place == 0:
+                gallery["kept"] = examples.kept_samples(dataset, thumbnails, found.text)
+            gallery["rejected"], gallery["listed"], gallery["rejects"] = examples.rejected_samples(dataset, thumbnails)
+        galleries.append(gallery)
+    return galleries
+
+
+def _scores(run: Run) -> list[dict[str, Any]]:
+    """One row per model and benchmark: from the comparison, with an interval, or from an evaluation that stands alone."""
+    rows = [
+        {
+            "name": arm if seed is None else f"{arm}, seed {seed}",
+            "arm": arm,
+            "benchmark": answer.benchmark(found),
+            **facts,
+        }
+        for seed, found in run.seeds
+        for arm, facts in found["arms"].items()
+    ]
+    compared = {(row["name"], row["benchmark"]) for row in rows}
+    for walk in run.walks:
+        for name, stage in walk.evaluations.items():
+            title, facts = answer.BENCHMARKS.get(name, name), stage.manifest
+            if facts and (walk.name, title) not in compared:
+                model = stage.inputs.get("model")
+                rows.append(
+                    {**facts, "name": walk.name, "arm": walk.arm, "benchmark": title, "interval": None, "model": model}
+                )
+    return rows
+
+
+def _questions(run: Run, thumbnails: examples.Thumbnails) -> list[dict[str, Any]]:
+    """Per arm against the baseline (first seed): questions won and lost, as cards."""
+    if not run.seeds:
+        return []
+    from pipelines.evaluate.benchmark import open_benchmark
+
+    seed, comparison = run.seeds[0]
+    benchmark, images = open_benchmark(comparison["benchmark"]), Path(comparison.get("images") or "")
+    groups = []
+    for arm, found in comparison["differences"].items():
+        for kind in ("won", "lost"):
+            cards = []
+            for example in found["examples"][kind]:
+                said, agreeing = examples.most_common_answer(example["answers"])
+                picture = thumbnails.of_file(str(benchmark.image_path(images, example["image_id"])))
+                cards.append({**example, "said": said, "agreeing": agreeing, "picture": picture})
+            groups.append(
+                {
+                    "arm": arm,
+                    "baseline": comparison["baseline"],
+                    "seed": seed,
+                    "kind": kind,
+                    "number": found["counts"][kind],
+                    "cards": cards[:QUESTIONS],
+                    "more": cards[QUESTIONS:],
+                    "correct_from": comparison["correct_from"],
+                }
+            )
+    return groups
