@@ -1,0 +1,119 @@
+"""Options of a command: the keys of a recipe, plus the paths that the command itself needs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import jsonargparse
+
+from pipelines.errors import UserError
+from ray_jobs.recipe import RECIPES, Recipe
+
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser, Namespace
+
+
+def parse(
+    command: str, about: str, argv: list[str], add: Callable[[ArgumentParser], None] | None = None
+) -> tuple[Recipe, Namespace]:
+    """Read `argv` into the recipe and the command's own options.
+
+    A recipe file (`--config`, or the first bare word of `captune run`) may hold every section, whichever command reads it;
+    options on the command line win over it.
+
+    Raises:
+        UserError: an impossible value (the sections' own checks). Unknown keys and wrong types end the process with status 2.
+    """
+    parser = jsonargparse.ArgumentParser(prog=f"captune {command}", description=about, default_env=False)
+    parser.add_argument(
+        "--config", action="config", help="recipe file (YAML), or the name of a recipe that comes with captune"
+    )
+    parser.add_argument("--base", type=str, help="in a recipe file: the recipe whose keys this one changes")
+    if add is not None:
+        add(parser)
+    parser.add_class_arguments(Recipe)
+    try:
+        settings = parser.parse_args(_with_recipe_path(argv))
+        values = parser.instantiate_classes(settings)
+    except ValueError as error:
+        raise UserError(_plain(error)) from error
+    return Recipe(**{field.name: values[field.name] for field in fields(Recipe)}), values
+
+
+def recipe_yaml(recipe: Recipe) -> str:
+    """The resolved recipe, every default spelled out."""
+    from dataclasses import asdict
+
+    import yaml
+
+    return yaml.safe_dump(asdict(recipe), sort_keys=False, allow_unicode=True)
+
+
+def _with_recipe_path(argv: list[str]) -> list[str]:
+    """Replace the name of a shipped recipe after `--config` by its path, preceded by the recipe that it is based on."""
+    resolved: list[str] = []
+    words = iter(argv)
+    for word in words:
+        option, _, name = word.partition("=")
+        if option != "--config":
+            resolved.append(word)
+            continue
+        for path in _recipe_chain(recipe_path(name or next(words, ""))):
+            resolved += ["--config", str(path)]
+    return resolved
+
+
+def _recipe_chain(path: Path) -> list[Path]:
+    """A recipe preceded by its `base`, and that one's: the keys of the later win."""
+    import yaml
+
+    chain = [path]
+    while True:
+        try:
+            content = yaml.safe_load(chain[0].read_text())
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise UserError(f"{chain[0]}: not valid YAML ({error})") from error
+        base = content.get("base") if isinstance(content, dict) else None
+        if base is None:
+            return chain
+        beside = chain[0].parent / base
+        found = beside if beside.is_file() else recipe_path(base)
+        if found in chain:
+            raise UserError(f"{path}: its `base` leads back to itself")
+        chain.insert(0, found)
+
+
+def recipe_path(name: str) -> Path:
+    """A recipe's file: a path as it is, or the name of a recipe that comes with captune."""
+    if Path(name).is_file():
+        return Path(name)
+    shipped = RECIPES / f"{name.removesuffix('.yaml')}.yaml"
+    if Path(name).name == name and shipped.is_file():
+        return shipped
+    known = ", ".join(sorted(path.stem for path in RECIPES.glob("*.yaml")))
+    raise UserError(f"{name}: no such recipe file (recipes that come with captune: {known})")
+
+
+def _plain(error: ValueError) -> str:
+    """The innermost message: parsers wrap the sections' own errors."""
+    inner: BaseException = error
+    while inner.__cause__ is not None:
+        inner = inner.__cause__
+    return str(inner)
+
+
+def required(value: str | None, option: str, command: str) -> str:
+    """A path that the command cannot do without."""
+    if not value:
+        raise UserError(f"captune {command} needs {option}")
+    return value
+
+
+def input_output(parser: ArgumentParser) -> None:
+    """The options of every stage that reads a dataset or a directory and writes a directory."""
+    parser.add_argument("--input", type=str, help="dataset or directory to read")
+    parser.add_argument("--output", type=str, help="directory to write")
+    parser.add_argument("--restart", type=bool, default=False, help="throw away another run's output and start over")

@@ -1,0 +1,35 @@
+"""Connecting to Ray: the cluster of `ray job submit` or RAY_ADDRESS when there is one, else a local one for this process."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from pipelines.progress import say
+
+
+@contextmanager
+def ray_cluster() -> Iterator[None]:
+    """Ray for the time of a command."""
+    # Ray reads these when it is imported.
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "0")
+    import ray
+
+    if ray.is_initialized():
+        yield
+        return
+    warnings.filterwarnings("ignore", category=FutureWarning, module="ray")
+    address = os.environ.get("RAY_ADDRESS")
+    if address:
+        ray.init(address=address, logging_level=logging.WARNING, log_to_driver=True)
+        say(f"ray: connected to {address}, {ray.cluster_resources().get('CPU', 0):g} CPUs")
+    else:
+        ray.init(logging_level=logging.WARNING, log_to_driver=True, include_dashboard=False)
+    try:
+        yield
+    finally:
+        ray.shutdown()

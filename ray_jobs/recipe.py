@@ -1,0 +1,74 @@
+"""A recipe: one YAML file with a section per stage, and each section *is* that stage's config dataclass.
+
+It stands here and not in `pipelines` because it joins the sections of both `pipelines` and `serve`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from pipelines.adapters.config import MergeConfig
+from pipelines.caption.config import CaptionConfig
+from pipelines.errors import UserError
+from pipelines.evaluate.config import CompareConfig, EvaluateConfig
+from pipelines.refine.config import RefineConfig
+from pipelines.sample.config import SampleConfig
+from pipelines.train.config import TrainConfig
+from serve.config import ServeConfig
+
+RECIPES = Path(__file__).parent.parent / "pipelines" / "recipes"
+"""Recipes that come with captune."""
+
+
+@dataclass
+class Recipe:
+    """The whole hallway.
+
+    Attributes:
+        run_dir: where the run writes; it explains itself (see the README).
+        dataset: image-text pairs in any format captune reads.
+        seeds: training is repeated per seed, and the comparison is made per seed.
+        sample: the embedded sample world.
+        caption: recaptioning with BLIP-2.
+        refine: choice of text and filters when `captune refine` is called by itself.
+        arms: name -> choice of text and filters; data is all that arms may differ in.
+        train: alignment and LoRA.
+        merge: adapter into model.
+        serve: the HTTP endpoint.
+        evaluate: the benchmark.
+        compare: intervals and tests.
+    """
+
+    run_dir: str = "runs/run"
+    dataset: str = ""
+    seeds: list[int] = field(default_factory=lambda: [0])
+    sample: SampleConfig = field(default_factory=SampleConfig)
+    caption: CaptionConfig = field(default_factory=CaptionConfig)
+    refine: RefineConfig = field(default_factory=RefineConfig)
+    arms: dict[str, RefineConfig] = field(default_factory=dict)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    merge: MergeConfig = field(default_factory=MergeConfig)
+    serve: ServeConfig = field(default_factory=ServeConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    compare: CompareConfig = field(default_factory=CompareConfig)
+
+    def __post_init__(self) -> None:
+        for config in (self.refine, *self.arms.values()):
+            config.recipe = _shipped(config.recipe)
+        if not self.seeds or len(set(self.seeds)) != len(self.seeds):
+            raise UserError("seeds must be a list of different numbers")
+        for arm in self.arms:
+            if not arm.replace("-", "").replace("_", "").isalnum():
+                raise UserError(f"arms.{arm}: an arm's name becomes a directory; use letters, digits, '-' and '_'")
+        if self.arms and self.compare.baseline not in self.arms:
+            raise UserError(
+                f"compare.baseline names '{self.compare.baseline}', but the arms are {', '.join(self.arms)}"
+            )
+
+
+def _shipped(recipe: str | None) -> str | None:
+    """A Data-Juicer recipe's path; a bare name that is no file here means one that comes with captune."""
+    if recipe is None or Path(recipe).is_file() or not (RECIPES / recipe).is_file():
+        return recipe
+    return str(RECIPES / recipe)

@@ -1,0 +1,112 @@
+"""Walk the whole hallway for every arm of a recipe."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":  # started by its path: the repository, not this folder, is where imports begin
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+import time
+from dataclasses import replace
+
+from pipelines.errors import UserError
+from pipelines.progress import clock, say
+from ray_jobs import _options, _start, cli
+from ray_jobs.recipe import Recipe
+
+
+def main(argv: list[str]) -> int:
+    """`captune run RECIPE`, or `--config RECIPE`; what is complete is skipped, what is half done continues."""
+    if argv and not argv[0].startswith("-"):
+        argv = ["--config", *argv]
+    recipe, options = _options.parse(
+        "run",
+        __doc__ or "",
+        argv,
+        lambda parser: parser.add_argument(
+            "--restart", type=bool, default=False, help="throw away outputs of another recipe"
+        ),
+    )
+    if len(recipe.arms) < 1:
+        raise UserError("captune run needs a recipe with arms: captune run sample, or captune run my_recipe.yaml")
+    started = time.monotonic()
+    with _start.ray_cluster():
+        run(recipe, restart=options.restart)
+    say(f"done in {clock(time.monotonic() - started)}: open {Path(recipe.run_dir) / 'report' / 'index.html'}")
+    return 0
+
+
+def run(recipe: Recipe, *, restart: bool = False) -> None:
+    """Every stage of every arm and seed, then the comparison and the report. Ray is running."""
+    from pipelines.caption import stage as caption
+    from pipelines.refine import stage as refine
+    from pipelines.report import page
+    from pipelines.sample.world import write_world
+
+    root = Path(recipe.run_dir).resolve()
+    root.mkdir(parents=True, exist_ok=True)
+    if recipe.sample.out:
+        write_world(recipe.sample.out, recipe.sample, restart=restart)
+    (root / "recipe.yaml").write_text(_options.recipe_yaml(recipe))
+    captions = root / "captions"
+    caption.run(recipe.dataset, captions, recipe.caption, restart=restart)
+    for arm, config in recipe.arms.items():
+        refine.run(captions, root / arm / "dataset", config, arm=arm, restart=restart)
+    comparisons = {seed: _train_and_compare(recipe, root, seed, restart) for seed in recipe.seeds}
+    if all(comparisons.values()):
+        _write_comparison(root, comparisons)
+    page.run(root)
+
+
+def _train_and_compare(recipe: Recipe, root: Path, seed: int, restart: bool) -> dict:
+    """Train, merge, serve and evaluate every arm with one seed; the comparison of the arms, empty for a single arm."""
+    from pipelines.adapters import merge
+    from pipelines.evaluate import compare
+    from pipelines.evaluate import stage as evaluate
+    from pipelines.manifest import identity
+    from pipelines.train import loop
+    from ray_jobs.evaluate import served
+
+    evaluations = {}
+    for arm in recipe.arms:
+        name = arm if len(recipe.seeds) == 1 else f"{arm}-seed{seed}"
+        place = root / name
+        train = replace(recipe.train, seed=seed)
+        loop.run(root / arm / "dataset", Path(train.model), place / "adapter", train, arm=name, restart=restart)
+        merge.run(Path(train.model), place / "adapter", place / "merged", recipe.merge, restart=restart)
+        evaluations[arm] = place / "predictions" / recipe.evaluate.benchmark
+        evaluate.run(
+            evaluations[arm],
+            recipe.evaluate,
+            endpoint=lambda place=place: served(place / "merged", recipe.serve),
+            model_identity=identity(place / "merged"),
+            restart=restart,
+        )
+    if len(evaluations) < 2:
+        return {}
+    output = root if len(recipe.seeds) == 1 else root / f"comparison-seed{seed}"
+    return compare.run(evaluations, output, recipe.compare)
+
+
+def _write_comparison(root: Path, comparisons: dict[int, dict]) -> None:
+    """Say the result; with several seeds, `comparison.json` is the first seed's with all of them summarised in it."""
+    from pipelines.evaluate import compare
+    from pipelines.manifest import write_json
+    from ray_jobs.compare import sentence
+
+    for seed, found in comparisons.items():
+        for arm, difference in found["differences"].items():
+            say(
+                (f"seed {seed}: " if len(comparisons) > 1 else "") + sentence(found["baseline"], arm, found, difference)
+            )
+    if len(comparisons) > 1:
+        first = next(iter(comparisons.values()))
+        seeds = [{**found, "seed": seed} for seed, found in comparisons.items()]
+        summary = compare.summarise(list(comparisons.values()))
+        write_json(root / "comparison.json", {**first, "summary": summary, "seeds": seeds})
+
+
+if __name__ == "__main__":
+    raise SystemExit(cli.guarded(main))
