@@ -84,7 +84,9 @@ def open_stage(directory: Path | str, stage: str, inputs: dict[str, Any], *, res
         write_json(directory / CLAIM, {"stage": stage, "fingerprint": output.fingerprint, "inputs": inputs})
         return output
     if claim["stage"] != stage:
-        raise UserError(f"{directory}: holds the output of stage '{claim['stage']}', not of '{stage}'; choose another directory")
+        raise UserError(
+            f"{directory}: holds the output of stage '{claim['stage']}', not of '{stage}'; choose another directory"
+        )
     if claim["fingerprint"] != output.fingerprint:
         changed = ", ".join(_differences(claim["inputs"], inputs)) or "its inputs"
         raise UserError(
@@ -156,7 +158,9 @@ def _differences(old: Any, new: Any, prefix: str = "") -> list[str]:
     """Dotted keys whose values differ, for the message that refuses to mix two runs."""
     if isinstance(old, dict) and isinstance(new, dict):
         keys = sorted(set(old) | set(new))
-        return [d for key in keys for d in _differences(old.get(key), new.get(key), f"{prefix}.{key}" if prefix else key)]
+        return [
+            d for key in keys for d in _differences(old.get(key), new.get(key), f"{prefix}.{key}" if prefix else key)
+        ]
     return [] if old == new else [prefix]
 
 

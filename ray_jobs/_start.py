@@ -19,10 +19,10 @@ def ray_cluster() -> Iterator[None]:
     os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "0")
     import ray
 
+    quiet_libraries()
     if ray.is_initialized():
         yield
         return
-    warnings.filterwarnings("ignore", category=FutureWarning, module="ray")
     address = os.environ.get("RAY_ADDRESS")
     if address:
         ray.init(address=address, logging_level=logging.WARNING, log_to_driver=True)
@@ -33,3 +33,10 @@ def ray_cluster() -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def quiet_libraries() -> None:
+    """Progress is what a person watches; libraries speak up when something is wrong, and Ray's own logs keep the rest."""
+    warnings.filterwarnings("ignore", category=FutureWarning, module="ray")
+    for name in ("httpx", "ray.data", "ray.serve", "ray.train", "DeepSpeed"):
+        logging.getLogger(name).setLevel(logging.WARNING)

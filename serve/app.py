@@ -207,12 +207,15 @@ def _start_http(host: str, port: int, timeout_s: float) -> str:
             )
         return f"http://{_reachable(options.host or host)}:{options.port}"
     port = _free_port(host, port)
-    serve.start(
-        http_options={"host": host, "port": port, "request_timeout_s": timeout_s},
-        controller_options={
-            "runtime_env": {"env_vars": {"RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": str(_PROXY_READY_S)}}
-        },
-    )
+    try:
+        serve.start(
+            http_options={"host": host, "port": port, "request_timeout_s": timeout_s},
+            controller_options={
+                "runtime_env": {"env_vars": {"RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": str(_PROXY_READY_S)}}
+            },
+        )
+    except TimeoutError as error:
+        raise WorkFailed(f"{host}:{port}: Ray Serve's HTTP proxy did not come up ({error})") from error
     return f"http://{_reachable(host)}:{port}"
 
 

@@ -153,7 +153,7 @@ def _train(walk: Walk) -> Card:
     if manifest:
         facts.append(f"seed {manifest.get('seed')}" + (f", {strategy}" if strategy else ""))
     figure = f"loss {numbers.figure_text(walk.log[-1]['loss'])}" if walk.log else ""
-    return _card("train", walk.adapter, figure, facts, manifest.get("training_seconds"))
+    return _card("train", walk.adapter, figure, facts, sum(manifest.get("training_seconds", {}).values()))
 
 
 def _merge(walk: Walk) -> Card:

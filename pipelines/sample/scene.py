@@ -20,12 +20,50 @@ if TYPE_CHECKING:
     from PIL.ImageFont import FreeTypeFont
 
 GRID = 8
-SIGN_WORDS = (
-    ["open", "closed", "cafe", "stop", "exit", "sale", "bank", "hotel", "taxi", "park", "pizza", "books", "music", "toys", "shoes", "fish", "bus", "north", "south", "bikes"]
-)
-LABEL_WORDS = (
-    ["milk", "tea", "bread", "salt", "honey", "rice", "soap", "jam", "coffee", "sugar", "juice", "corn", "lime", "plum", "oil", "soup", "cake", "beans", "mint", "nuts"]
-)
+SIGN_WORDS = [
+    "open",
+    "closed",
+    "cafe",
+    "stop",
+    "exit",
+    "sale",
+    "bank",
+    "hotel",
+    "taxi",
+    "park",
+    "pizza",
+    "books",
+    "music",
+    "toys",
+    "shoes",
+    "fish",
+    "bus",
+    "north",
+    "south",
+    "bikes",
+]
+LABEL_WORDS = [
+    "milk",
+    "tea",
+    "bread",
+    "salt",
+    "honey",
+    "rice",
+    "soap",
+    "jam",
+    "coffee",
+    "sugar",
+    "juice",
+    "corn",
+    "lime",
+    "plum",
+    "oil",
+    "soup",
+    "cake",
+    "beans",
+    "mint",
+    "nuts",
+]
 DIGITS = list("123456789")
 COLORS = {
     "red": (205, 40, 40),
@@ -59,7 +97,12 @@ class Writing:
     @property
     def box(self) -> tuple[float, float, float, float]:
         """Left, top, right, bottom of the whole thing, in cells."""
-        left, top, right, bottom = self.column - 0.35, self.row - 0.35, self.column + len(self.text) + 0.35, self.row + 1.35
+        left, top, right, bottom = (
+            self.column - 0.35,
+            self.row - 0.35,
+            self.column + len(self.text) + 0.35,
+            self.row + 1.35,
+        )
         if self.kind == "jersey":
             return self.column - 1.1, self.row - 1.0, self.column + 2.1, self.row + 1.9
         if self.kind == "price tag":
@@ -80,6 +123,7 @@ class Things:
 
     @property
     def count(self) -> str:
+        """How many, in words."""
         return COUNTS[len(self.columns) - 1]
 
     @property
@@ -100,10 +144,12 @@ class Scene:
 
     @property
     def writings(self) -> list[Writing]:
+        """The one or two things with text on them, upper half first."""
         return [item for item in (self.upper, self.lower) if isinstance(item, Writing)]
 
     @property
     def things(self) -> Things | None:
+        """The row of shapes, when there is one."""
         return next((item for item in (self.upper, self.lower) if isinstance(item, Things)), None)
 
     @property

@@ -23,6 +23,7 @@ MODELS = Path(__file__).parent / "models"
 
 _BROKEN = ("truncated", "empty", "not an image", "missing", "bomb")
 _UNUSUAL = ("cmyk", "palette", "animated", "grey", "transparent")
+_JUNK = ("icon", "banner", "flat tile")
 
 
 def write_world(out: Path | str, config: SampleConfig, *, models: bool = True, restart: bool = False) -> dict[str, Any]:
@@ -50,7 +51,10 @@ def write_world(out: Path | str, config: SampleConfig, *, models: bool = True, r
 
 
 def _write_pairs(out: Path, config: SampleConfig, progress: Progress) -> int:
-    """`dataset.jsonl` in Data-Juicer's format beside `images/`; one file in fifty is broken and one in fifty unusual."""
+    """`dataset.jsonl` in Data-Juicer's format beside `images/`.
+
+    Of fifty files one is broken, one comes in an unusual mode or format, and two are what a scraper takes along by mistake.
+    """
     rng = random.Random(f"pairs/{config.seed}")
     images = out / "images"
     images.mkdir(parents=True, exist_ok=True)
@@ -61,6 +65,8 @@ def _write_pairs(out: Path, config: SampleConfig, progress: Progress) -> int:
             data = _broken(data, _BROKEN[number // 50 % len(_BROKEN)])
         elif number % 50 == 23:
             data = _unusual(data, _UNUSUAL[number // 50 % len(_UNUSUAL)])
+        elif number % 25 == 11:
+            data = _junk(_JUNK[number // 25 % len(_JUNK)], rng)
         if data is not None:
             (images / name).write_bytes(data)
         text = f"<__dj__image> {poor_caption(scene, rng)} <|__dj__eoc|>"
@@ -74,7 +80,12 @@ def _broken(data: bytes, how: str) -> bytes | None:
     """What download scripts leave behind; None is a file that is not there."""
     if how == "bomb":
         return _png_header(60_000, 60_000)
-    return {"truncated": data[: len(data) // 3], "empty": b"", "not an image": b"<html>404 Not Found</html>", "missing": None}[how]
+    return {
+        "truncated": data[: len(data) // 3],
+        "empty": b"",
+        "not an image": b"<html>404 Not Found</html>",
+        "missing": None,
+    }[how]
 
 
 def _png_header(width: int, height: int) -> bytes:
@@ -86,7 +97,12 @@ def _png_header(width: int, height: int) -> bytes:
         return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
 
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 1000)) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(b"\0" * 1000))
+        + chunk(b"IEND", b"")
+    )
 
 
 def _unusual(data: bytes, how: str) -> bytes:
@@ -105,6 +121,17 @@ def _unusual(data: bytes, how: str) -> bytes:
     else:
         picture.putalpha(255)
         picture.save(stream, "PNG")
+    return stream.getvalue()
+
+
+def _junk(what: str, rng: random.Random) -> bytes:
+    """A picture that decodes well and is worth nothing: an icon, a banner, a placeholder of one colour."""
+    from PIL import Image
+
+    size = {"icon": (32, 32), "banner": (728, 90), "flat tile": (80, 80)}[what]
+    color = (rng.randrange(256), rng.randrange(256), rng.randrange(256))
+    stream = io.BytesIO()
+    Image.new("RGB", size, color).save(stream, "JPEG", quality=60)
     return stream.getvalue()
 
 
@@ -158,7 +185,7 @@ def _write_questions(out: Path, config: SampleConfig, progress: Progress) -> int
         progress.update()
     facts = {"dataset_type": "val", "dataset_name": "textvqa", "dataset_version": "0.5.1"}
     (out / "textvqa" / "TextVQA_0.5.1_val.json").write_text(json.dumps({**facts, "data": entries}, indent=1) + "\n")
-    (out / "textvqa" / "TextVQA_Rosetta_OCR_v0.2_val.json").write_text(json.dumps({**facts, "data": ocr}, indent=1) + "\n")
+    (out / "textvqa" / "TextVQA_Rosetta_OCR_v0.2_val.json").write_text(
+        json.dumps({**facts, "data": ocr}, indent=1) + "\n"
+    )
     return len(entries)
-
-
