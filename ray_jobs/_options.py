@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def parse(
-    command: str, about: str, argv: list[str], add: Callable[[ArgumentParser], None] | None = None
+    command: str, about: str, argv: list[str], add: Callable[[ArgumentParser], object] | None = None
 ) -> tuple[Recipe, Namespace]:
     """Read `argv` into the recipe and the command's own options.
 

@@ -10,6 +10,7 @@ if __name__ == "__main__":  # started by its path: the repository, not this fold
 
 import time
 from dataclasses import replace
+from functools import partial
 
 from pipelines.errors import UserError
 from pipelines.progress import clock, say
@@ -80,7 +81,7 @@ def _train_and_compare(recipe: Recipe, root: Path, seed: int, restart: bool) -> 
         evaluate.run(
             evaluations[arm],
             recipe.evaluate,
-            endpoint=lambda place=place: served(place / "merged", recipe.serve),
+            endpoint=partial(served, place / "merged", recipe.serve),
             model_identity=identity(place / "merged"),
             restart=restart,
         )

@@ -8,6 +8,8 @@ from pathlib import Path
 if __name__ == "__main__":  # started by its path: the repository, not this folder, is where imports begin
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+from jsonargparse import ArgumentParser
+
 from ray_jobs import _options, _start, cli
 
 
@@ -17,10 +19,7 @@ def main(argv: list[str]) -> int:
         "train",
         __doc__ or "",
         argv,
-        lambda parser: (
-            _options.input_output(parser),
-            parser.add_argument("--model", type=str, help="base MGM (train.model)"),
-        ),
+        _add_options,
     )
     from pipelines.train import loop
 
@@ -33,6 +32,11 @@ def main(argv: list[str]) -> int:
             restart=options.restart,
         )
     return 0
+
+
+def _add_options(parser: ArgumentParser) -> None:
+    _options.input_output(parser)
+    parser.add_argument("--model", type=str, help="base MGM (train.model)")
 
 
 if __name__ == "__main__":

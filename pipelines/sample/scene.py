@@ -272,10 +272,10 @@ def _draw_writing(draw: ImageDraw, item: Writing, size: tuple[int, int], rng: ra
         draw.polygon([(x * cell_w, y * cell_h) for x, y in corners], fill=color, outline=edge)
         draw.ellipse(box(left - 0.3, middle - 0.12, left - 0.06, middle + 0.12), fill=(235, 235, 235))
     else:
-        x, y = item.column, item.row
         shirt = [(-0.6, -0.9), (0.2, -1.0), (0.5, -0.7), (0.8, -1.0), (1.6, -0.9), (2.1, 0.1), (1.5, 0.45)]
         shirt += [(1.45, 1.9), (-0.45, 1.9), (-0.5, 0.45), (-1.1, 0.1)]
-        draw.polygon([((x + dx) * cell_w, (y + dy) * cell_h) for dx, dy in shirt], fill=color, outline=edge)
+        points = [((item.column + dx) * cell_w, (item.row + dy) * cell_h) for dx, dy in shirt]
+        draw.polygon(points, fill=color, outline=edge)
     font = _font(int(min(cell_w * 1.15, cell_h * 1.1)))
     for offset, character in enumerate(item.text.upper()):
         x = (item.column + offset + 0.5) * cell_w + rng.uniform(-0.04, 0.04) * cell_w
@@ -288,7 +288,7 @@ def _draw_things(draw: ImageDraw, item: Things, size: tuple[int, int]) -> None:
     color = COLORS[item.color]
     edge = tuple(int(value * 0.55) for value in color)
     radius = 0.72 * min(cell_w, cell_h)
-    outlines = {
+    outlines: dict[str, list[tuple[float, float]]] = {
         "square": [(-0.85, -0.85), (0.85, -0.85), (0.85, 0.85), (-0.85, 0.85)],
         "triangle": [(0, -1), (1, 0.9), (-1, 0.9)],
         "diamond": [(0, -1.1), (0.8, 0), (0, 1.1), (-0.8, 0)],

@@ -60,13 +60,8 @@ def _write_pairs(out: Path, config: SampleConfig, progress: Progress) -> int:
     images.mkdir(parents=True, exist_ok=True)
     lines = []
     for number, scene in enumerate(draw_scenes("pairs", config.pairs, config.seed)):
-        name, data = f"{number:06d}.jpg", jpeg(scene, config.seed)
-        if number % 50 == 7:
-            data = _broken(data, _BROKEN[number // 50 % len(_BROKEN)])
-        elif number % 50 == 23:
-            data = _unusual(data, _UNUSUAL[number // 50 % len(_UNUSUAL)])
-        elif number % 25 == 11:
-            data = _junk(_JUNK[number // 25 % len(_JUNK)], rng)
+        name = f"{number:06d}.jpg"
+        data = _as_found(jpeg(scene, config.seed), number, rng)
         if data is not None:
             (images / name).write_bytes(data)
         text = f"<__dj__image> {poor_caption(scene, rng)} <|__dj__eoc|>"
@@ -74,6 +69,17 @@ def _write_pairs(out: Path, config: SampleConfig, progress: Progress) -> int:
         progress.update()
     (out / "dataset.jsonl").write_text("\n".join(lines) + "\n")
     return len(lines)
+
+
+def _as_found(data: bytes, number: int, rng: random.Random) -> bytes | None:
+    """The file as a scraper brings it home; None when it is not there."""
+    if number % 50 == 7:
+        return _broken(data, _BROKEN[number // 50 % len(_BROKEN)])
+    if number % 50 == 23:
+        return _unusual(data, _UNUSUAL[number // 50 % len(_UNUSUAL)])
+    if number % 25 == 11:
+        return _junk(_JUNK[number // 25 % len(_JUNK)], rng)
+    return data
 
 
 def _broken(data: bytes, how: str) -> bytes | None:

@@ -96,33 +96,33 @@ def _phases(input: Path, config: TrainConfig) -> dict[str, str]:
 def _fit(model: Path, output: Path, config: TrainConfig, data: dict[str, str], what: str) -> dict[str, Any]:
     """Run the workers to the end and return what the first one found out."""
     import ray
-    import ray.train
-    from ray.train.torch import TorchConfig, TorchTrainer
-    from ray.train.v2.api.config import LoggingConfig
+    from ray.train.torch import TorchConfig
+    from ray.train.v2.api.config import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
     from ray.train.v2.api.exceptions import TrainingFailedError
+    from ray.train.v2.torch.torch_trainer import TorchTrainer
 
     from pipelines.train.worker import Job, train_worker
 
     _tune_ray_train(nodes=len(ray.nodes()))
     resources: dict[str, float] = {"CPU": config.cpus_per_worker} | ({"GPU": 1} if config.use_gpu else {})
     trainer = TorchTrainer(
-        train_worker,
+        train_worker,  # type: ignore[arg-type]
         train_loop_config={"job": Job(str(model), str(output), config, data, what)},
         torch_config=TorchConfig(backend="nccl" if config.use_gpu else "gloo"),
-        scaling_config=ray.train.ScalingConfig(
+        scaling_config=ScalingConfig(
             num_workers=config.workers, use_gpu=config.use_gpu, resources_per_worker=resources
         ),
-        run_config=ray.train.RunConfig(
+        run_config=RunConfig(
             name=RUN,
             storage_path=str(output / "checkpoints"),
-            failure_config=ray.train.FailureConfig(max_failures=config.max_failures),
-            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
+            failure_config=FailureConfig(max_failures=config.max_failures),
+            checkpoint_config=CheckpointConfig(num_to_keep=2),
             logging_config=LoggingConfig(log_level="WARNING"),
         ),
     )
     with _Watch(output, {phase: getattr(config, phase).steps for phase in data}, what):
         try:
-            facts: dict[str, Any] | None = trainer.fit().return_value
+            facts: dict[str, Any] | None = trainer.fit().return_value  # type: ignore[attr-defined]  # Ray Train v2's, which is the default
         except TrainingFailedError as error:
             raise WorkFailed(f"{what}: the workers failed {config.max_failures + 1} time(s): {error}") from error
     if facts is None:

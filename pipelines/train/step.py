@@ -26,6 +26,9 @@ from pipelines.train.data import IGNORE, Batch
 from pipelines.train.features import image_features, tower_outputs
 
 PROJECTOR = ("model.multi_modal_projector.", "model.uni_query.", "model.uni_key.", "model.uni_value.")
+WITHOUT_EFFECT = ("model.uni_key.norm.bias", "model.uni_key.proj.bias")
+"""They add one constant to all scores of a token, which softmax ignores: their gradient is zero, and folded mining skips them."""
+
 LANGUAGE_MODEL = "model.language_model."
 
 
@@ -72,19 +75,21 @@ def load_base(path: Path | str, precision: str) -> MGMForConditionalGeneration:
         raise UserError(f"{path}: a model directory without weights (no *.safetensors)")
     dtype = torch.float32 if precision == "float32" else "auto"
     try:
-        model, info = MGMForConditionalGeneration.from_pretrained(path, dtype=dtype, output_loading_info=True)
+        loaded: Any = MGMForConditionalGeneration.from_pretrained(path, dtype=dtype, output_loading_info=True)
     except (ValueError, OSError, RuntimeError) as error:
         raise UserError(f"{path}: cannot be loaded as an MGM ({error})") from error
+    model, info = loaded
     if info["missing_keys"] or info["mismatched_keys"]:
         names = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
         raise UserError(f"{path}: {len(names)} tensors are missing or of another shape, e.g. {names[0]}")
-    return model.requires_grad_(False).eval()
+    frozen: MGMForConditionalGeneration = model.requires_grad_(False).eval()
+    return frozen
 
 
 def train_projector(model: MGMForConditionalGeneration) -> None:
     """Let the projector and the uni-modules learn, in float32."""
     for name, parameter in model.named_parameters():
-        if name.startswith(PROJECTOR):
+        if name.startswith(PROJECTOR) and name not in WITHOUT_EFFECT:
             parameter.data = parameter.data.float()
             parameter.requires_grad_(True)
 

@@ -102,7 +102,8 @@ class Run:
         self.rank, self.workers = context.get_world_rank(), context.get_world_size()
         self.device = get_device()
         self.processor = AutoProcessor.from_pretrained(job.model)
-        self.state, self.trained = State(workers=self.workers), {}
+        self.state = State(workers=self.workers)
+        self.trained: dict[str, torch.Tensor] = {}
         self.lora_config: Any = None
         self._check_targets()
         self.rows = {name: read_rows(path) for name, path in job.data.items()}
@@ -186,7 +187,8 @@ class Run:
                 if key in own:
                     own[key].copy_(tensor)
         prepare(model, self.config.gradient_checkpointing)
-        return model.to(self.device)
+        model.to(self.device)  # type: ignore[arg-type]
+        return model
 
     def _engine(self, model: Any, phase: PhaseConfig, text_only_rows: bool) -> Engine:
         forward = TrainForward(model, self.processor.image_processor.normalize)

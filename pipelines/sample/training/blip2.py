@@ -47,7 +47,7 @@ def build() -> tuple[Blip2ForConditionalGeneration, Blip2Processor]:
             max_position_embeddings=128, vocab_size=len(tokenizer), dropout=0.0, bos_token_id=2, eos_token_id=2, pad_token_id=1,
         ),
         num_query_tokens=QUERIES,
-        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        image_token_index=tokenizer.vocab["<image>"],
     )  # fmt: skip
     images = BlipImageProcessorPil(
         size={"height": SIDE, "width": SIDE}, image_mean=list(CLIP_MEAN), image_std=list(CLIP_STD)
@@ -89,7 +89,9 @@ class PatchHeads(nn.Module):
         return {name: F.cross_entropy(logits.flatten(0, 1), wanted[name].flatten()) for name, logits in found.items()}
 
 
-def train(pool: Pool, minutes: float, batch: int, peak: float, seed: int) -> tuple[nn.Module, Blip2Processor]:
+def train(
+    pool: Pool, minutes: float, batch: int, peak: float, seed: int
+) -> tuple[Blip2ForConditionalGeneration, Blip2Processor]:
     """Train for `minutes`; first the ViT on dense labels alone, then captions join."""
     torch.manual_seed(seed)
     torch.set_flush_denormal(True)  # gradients of the first steps are denormal: a hundred times slower on most CPUs
@@ -191,8 +193,10 @@ def main() -> None:
     held = len(pool.scenes) - HELD_OUT
     result = score(model, processor, pool, range(held, held + HELD_OUT))
     say(json.dumps(result, indent=1))
+    assert model.generation_config is not None
     model.generation_config.max_new_tokens = 24
-    model.eval().save_pretrained(args.output)
+    model.eval()
+    model.save_pretrained(args.output)
     processor.save_pretrained(args.output)
     settings = {key: value for key, value in vars(args).items() if not isinstance(value, Path)}
     write_json(args.output / "training.json", {"settings": settings, "held_out": result})

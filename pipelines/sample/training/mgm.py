@@ -54,7 +54,7 @@ def build() -> tuple[MGMForConditionalGeneration, MGMProcessor]:
         vision_config_aux=MGMConvNextConfig(
             hidden_sizes=[32, 64, 128, 192], depths=[1, 1, 3, 2], layer_scale_init_value=0.5, image_size=SIDE
         ),
-        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
+        image_token_id=tokenizer.vocab["<image>"],
         image_size_aux=SIDE,
     )  # fmt: skip
     model = MGMForConditionalGeneration(config)
@@ -118,7 +118,7 @@ def train_towers(
     for rows, share in batches(rng, held, batch, minutes, optimizer, peak):
         logits = tower_logits(model, heads, normalize(pool.padded[rows]))
         losses = {tower: _tower_loss(found, tables, rows) for tower, found in logits.items()}
-        step(optimizer, sum(losses.values()), parameters)
+        step(optimizer, torch.stack(list(losses.values())).sum(), parameters)
         text = F.cross_entropy(
             logits["convnext"]["text"].flatten(0, 1), torch.from_numpy(tables["coarse"]["text"][rows]).long().flatten()
         )
@@ -137,7 +137,9 @@ def _tower_loss(found: dict[str, Tensor], tables: dict[str, dict[str, np.ndarray
 
 
 @torch.no_grad()
-def _tower_accuracy(model, heads, pool: Pool, table: dict[str, np.ndarray], rows: np.ndarray) -> dict[str, float]:
+def _tower_accuracy(
+    model: MGMForConditionalGeneration, heads: TowerHeads, pool: Pool, table: dict[str, np.ndarray], rows: np.ndarray
+) -> dict[str, float]:
     """Share of the labelled regions that the heads get right, per tower and attribute."""
     right: dict[str, list[float]] = {}
     for first in range(0, len(rows), 100):
@@ -153,7 +155,9 @@ def _tower_accuracy(model, heads, pool: Pool, table: dict[str, np.ndarray], rows
     return {name: float(np.mean(values)) for name, values in right.items()}
 
 
-def batches(rng, number: int, batch: int, minutes: float, optimizer: torch.optim.Optimizer, peak: float) -> Iterator:
+def batches(
+    rng: np.random.Generator, number: int, batch: int, minutes: float, optimizer: torch.optim.Optimizer, peak: float
+) -> Iterator:
     """Rows of a batch, until the time is over; sets the learning rate (warm-up, then cosine over the time)."""
     start, count, order = time.time(), 0, np.empty(0, np.int64)
     progress = Progress(None, "train mgm", "samples", every=20)
@@ -228,12 +232,19 @@ def _all_words(scenes: list[Scene]) -> set[str]:
     return {word for name in TOWER_LABELS for text in ATTRIBUTES[name] for word in text.split()}
 
 
-def _text_batch(model, tokenizer, samples, pick: random.Random, noise: float) -> tuple[Tensor, Tensor, Tensor]:
+def _text_batch(
+    model: MGMForConditionalGeneration,
+    tokenizer: PreTrainedTokenizerFast,
+    samples: list[tuple[Scene, list[list[int]]]],
+    pick: random.Random,
+    noise: float,
+) -> tuple[Tensor, Tensor, Tensor]:
     """Embeddings (B, L, D), mask and labels (B, L) of documents with their 16 positions filled in.
 
     The sums are disturbed (weights, missing words, noise; `noise` from 0 to 1), because no projector will ever hit them exactly.
     """
-    table = model.get_input_embeddings().weight
+    table = model.model.language_model.embed_tokens.weight
+    assert isinstance(table, Tensor)
     start, turn = [2], tokenizer("<start_of_turn>user\n", add_special_tokens=False)["input_ids"]
     rows, wanted, places = [], [], []
     for scene, _ in samples:
@@ -248,7 +259,7 @@ def _text_batch(model, tokenizer, samples, pick: random.Random, noise: float) ->
     tokens = torch.tensor([row + [0] * (length - len(row)) for row in rows])
     labels_BL = torch.tensor([row + [-100] * (length - len(row)) for row in wanted])
     mask = torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in rows])
-    embeds = model.get_input_embeddings()(tokens)
+    embeds = model.model.language_model.embed_tokens(tokens)
     flat = [bag for _, bags in samples for bag in bags]
     counts = torch.tensor([len(bag) for bag in flat])
     members = torch.tensor([i for bag in flat for i in bag])
@@ -265,7 +276,9 @@ def _text_batch(model, tokenizer, samples, pick: random.Random, noise: float) ->
 
 
 @torch.no_grad()
-def _text_accuracy(model, tokenizer, samples) -> dict[str, float]:
+def _text_accuracy(
+    model: MGMForConditionalGeneration, tokenizer: PreTrainedTokenizerFast, samples: list[tuple[Scene, list[list[int]]]]
+) -> dict[str, float]:
     """Teacher-forced: a document counts when every token of its continuation is the most likely one."""
     pick, right = random.Random(0), []
     for first in range(0, len(samples), 100):

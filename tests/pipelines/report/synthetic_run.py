@@ -168,7 +168,13 @@ def _train(place: Path, arm: str, seed: int) -> None:
             lines[-1] |= {"samples_per_second": 80 + rng.gauss(0, 5), "seconds": round(step * 0.4, 3)}
     (place / "adapter" / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     phases = {"align": {"steps": 60, "batch": 32, "rows": 900}, "instruct": {"steps": 40, "batch": 128, "rows": 400}}
-    adapter.finish(rows_in={"align": 900, "instruct": 400}, phases=phases, training_seconds={"align": 25.0, "instruct": 15.0}, workers=1, seed=seed)
+    adapter.finish(
+        rows_in={"align": 900, "instruct": 400},
+        phases=phases,
+        training_seconds={"align": 25.0, "instruct": 15.0},
+        workers=1,
+        seed=seed,
+    )
     merged = open_stage(place / "merged", "merge", {"arm": arm, "seed": seed})
     merged.finish(max_logit_difference=3.1e-6, merged_tensors=61, lora=True)
 
