@@ -22,6 +22,8 @@ COMMANDS = {
     "merge": "merge an adapter into its base model",
     "check": "check a model or an adapter",
     "convert": "turn an original MGM checkpoint into a Hugging Face directory",
+    "export-original": "turn it back, bit for bit",
+    "convert-lora": "turn the original trainer's LoRA output into an adapter",
     "serve": "answer over HTTP, OpenAI-compatible, in batches",
     "evaluate": "ask a model the questions of a benchmark",
     "score": "score answers made elsewhere",
@@ -48,7 +50,7 @@ def main(argv: list[str] | None = None) -> int:
         hint = f"; did you mean '{near[0]}'?" if near else ""
         print(f"captune: error: there is no command '{argv[0]}'{hint} (captune --help lists them)", file=sys.stderr)
         return 2
-    module = importlib.import_module(f"ray_jobs.{argv[0]}")
+    module = importlib.import_module(f"ray_jobs.{argv[0].replace('-', '_')}")
     return guarded(module.main, argv[1:])
 
 

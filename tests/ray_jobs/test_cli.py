@@ -112,7 +112,7 @@ def test_every_command_has_its_entrypoint(command: str, capsys: pytest.CaptureFi
         cli.main([command, "--help"])
     assert end.value.code == 0
     assert f"captune {command}" in capsys.readouterr().out
-    assert (ROOT / "ray_jobs" / f"{command}.py").is_file()
+    assert (ROOT / "ray_jobs" / f"{command.replace('-', '_')}.py").is_file()
 
 
 def test_an_entrypoint_runs_by_its_path_from_elsewhere(tmp_path: Path) -> None:

@@ -205,11 +205,11 @@ def start_driver(data: Path, output: Path, model: Path) -> subprocess.Popen[byte
 
 
 @pytest.mark.heavy
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1800)
 def test_killed_driver_continues_to_the_same_records(blip2: Path, many: Path, tmp_path: Path) -> None:
     """Kill -9 during the index, after some and after most captions: the reruns end in the very same files as one quiet run."""
     quiet = start_driver(many, tmp_path / "quiet", blip2)
-    assert quiet.wait(300) == 0, quiet.stdout.read().decode()[-3000:]  # type: ignore[union-attr]
+    assert quiet.wait(900) == 0, quiet.stdout.read().decode()[-3000:]  # type: ignore[union-attr]
     killed = tmp_path / "killed"
     for pattern, count in (
         ("_work/index.part/*", 2),
@@ -223,7 +223,7 @@ def test_killed_driver_continues_to_the_same_records(blip2: Path, many: Path, tm
         driver.send_signal(signal.SIGKILL)
         driver.wait()
     last = start_driver(many, killed, blip2)
-    assert last.wait(300) == 0, last.stdout.read().decode()[-3000:]  # type: ignore[union-attr]
+    assert last.wait(900) == 0, last.stdout.read().decode()[-3000:]  # type: ignore[union-attr]
     assert (killed / "part-00000.parquet").read_bytes() == (tmp_path / "quiet" / "part-00000.parquet").read_bytes()
     manifest, undisturbed = (json.loads((d / "MANIFEST.json").read_text()) for d in (killed, tmp_path / "quiet"))
     assert manifest["resumed_rows"] >= 64 and manifest["rows_out"] == 640 == undisturbed["rows_out"]
@@ -231,7 +231,7 @@ def test_killed_driver_continues_to_the_same_records(blip2: Path, many: Path, tm
 
 
 @pytest.mark.heavy
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1800)
 def test_dead_captioning_actor_does_not_kill_the_job(
     ray_cluster: None, blip2: Path, many: Path, tmp_path: Path
 ) -> None:

@@ -1,0 +1,86 @@
+"""The whole hallway on a small sample: every stage on its real library, killed in the middle, finished by the same command."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+def command(root: Path) -> list[str]:
+    world = root / "world"
+    options = {
+        "run_dir": root / "run",
+        "dataset": world / "dataset.jsonl",
+        "sample.out": world,
+        "sample.pairs": 60,
+        "sample.instructions": 16,
+        "sample.questions": 24,
+        "caption.model": world / "models" / "blip2",
+        "train.model": world / "models" / "mgm",
+        "train.instruct_data": world / "instruct.json",
+        "train.align.steps": 6,
+        "train.instruct.steps": 3,
+        "train.checkpoint_every": 2,
+        "evaluate.annotations": world / "textvqa" / "TextVQA_0.5.1_val.json",
+        "evaluate.images": world / "textvqa" / "train_images",
+    }
+    words = [word for key, value in options.items() for word in (f"--{key}", str(value))]
+    return [sys.executable, "-m", "ray_jobs.cli", "run", "sample", *words]
+
+
+def run(root: Path) -> str:
+    done = subprocess.run(command(root), cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stderr
+
+
+def kill_when(root: Path, sign: Path) -> None:
+    """`kill -9` the driver as soon as `sign` exists."""
+    process = subprocess.Popen(command(root), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 300
+    while not sign.exists() and process.poll() is None:
+        assert time.monotonic() < deadline, f"{sign} never came"
+        time.sleep(0.05)
+    assert process.poll() is None, f"the run ended before {sign.name} was there"
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+@pytest.mark.heavy
+@pytest.mark.timeout(1200)
+def test_a_killed_run_ends_with_the_scores_of_an_undisturbed_one(tmp_path: Path) -> None:
+    """Killed while it captions, trains and evaluates; rows in equal rows out, and a third run finds everything done."""
+    run(tmp_path / "whole")
+    killed = tmp_path / "killed"
+    for sign in ("captions/_work/index", "original/adapter/log.jsonl", "enhanced/predictions/textvqa/journal.jsonl"):
+        kill_when(killed, killed / "run" / sign)
+    run(killed)
+    for root in (tmp_path / "whole", killed):
+        captions = json.loads((root / "run" / "captions" / "MANIFEST.json").read_text())
+        assert captions["rows_in"] == captions["rows_out"] == 60
+        for arm in ("original", "enhanced"):
+            dataset = json.loads((root / "run" / arm / "dataset" / "MANIFEST.json").read_text())
+            assert dataset["kept"] + dataset["rejected"] == dataset["rows_in"] == 60
+        assert (root / "run" / "report" / "index.html").stat().st_size > 10_000
+    answers = [
+        [
+            [json.loads(line)["text"] for line in (root / "run" / arm / "predictions/textvqa/predictions.jsonl").open()]
+            for arm in ("original", "enhanced")
+        ]
+        for root in (tmp_path / "whole", killed)
+    ]
+    assert answers[0] == answers[1]
+    assert len(answers[0][0]) == 24
+
+    again = run(killed)
+    assert "steps/s" not in again
+    assert "questions/s" not in again
