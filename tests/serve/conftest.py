@@ -6,8 +6,7 @@ from __future__ import annotations
 
 import base64
 import io
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -106,20 +105,3 @@ def chat_body(data_url: Callable[[bytes], str]) -> Callable[..., dict[str, Any]]
         return {"model": "captune", "messages": [message], "temperature": 0, "max_tokens": 8} | fields
 
     return make
-
-
-@pytest.fixture(scope="module")
-def ray_cluster() -> Iterator[None]:
-    """A local Ray of two CPUs, gone afterwards."""
-    import ray
-
-    repository = str(Path(__file__).parents[2])
-    ray.init(
-        num_cpus=2,
-        include_dashboard=False,
-        log_to_driver=False,
-        runtime_env={"env_vars": {"PYTHONPATH": repository, "OMP_NUM_THREADS": "1"}},
-        _temp_dir=os.environ.get("RAY_TMPDIR"),
-    )
-    yield
-    ray.shutdown()

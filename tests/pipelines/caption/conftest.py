@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import os
 import random
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -104,16 +103,3 @@ def picture(seed: int, size: tuple[int, int] = (80, 60)) -> bytes:
 @pytest.fixture(scope="session")
 def blip2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_blip2(tmp_path_factory.mktemp("blip2"))
-
-
-@pytest.fixture(scope="session")
-def ray_cluster() -> Iterator[None]:
-    """A local cluster of the smallest machine that captioning supports."""
-    import ray
-
-    if ray.is_initialized():
-        yield
-        return
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=True, object_store_memory=200 << 20)
-    yield
-    ray.shutdown()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import io
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +18,8 @@ from pipelines.records import Record, new_record, read_shards, write_shard
 from pipelines.refine import stage
 from pipelines.refine.config import RefineConfig
 
-pytestmark = pytest.mark.heavy  # a Ray cluster, and workers that import Data-Juicer
+pytestmark = [pytest.mark.heavy, pytest.mark.usefixtures("ray_cluster")]  # workers that import Data-Juicer
 SAMPLE = Path(__file__).parents[3] / "pipelines" / "recipes" / "refine_captions.yaml"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cluster() -> Iterator[None]:
-    import ray
-
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level=40)
-    yield
-    ray.shutdown()
 
 
 def picture(width: int, height: int, seed: int) -> bytes:

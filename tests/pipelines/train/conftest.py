@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -31,13 +30,3 @@ def tiny() -> Any:
 def model_dir(tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny random MGM on disk."""
     return tiny.write_model(tmp_path_factory.mktemp("mgm") / "model")
-
-
-@pytest.fixture(scope="session")
-def ray_cluster() -> Iterator[None]:
-    """A local cluster of this test session."""
-    import ray
-
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=True, object_store_memory=200_000_000)
-    yield
-    ray.shutdown()
