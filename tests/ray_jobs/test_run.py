@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 import subprocess
 import sys
 import time
@@ -46,22 +44,24 @@ def run(root: Path) -> str:
 def kill_when(root: Path, sign: Path) -> None:
     """`kill -9` the driver as soon as `sign` exists."""
     process = subprocess.Popen(command(root), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 300
-    while not sign.exists() and process.poll() is None:
-        assert time.monotonic() < deadline, f"{sign} never came"
-        time.sleep(0.05)
-    assert process.poll() is None, f"the run ended before {sign.name} was there"
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+    deadline = time.monotonic() + 900
+    try:
+        while not sign.exists():
+            assert process.poll() is None, f"the run ended before {sign.name} was there"
+            assert time.monotonic() < deadline, f"{sign} never came"
+            time.sleep(0.05)
+    finally:
+        process.kill()
+        process.wait()
 
 
 @pytest.mark.heavy
-@pytest.mark.timeout(1200)
+@pytest.mark.timeout(2400)
 def test_a_killed_run_ends_with_the_scores_of_an_undisturbed_one(tmp_path: Path) -> None:
     """Killed while it captions, trains and evaluates; rows in equal rows out, and a third run finds everything done."""
     run(tmp_path / "whole")
     killed = tmp_path / "killed"
-    for sign in ("captions/_work/index", "original/adapter/log.jsonl", "enhanced/predictions/textvqa/journal.jsonl"):
+    for sign in ("captions/_work/index", "original/adapter/log.jsonl", "original/predictions/textvqa/journal.jsonl"):
         kill_when(killed, killed / "run" / sign)
     run(killed)
     for root in (tmp_path / "whole", killed):

@@ -209,10 +209,10 @@ def _forget_last_checkpoint(run: Path) -> None:
 
     path = run / "checkpoint_manager_snapshot.json"
     snapshot = json.loads(path.read_text())
-    results = snapshot["checkpoint_results"]
-    last = max(results, key=lambda result: str(result["checkpoint_dir_name"]))
-    results.remove(last)
-    snapshot["latest_checkpoint_result"] = results[-1]
+    last = snapshot["checkpoint_results"].pop()
+    snapshot["checkpoint_report_indices"].pop()
+    snapshot["latest_checkpoint_result"] = snapshot["checkpoint_results"][-1]
+    snapshot["current_report_index"] -= 1
     path.write_text(json.dumps(snapshot))
     shutil.rmtree(run / last["checkpoint_dir_name"])
 
