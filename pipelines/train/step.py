@@ -266,7 +266,7 @@ class TorchEngine:
             self.forward = DistributedDataParallel(
                 forward,
                 device_ids=[device] if device.type == "cuda" else None,
-                broadcast_buffers=False,
+                forward_sync_buffers=False,
                 find_unused_parameters=text_only_rows,
             )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import logging
 import os
 from pathlib import Path
@@ -16,6 +17,7 @@ from pipelines.train.data import Batch
 from pipelines.train.step import StepResult, TrainForward, adamw, require_finite, total
 
 _TAG = "state"
+_EXTENSIONS = Path.home() / ".cache" / "captune" / "torch_extensions"
 
 
 def deepspeed_config(stage: int, phase: PhaseConfig, precision: str, device: torch.device) -> dict[str, Any]:
@@ -29,6 +31,26 @@ def deepspeed_config(stage: int, phase: PhaseConfig, precision: str, device: tor
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 10**9,
     }
+
+
+def build_cpu_operator() -> None:
+    """Compile DeepSpeed's shared-memory operator (a minute, once per machine), one process at a time.
+
+    PyTorch guards its extension cache with a plain file, and a process killed while compiling leaves that file behind: from
+    then on every start waits for ever. Here a lock that dies with its holder guards a cache of our own, in which a file left
+    behind is therefore known to be nobody's.
+    """
+    if "TORCH_EXTENSIONS_DIR" in os.environ and os.environ["TORCH_EXTENSIONS_DIR"] != str(_EXTENSIONS):
+        return  # somebody else's cache: DeepSpeed builds there by itself
+    os.environ["TORCH_EXTENSIONS_DIR"] = str(_EXTENSIONS)
+    from deepspeed.comm.torch import build_shm_op
+
+    _EXTENSIONS.mkdir(parents=True, exist_ok=True)
+    with (_EXTENSIONS / "captune.lock").open("w") as stream:
+        fcntl.flock(stream, fcntl.LOCK_EX)
+        for left_behind in _EXTENSIONS.glob("*/lock"):
+            left_behind.unlink()
+        build_shm_op()
 
 
 class ZeroEngine:
@@ -47,6 +69,8 @@ class ZeroEngine:
         except ImportError as error:
             raise UserError(f"train.strategy zero{stage} needs DeepSpeed: install captune[zero] ({error})") from error
         logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+        if device.type == "cpu":
+            build_cpu_operator()
         self.phase, self.device = phase, device
         forward.dtype = torch.bfloat16 if precision == "bf16" else torch.float32
         self.named = {n: p for n, p in forward.model.named_parameters() if p.requires_grad}
