@@ -15,19 +15,19 @@ _HUB_ID = re.compile(r"[\w-]+(\.[\w-]+)*/[\w.-]+")
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 
 
-def resolve(model: str) -> Path:
-    """Directory of a model named by a directory or a Hugging Face hub id (downloaded on first use).
+def resolve(model: str, key: str = "caption.model") -> Path:
+    """Directory of a model named by a directory or a Hugging Face hub id (downloaded on first use); `key` named it.
 
     Raises:
         UserError: no such directory, or the hub has no such model or cannot be reached.
     """
     if not model:
-        raise UserError("caption.model is not set: name a BLIP-2 directory or hub id, e.g. Salesforce/blip2-opt-2.7b")
+        raise UserError(f"{key} is not set: name a model directory or hub id, e.g. Salesforce/blip2-opt-2.7b")
     path = Path(model)
     if path.is_dir():
         return path.absolute()
     if path.exists() or not _HUB_ID.fullmatch(model) or model.startswith("."):
-        raise UserError(f"caption.model: {model} is not a model directory")
+        raise UserError(f"{key}: {model} is not a model directory")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
@@ -35,9 +35,7 @@ def resolve(model: str) -> Path:
         return Path(snapshot_download(model, ignore_patterns=["*.msgpack", "*.h5", "*.onnx"]))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(
-            f"caption.model: {model} is no directory here and could not be had from the hub ({reason})"
-        ) from None
+        raise UserError(f"{key}: {model} is no directory here and could not be had from the hub ({reason})") from None
 
 
 def check(directory: Path, prompt: str = "", max_new_tokens: int = 1) -> None:

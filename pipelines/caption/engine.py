@@ -6,6 +6,7 @@ Shape legend: B images, Q query tokens, P prompt tokens, T new tokens.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, Blip2ForConditionalGeneration
 
 from pipelines.caption import checkpoint
+from pipelines.caption.config import CaptionConfig
 from pipelines.errors import UserError
 
 if TYPE_CHECKING:
@@ -21,15 +23,30 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 
+@dataclass(frozen=True)
+class Captioned:
+    """What the engine has to say of one image.
+
+    Attributes:
+        candidates: every caption generated, without the prompt and without special tokens.
+        scores: of the candidates, by the measure that chose among them; None where none was needed.
+        chosen: the caption that stays; None when the row failed.
+        error: why it failed, as a record's `error` says it.
+    """
+
+    candidates: list[str]
+    scores: list[float] | None
+    chosen: str | None
+    error: str | None = None
+
+
 class BlipCaptioner:
-    """A BLIP-2 checkpoint ready to caption batches of images, greedily.
+    """A BLIP-2 checkpoint ready to caption batches of images.
 
     Args:
         model_dir: Hugging Face directory.
-        dtype: float32, bfloat16 or float16; the Q-Former stays in float32, as its authors want.
+        config: prompt, decoding, candidates, dtype and batch size; the Q-Former stays in float32, as its authors want.
         device: torch device.
-        prompt: text that every caption continues; empty for none.
-        max_new_tokens: longest caption.
 
     Raises:
         UserError: the directory is no complete BLIP-2 checkpoint (what is missing is named), or the prompt leaves no room.
@@ -38,12 +55,11 @@ class BlipCaptioner:
     def __init__(
         self,
         model_dir: Path | str,
-        dtype: str = "float32",
+        config: CaptionConfig | None = None,
         device: str = "cpu",
-        prompt: str = "",
-        max_new_tokens: int = 32,
     ) -> None:
-        directory = Path(model_dir)
+        directory, config = Path(model_dir), config or CaptionConfig()
+        prompt, dtype, max_new_tokens = config.prompt, config.dtype, config.max_new_tokens
         checkpoint.check(directory, prompt, max_new_tokens)
         self.spec = checkpoint.pixel_spec(directory)
         self.device, self.dtype = torch.device(device), getattr(torch, dtype)
@@ -61,12 +77,25 @@ class BlipCaptioner:
         """RGB pictures of any size -> uint8 (B, 3, H, W): all that needs to travel to the engine."""
         return self.spec.batch(images)
 
-    def caption(self, pixels: np.ndarray) -> list[str]:
-        """uint8 (B, 3, H, W) -> one caption per image, without the prompt and without special tokens."""
+    def caption(
+        self,
+        pixels: np.ndarray,
+        ids: Sequence[str] | None = None,
+        prompts: Sequence[str | None] | None = None,
+        originals: Sequence[str | None] | None = None,
+    ) -> list[Captioned]:
+        """Caption images.
+
+        Args:
+            pixels: uint8 (B, 3, H, W).
+            ids: sample ids, which seed sampling; a digest of the pixels where there are none.
+            prompts: a prompt for each image; None stands for the recipe's.
+            originals: captions as found, for choices that compare with them.
+        """
         if not len(pixels):
             return []
         texts = self.tokenizer.batch_decode(self.generate(pixels), skip_special_tokens=True)
-        return [text.strip() for text in texts]
+        return [Captioned([text.strip()], None, text.strip()) for text in texts]
 
     @torch.inference_mode()
     def generate(self, pixels: np.ndarray) -> Tensor:

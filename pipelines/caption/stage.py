@@ -77,12 +77,10 @@ def run(input: str, output: Path, config: CaptionConfig, *, restart: bool = Fals
 
 
 def _what_decides(config: CaptionConfig, model: Path, data: str) -> dict[str, Any]:
-    """The fingerprint: what a caption depends on. Not batch size, actors or CPUs, which may change between a kill and its rerun."""
+    """The fingerprint: what the captions and their shards depend on."""
     return {
         "input": data,
         "model": identity(model),
-        "prompt": config.prompt,
-        "max_new_tokens": config.max_new_tokens,
-        "dtype": config.dtype,
+        **config.decides(),
         "rows_per_shard": config.rows_per_shard,
     }

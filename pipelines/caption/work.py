@@ -101,8 +101,7 @@ class Captioner:
         on_gpu = config.gpus_per_actor > 0
         if not on_gpu:
             torch.set_num_threads(max(1, round(config.cpus_per_actor)))
-        device = "cuda" if on_gpu else "cpu"
-        self._engine = BlipCaptioner(model, config.dtype, device, config.prompt, config.max_new_tokens)
+        self._engine = BlipCaptioner(model, config, "cuda" if on_gpu else "cpu")
         self._shape = (3, spec.height, spec.width)
         self._tally = tally
 
@@ -112,11 +111,13 @@ class Captioner:
 
         found = [data for data in table.column("pixels").to_pylist() if data is not None]
         batch = np.frombuffer(bytearray(b"".join(found)), np.uint8).reshape(-1, *self._shape)
-        captions = iter(self._engine.caption(batch))
-        errors = table.column("error").to_pylist()
-        texts = [next(captions) if error is None else None for error in errors]
-        self._tally.add.remote(len(errors), len(errors) - len(found))
-        return _table(table.column("sample_id").to_pylist(), recaption=texts, error=errors)
+        ids, errors = table.column("sample_id").to_pylist(), table.column("error").to_pylist()
+        good = [row for row, error in enumerate(errors) if error is None]
+        texts: list[str | None] = [None] * len(errors)
+        for row, captioned in zip(good, self._engine.caption(batch, [ids[row] for row in good]), strict=True):
+            texts[row], errors[row] = captioned.chosen, captioned.error
+        self._tally.add.remote(len(errors), sum(error is not None for error in errors))
+        return _table(ids, recaption=texts, error=errors)
 
 
 class Tally:

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from pipelines.caption.config import CaptionConfig
 from pipelines.caption.engine import BlipCaptioner
 from pipelines.errors import UserError
 
@@ -30,7 +31,7 @@ def test_equals_plain_generate(blip2: Path, photos: list[Image.Image], prompt: s
     """uint8 pixels, own normalization and batching change no token against processor + `generate`, with and without a prompt."""
     from transformers import Blip2ForConditionalGeneration, Blip2Processor
 
-    engine = BlipCaptioner(blip2, prompt=prompt, max_new_tokens=12)
+    engine = BlipCaptioner(blip2, CaptionConfig(prompt=prompt, max_new_tokens=12))
     processor = Blip2Processor.from_pretrained(blip2)
     model = Blip2ForConditionalGeneration.from_pretrained(blip2).eval()
     inputs = processor(images=photos, text=[prompt] * len(photos) if prompt else None, return_tensors="pt")
@@ -41,15 +42,15 @@ def test_equals_plain_generate(blip2: Path, photos: list[Image.Image], prompt: s
     torch.testing.assert_close(engine.normalize(torch.from_numpy(pixels)), inputs["pixel_values"], atol=1e-6, rtol=0)
     prefix = inputs["input_ids"].shape[1] if prompt else 5
     assert torch.equal(engine.generate(pixels), expected[:, prefix:])
-    captions = engine.caption(pixels)
+    captions = [row.chosen for row in engine.caption(pixels)]
     assert captions == [text.strip() for text in processor.batch_decode(expected[:, prefix:], skip_special_tokens=True)]
     assert len(set(captions)) > 1, "a model that says the same of everything would prove nothing"
-    assert captions == [engine.caption(pixels[i : i + 1])[0] for i in range(6)]
+    assert captions == [engine.caption(pixels[i : i + 1])[0].chosen for i in range(6)]
 
 
 def test_half_precision_and_no_images(blip2: Path, photos: list[Image.Image]) -> None:
     """bfloat16 loads and runs; an empty batch is no error."""
-    engine = BlipCaptioner(blip2, dtype="bfloat16", max_new_tokens=4)
+    engine = BlipCaptioner(blip2, CaptionConfig(dtype="bfloat16", max_new_tokens=4))
     assert len(engine.caption(engine.preprocess(photos))) == 6
     assert engine.caption(engine.preprocess([])) == []
 
@@ -87,6 +88,6 @@ def test_incomplete_directories_are_refused_by_name(blip2: Path, tmp_path: Path)
         with pytest.raises(UserError, match=message):
             BlipCaptioner(directory)
     with pytest.raises(UserError, match=r"caption\.max_new_tokens: 60 new tokens do not fit"):
-        BlipCaptioner(blip2, max_new_tokens=60)
+        BlipCaptioner(blip2, CaptionConfig(max_new_tokens=60))
     with pytest.raises(UserError, match=r"caption\.max_new_tokens: 54 new tokens do not fit"):
-        BlipCaptioner(blip2, max_new_tokens=54, prompt="extraordinarily")
+        BlipCaptioner(blip2, CaptionConfig(max_new_tokens=54, prompt="extraordinarily"))
