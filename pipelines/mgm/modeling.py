@@ -105,6 +105,19 @@ class MGMModel(MGMPreTrainedModel):
         Returns:
             (N, V*T, D); in HD the global view's tokens come first, then the crops' in reading order.
         """
+        tokens, positions = self.encode_images(pixel_values, pixel_values_aux)
+        mine = mine_patch_info_folded if self.uni_key.foldable and self.uni_value.foldable else mine_patch_info
+        mined = mine(self.uni_query(tokens), positions, self.uni_key, self.uni_value)
+        return self.multi_modal_projector(tokens + mined)
+
+    def encode_images(
+        self, pixel_values: torch.Tensor, pixel_values_aux: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the two towers see; arguments as of `get_image_features`.
+
+        Returns:
+            CLIP's tokens (N, V*T, C), and the ConvNeXt positions in the region of each of them (N, V*T, P, A).
+        """
         self._check_images(pixel_values, pixel_values_aux)
         dtype = self.vision_tower.embeddings.patch_embedding.weight.dtype
         n, grid = pixel_values_aux.shape[0], self.config.image_grid
@@ -120,11 +133,7 @@ class MGMModel(MGMPreTrainedModel):
             crops = torch.cat([whole.to(maps.dtype).unsqueeze(1), crops], dim=1)
             tokens_NVTC = torch.cat([tokens_NVTC[:, -1:], tokens_NVTC[:, :-1]], dim=1)
         positions = gather_regions(crops.flatten(0, 1), self.config.patches_per_side)
-
-        mine = mine_patch_info_folded if self.uni_key.foldable and self.uni_value.foldable else mine_patch_info
-        tokens = tokens_NVTC.flatten(0, 1)
-        tokens = tokens + mine(self.uni_query(tokens), positions, self.uni_key, self.uni_value)
-        return self.multi_modal_projector(tokens.unflatten(0, (n, -1)).flatten(1, 2))
+        return tokens_NVTC.flatten(1, 2), positions.unflatten(0, (n, -1)).flatten(1, 2)
 
     def _check_images(self, pixel_values: torch.Tensor, pixel_values_aux: torch.Tensor) -> None:
         config = self.config

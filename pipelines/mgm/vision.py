@@ -108,7 +108,18 @@ def mine_patch_info_folded(
     equal for all positions of a token, so softmax ignores it; it stays so that every parameter has a gradient (zero).
     Arguments and result as in `mine_patch_info`.
     """
-    normalized = F.layer_norm(positions, positions.shape[-1:], eps=uni_key.norm.eps)
+    return mine_normalized(queries, normalize_positions(positions, uni_key), uni_key, uni_value)
+
+
+def normalize_positions(positions: torch.Tensor, uni_key: MGMUniProjector) -> torch.Tensor:
+    """The half of the uni-modules' LayerNorm that has no parameters, the same for keys and values."""
+    return F.layer_norm(positions, positions.shape[-1:], eps=uni_key.norm.eps)
+
+
+def mine_normalized(
+    queries: torch.Tensor, normalized: torch.Tensor, uni_key: MGMUniProjector, uni_value: MGMUniProjector
+) -> torch.Tensor:
+    """`mine_patch_info_folded` behind `normalize_positions`: all of it that learns."""
     queries = queries * queries.shape[-1] ** -0.5
     probes = queries @ uni_key.proj.weight * uni_key.norm.weight
     scores = (

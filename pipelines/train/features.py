@@ -11,9 +11,9 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 
-from pipelines.mgm.modeling import MGMModel, gather_regions
+from pipelines.mgm.modeling import MGMModel
+from pipelines.mgm.vision import mine_normalized, normalize_positions
 from pipelines.train.data import Loader, prefetch
 from pipelines.train.rows import BadRow, Row
 
@@ -32,33 +32,18 @@ def tower_outputs(model: MGMModel, pixel_values: torch.Tensor, pixel_values_aux:
         tokens (N, T, C) of all views, and the normalized positions of their regions (N, T, P, A); the latter in the dtype
         in which matrix products are computed (autocast would round them to it anyway).
     """
-    dtype = model.vision_tower.embeddings.patch_embedding.weight.dtype
-    n, grid = pixel_values_aux.shape[0], model.config.image_grid
-    tokens_NVTC = model.encode_views(pixel_values.reshape(-1, *pixel_values.shape[-3:]).to(dtype)).unflatten(0, (n, -1))
-    aux_dtype = model.vision_tower_aux.embeddings.patch_embeddings.weight.dtype
-    maps = model.vision_tower_aux(pixel_values_aux.to(aux_dtype)).to(tokens_NVTC.dtype)
-    crops = maps.unflatten(-1, (grid, -1)).unflatten(-3, (grid, -1)).permute(0, 2, 4, 1, 3, 5).flatten(1, 2)
-    if model.config.image_global:
-        whole = F.interpolate(maps.float(), scale_factor=1 / grid, mode="bilinear", align_corners=False)
-        crops = torch.cat([whole.to(maps.dtype).unsqueeze(1), crops], dim=1)
-        tokens_NVTC = torch.cat([tokens_NVTC[:, -1:], tokens_NVTC[:, :-1]], dim=1)
-    positions = gather_regions(crops.flatten(0, 1), model.config.patches_per_side)
-    normalized = F.layer_norm(positions, positions.shape[-1:], eps=model.uni_key.norm.eps)
+    tokens, positions = model.encode_images(pixel_values, pixel_values_aux)
+    normalized = normalize_positions(positions, model.uni_key)
     if torch.is_autocast_enabled(normalized.device.type):
         normalized = normalized.to(torch.get_autocast_dtype(normalized.device.type))
-    return tokens_NVTC.flatten(1, 2), normalized.unflatten(0, (n, -1)).flatten(1, 2)
+    return tokens, normalized
 
 
 def image_features(model: MGMModel, parts: Parts) -> torch.Tensor:
     """The part of `MGMModel.get_image_features` that learns: mining (folded as in the model) and projector, (N, T, D)."""
-    tokens_NTC, normalized_NTPA = parts
-    key, value = model.uni_key, model.uni_value
-    queries = model.uni_query(tokens_NTC)
-    probes = (queries * queries.shape[-1] ** -0.5) @ key.proj.weight * key.norm.weight
-    scores = probes.unsqueeze(2) @ normalized_NTPA.transpose(-1, -2)
-    found = (scores.nan_to_num().softmax(-1) @ normalized_NTPA).squeeze(2)
-    mined = value.proj(found * value.norm.weight + value.norm.bias)
-    return model.multi_modal_projector(tokens_NTC + mined)
+    tokens, normalized = parts
+    mined = mine_normalized(model.uni_query(tokens), normalized, model.uni_key, model.uni_value)
+    return model.multi_modal_projector(tokens + mined)
 
 
 class FeatureCache:
