@@ -109,7 +109,22 @@ def required(value: str | None, option: str, command: str) -> str:
     """A path that the command cannot do without."""
     if not value:
         raise UserError(f"captune {command} needs {option}")
-    return value
+    return lasting(value, option) if option.startswith(("--output", "--out ")) else value
+
+
+def lasting(path: str, key: str) -> str:
+    """A path to write to, refused when it would vanish with the directory that Ray unpacks on one node for one job.
+
+    Raises:
+        UserError: it lies in the working directory of `ray job submit --working-dir`.
+    """
+    place = Path(path).resolve()
+    if "working_dir_files" in place.parts and "runtime_resources" in place.parts:
+        raise UserError(
+            f"{key.split()[0]}: '{path}' lies in the job's temporary working directory, which other nodes do not see and Ray "
+            "deletes; give an absolute path on storage that every node mounts"
+        )
+    return path
 
 
 def input_output(parser: ArgumentParser) -> None:

@@ -17,6 +17,7 @@ def ray_cluster() -> Iterator[None]:
     # Ray reads these when it is imported.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "0")
+    os.environ.setdefault("RAY_DATA_LOG_LEVEL", "WARNING")
     import ray
 
     quiet_libraries()
@@ -28,7 +29,11 @@ def ray_cluster() -> Iterator[None]:
         ray.init(address=address, logging_level=logging.WARNING, log_to_driver=True)
         say(f"ray: connected to {address}, {ray.cluster_resources().get('CPU', 0):g} CPUs")
     else:
-        ray.init(logging_level=logging.WARNING, log_to_driver=True, include_dashboard=False)
+        # Ray Train watches its controller through the dashboard's state API, and people like to look at it.
+        context = ray.init(logging_level=logging.WARNING, log_to_driver=True, include_dashboard=True)
+        say(
+            f"ray: started here, {ray.cluster_resources().get('CPU', 0):g} CPUs, dashboard at http://{context.dashboard_url}"
+        )
     try:
         yield
     finally:
@@ -38,5 +43,10 @@ def ray_cluster() -> Iterator[None]:
 def quiet_libraries() -> None:
     """Progress is what a person watches; libraries speak up when something is wrong, and Ray's own logs keep the rest."""
     warnings.filterwarnings("ignore", category=FutureWarning, module="ray")
-    for name in ("httpx", "ray.data", "ray.serve", "ray.train", "DeepSpeed"):
+    for name in ("httpx", "ray.data", "ray.serve", "ray.train"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    # What these say at every start is meant: Ray's token authentication stays on, and captune's own lines replace Ray's bars.
+    for name in ("ray._private.authentication.authentication_token_setup", "ray.data._internal.progress"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    # A filter, because DeepSpeed sets its logger's level when it is imported.
+    logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to CPU" not in record.getMessage())

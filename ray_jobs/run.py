@@ -32,6 +32,8 @@ def main(argv: list[str]) -> int:
     )
     if len(recipe.arms) < 1:
         raise UserError("captune run needs a recipe with arms: captune run sample, or captune run my_recipe.yaml")
+    _options.lasting(recipe.run_dir, "run_dir")
+    _options.lasting(recipe.sample.out or recipe.run_dir, "sample.out")
     started = time.monotonic()
     with _start.ray_cluster():
         run(recipe, restart=options.restart)

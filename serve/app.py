@@ -7,6 +7,7 @@ what the command line and the tests call. How full batches are is in Prometheus 
 
 # No `from __future__ import annotations`: Ray Serve and FastAPI read the annotations at run time.
 import asyncio
+import logging
 import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -71,9 +72,11 @@ class Captune:
 
     def __init__(self, args: dict[str, Any]) -> None:
         import torch
+        from transformers.utils import logging as transformers_logging
 
         from serve.engine import Engine
 
+        transformers_logging.disable_progress_bar()
         self.name = args["name"]
         self.config = ServeConfig(**args["config"])
         threads = max(1, int(self.config.cpus_per_replica))
@@ -151,7 +154,7 @@ def build(args: BuildArgs) -> Application:
         backpressure_config={"status_code": 429, "retry_after_s": 1},
         ray_actor_options={"num_cpus": config.cpus_per_replica, "num_gpus": config.gpus_per_replica},
         max_constructor_retry_count=2,
-        logging_config={"enable_access_log": False},
+        logging_config={"enable_access_log": False, "log_level": "WARNING"},
     )
     return deployment.bind({"model": args.model, "name": args.name, "config": asdict(config)})
 
@@ -177,6 +180,7 @@ def start(
         WorkFailed: the model did not start.
     """
     check_model_directory(model)
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)  # importing Ray Serve has set it to INFO
     args = BuildArgs(model=str(Path(model).resolve()), name=name, config=config)
     root = _start_http(host, port, config.request_timeout_s + _PROXY_GRACE_S)
     try:
@@ -210,6 +214,7 @@ def _start_http(host: str, port: int, timeout_s: float) -> str:
     try:
         serve.start(
             http_options={"host": host, "port": port, "request_timeout_s": timeout_s},
+            logging_config={"log_level": "WARNING"},
             controller_options={
                 "runtime_env": {"env_vars": {"RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": str(_PROXY_READY_S)}}
             },

@@ -86,7 +86,8 @@ def train_worker(settings: dict[str, Any]) -> dict[str, Any]:
     torch.set_num_threads(max(1, int(job.config.cpus_per_worker)))
     torch.set_flush_denormal(True)  # tiny gradients make most CPUs a hundred times slower
     quiet()
-    logging.getLogger("ray.train").setLevel(logging.WARNING)
+    # Ray Train names this logger by its file, so that its own log level does not reach it.
+    logging.getLogger(ray.train.v2._internal.execution.context.__file__).setLevel(logging.WARNING)
     try:
         return Run(job).train()
     except (UserError, WorkFailed) as error:
