@@ -17,6 +17,7 @@ import yaml
 from pipelines.errors import UserError
 
 Object = dict[str, Any]
+_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 _CLUSTER_WIDE = ("Namespace", "PriorityClass")
 
@@ -63,7 +64,7 @@ def _resource(path: Path) -> list[Object]:
 def _load(path: Path) -> list[Any]:
     """Every document of a YAML file, each free of shared parts (anchors), so that a change stays where it is made."""
     try:
-        documents = [document for document in yaml.safe_load_all(path.read_text()) if document is not None]
+        documents = [document for document in yaml.load_all(path.read_text(), _LOADER) if document is not None]
     except (OSError, yaml.YAMLError) as error:
         raise UserError(f"{path}: {error}") from error
     return [json.loads(json.dumps(document)) for document in documents]
@@ -118,7 +119,7 @@ def containers(node: Any) -> Iterator[Object]:
 
 def _patch(root: Path, objects: list[Object], entry: Object) -> None:
     text = entry["patch"] if "patch" in entry else (root / entry["path"]).read_text()
-    patch = json.loads(json.dumps(yaml.safe_load(text)))
+    patch = json.loads(json.dumps(yaml.load(text, _LOADER)))
     target = entry.get("target") or {"kind": patch["kind"], "name": patch["metadata"]["name"]}
     chosen = [found for found in objects if _is(found, target)]
     if not chosen:

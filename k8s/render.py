@@ -47,20 +47,20 @@ def render(recipe: Recipe, overlay: str, workload: str = "run", arm: str = "", i
         raise UserError(f"--workload {workload}: must be one of {', '.join(WORKLOADS)}")
     arm = _arm(recipe, workload, arm)
     objects = kustomize.build(FOLDER / "overlays" / overlay)
-    fill(objects, recipe, arm)
+    serving = most_replicas(objects)
     chosen = _chosen(objects, workload)
+    objects = [found for found in objects if found["kind"] not in _WORK or found is chosen]
+    fill(objects, recipe, arm, serving)
     if arm and workload in OF_AN_ARM and workload != "serve":
         chosen["metadata"]["name"] = _named(f"captune-{workload}-{arm}")
     chosen["spec"]["suspend"] = False
-    objects = [found for found in objects if found["kind"] not in _WORK or found is chosen]
     if image:
         _set_image(objects, image)
     return objects
 
 
-def fill(objects: list[Object], recipe: Recipe, arm: str) -> None:
-    """Put a recipe's text, commands and numbers into an overlay's objects."""
-    serving = _most_replicas(objects)
+def fill(objects: list[Object], recipe: Recipe, arm: str, serving: int) -> None:
+    """Put a recipe's text, commands and numbers into an overlay's objects; the endpoint may scale to `serving` replicas."""
     for found in objects:
         if found["kind"] == "ConfigMap" and found["metadata"]["name"] == "captune-recipe":
             found["data"] = texts(recipe)
@@ -135,11 +135,12 @@ def serve_config(recipe: Recipe, arm: str, serving: int) -> Object:
         "max_replicas": max(serving, config.replicas),
         "target_ongoing_requests": config.max_batch_size,
     }
+    place = arm if len(recipe.seeds) == 1 else f"{arm}-seed{recipe.seeds[0]}"
     application = {
         "name": "captune",
         "import_path": "serve.app:build",
         "route_prefix": "/",
-        "args": {"model": _absolute(f"{recipe.run_dir.rstrip('/')}/{arm}/merged"), "config": changed},
+        "args": {"model": _absolute(f"{recipe.run_dir.rstrip('/')}/{place}/merged"), "config": changed},
         "deployments": [{"name": "Captune", "num_replicas": "auto", "autoscaling_config": scaling}],
     }
     http = {"host": "0.0.0.0", "port": 8000, "request_timeout_s": config.request_timeout_s + _GRACE_S}
@@ -159,7 +160,7 @@ def _arm(recipe: Recipe, workload: str, arm: str) -> str:
     return arm or next(reversed(recipe.arms), "")
 
 
-def _most_replicas(objects: list[Object]) -> int:
+def most_replicas(objects: list[Object]) -> int:
     """How far the overlay lets the endpoint scale."""
     service = next(found for found in objects if found["kind"] == "RayService")
     deployment = yaml.safe_load(service["spec"]["serveConfigV2"])["applications"][0]["deployments"][0]
@@ -229,7 +230,7 @@ def _absolute(path: str) -> str:
     return path if path.startswith("/") else f"{DATA}/{path}"
 
 
-class _Dumper(yaml.SafeDumper):
+class _Dumper(getattr(yaml, "CSafeDumper", yaml.SafeDumper)):  # type: ignore[misc]
     """Texts of several lines as blocks; nothing as an alias."""
 
     def ignore_aliases(self, data: Any) -> bool:
