@@ -1,7 +1,7 @@
 """Record which metrics a cluster really exports: `python tests/k8s/record_metrics.py` (a few minutes, no GPU).
 
 Runs a short version of the sample recipe on a Ray of its own, reads the node's metrics endpoint all the while as Prometheus would, and
-writes the names to exported_metrics.txt. tests/k8s/test_monitoring.py holds dashboards and alerts against that file.
+writes every name with its labels to exported_metrics.txt. tests/k8s/test_monitoring.py holds dashboards and alerts against that file.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ def main() -> None:
         object_store_memory=200 << 20,
         log_to_driver=False,
     )
-    names: set[str] = set()
+    labels: dict[str, set[str]] = {}
     done = threading.Event()
-    reader = threading.Thread(target=_read, args=(port, names, done))
+    reader = threading.Thread(target=_read, args=(port, labels, done))
     reader.start()
     with tempfile.TemporaryDirectory() as folder:
         paths = [
@@ -65,18 +65,20 @@ def main() -> None:
             done.set()
             reader.join()
             ray.shutdown()
-    head = f"# Names that Ray {ray.__version__} and captune export; written by {Path(__file__).name}.\n"
-    FILE.write_text(head + "".join(f"{name}\n" for name in sorted(names)))
-    print(f"{len(names)} names in {FILE}")
+    head = f"# Metrics that Ray {ray.__version__} and captune export, with their labels; written by {Path(__file__).name}.\n"
+    FILE.write_text(head + "".join(f"{name} {','.join(sorted(labels[name]))}\n" for name in sorted(labels)))
+    print(f"{len(labels)} names in {FILE}")
 
 
-def _read(port: int, names: set[str], done: threading.Event) -> None:
+def _read(port: int, labels: dict[str, set[str]], done: threading.Event) -> None:
     while not done.wait(2.0):
         try:
             text = httpx.get(f"http://127.0.0.1:{port}/metrics", trust_env=False, timeout=10).text
         except httpx.TransportError:
             continue  # the node's agent is still starting, or busy
-        names |= {sample.name for family in text_string_to_metric_families(text) for sample in family.samples}
+        for family in text_string_to_metric_families(text):
+            for sample in family.samples:
+                labels.setdefault(sample.name, set()).update(sample.labels)
 
 
 if __name__ == "__main__":
