@@ -139,6 +139,13 @@ def _sizes(found: Object) -> list[str]:
             said.append(
                 f"{name}: object store {store / 2**30:g} GiB, /dev/shm {shm / 2**30:g} GiB, memory {memory / 2**30:g} GiB"
             )
+    volumes = {volume["name"] for volume in cluster["headGroupSpec"]["template"]["spec"]["volumes"]}
+    mounts = cluster.get("autoscalerOptions", {}).get("volumeMounts", [])
+    said += [
+        f"{found['metadata']['name']}: the autoscaler mounts {m['name']}, which is no volume"
+        for m in mounts
+        if m["name"] not in volumes
+    ]
     if cluster["headGroupSpec"]["rayStartParams"].get("num-cpus") != "0":
         said.append(f"{found['metadata']['name']}: work may land on the head")
     if cluster.get("authOptions", {}).get("mode") != "token" or "secretName" not in cluster["authOptions"]:
