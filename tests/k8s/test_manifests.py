@@ -200,6 +200,7 @@ def test_serve_accepts_the_endpoints_configuration(overlay: str) -> None:
         ("kind", {"train.feature_cache_mb": 4096}, "train.feature_cache_mb: 4.0 GiB"),
         ("gpu-24gb", {"caption.gpus_per_actor": 2}, "a pod of the overlay's group caption has 1"),
         ("kind", {"dataset": "/home/me/pairs"}, "dataset: /home/me/pairs is on this machine"),
+        ("kind", {"refine.recipe": "nonesuch.yaml"}, "nonesuch.yaml: no such Data-Juicer recipe"),
     ],
 )
 def test_a_recipe_that_does_not_fit_is_refused_by_its_key(overlay: str, changes: Object, words: str) -> None:
