@@ -35,13 +35,16 @@ def caption_index(work: Path, results: Results, model: Path, spec: PixelSpec, co
     """
     import ray
     from ray.data import ActorPoolStrategy
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     total, done = count_work(work / "index"), results.count()
     if done >= total:
         return  # nothing left: no need to load a model to learn that
     cluster = ray.cluster_resources()
     sizing = size_pass(config, cluster.get("CPU", 0.0), cluster.get("GPU", 0.0))
-    tally = ray.remote(num_cpus=0)(Tally).remote()
+    # Beside the driver, whose node the run cannot lose anyway: on any other, losing that node would end the run for the sake of a counter.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    tally = ray.remote(num_cpus=0, scheduling_strategy=here)(Tally).remote()
     with _quiet_data_context(results), _watch(tally, Progress(total, "caption", "images"), done):
         files = [str(file) for file in index_files(work / "index")]
         rows = ray.data.read_parquet(files, num_cpus=sizing.task_cpus, override_num_blocks=len(files))
