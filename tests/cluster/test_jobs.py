@@ -74,7 +74,7 @@ def test_a_stopped_recipe_goes_on_where_it_was(cluster: Cluster, tmp_path: Path)
 
 def test_a_lost_captioning_node_costs_no_row(cluster: Cluster, tmp_path: Path) -> None:
     """One of two nodes dies with a replica on it and a new one joins; every id comes out exactly once."""
-    world = draw_world(tmp_path / "world", pairs=1000)
+    world = draw_world(tmp_path / "world", pairs=500)
     cluster.add_node("lost", cpus=2)
     output = tmp_path / "captions"
     command = ["python", "ray_jobs/caption.py", "--input", world / "dataset.jsonl", "--output", output]
@@ -88,29 +88,27 @@ def test_a_lost_captioning_node_costs_no_row(cluster: Cluster, tmp_path: Path) -
     log = cluster.wait("captions")
     ids = captioned_ids(output)
     manifest = json.loads((output / "MANIFEST.json").read_text())
-    assert manifest["rows_in"] == manifest["rows_out"] == len(ids) == len(set(ids)) == 1000, log[-3000:]
+    assert manifest["rows_in"] == manifest["rows_out"] == len(ids) == len(set(ids)) == 500, log[-3000:]
     assert manifest["resumed_rows"] == 0, "one run did it all: the loss was mended inside it"
     cluster.nodes["joined"].kill()
 
 
 def test_work_for_a_gpu_goes_where_a_gpu_is(cluster: Cluster, tmp_path: Path) -> None:
-    """The node says it has one, which is enough to place the replica there; torch then finds none, and the job says so and ends."""
+    """The node says that it has one, which is enough to place the replica there, whatever torch then finds."""
     world = draw_world(tmp_path / "world", pairs=8)
-    cluster.add_node("gpu", cpus=1, gpus=1)
+    gpu, places = cluster.add_node("gpu", cpus=1, gpus=1), set()
     command = ["python", "ray_jobs/caption.py", "--input", world / "dataset.jsonl", "--output", tmp_path / "captions"]
     command += ["--caption.model", world / "models" / "blip2", "--caption.gpus_per_actor", 1]
     cluster.submit(*map(str, command), job="placed", working_dir=ROOT)
-    log = cluster.wait("placed", wanted="FAILED")
-    assert "captune: failed: captioning broke off" in log
-    actors = cluster.get("/api/v0/actors?detail=1&limit=1000")["data"]["result"]["result"]
-    nodes = {
-        node["node_id"]: node["resources_total"]
-        for node in cluster.get("/api/v0/nodes?detail=1")["data"]["result"]["result"]
-    }
-    replicas = [actor for actor in actors if actor["required_resources"].get("GPU")]
-    assert replicas
-    assert all("gpu" in nodes[actor["node_id"]] for actor in replicas if actor["node_id"])
-    cluster.nodes["gpu"].kill()
+
+    def started() -> bool:
+        places.update(node.name for node in cluster.nodes.values() if any("Captioner" in name for name in node.names()))
+        return bool(places)
+
+    wait_for(started, cluster, "placed")
+    assert places == {"gpu"}
+    assert cluster.ray("job", "stop", "placed").returncode == 0
+    gpu.kill()
 
 
 def test_what_is_uploaded_is_the_code(tmp_path: Path) -> None:
