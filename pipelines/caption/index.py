@@ -21,12 +21,16 @@ from pipelines.errors import UserError, WorkFailed
 from pipelines.formats import Dataset, Row, error_kind, to_record
 from pipelines.progress import Progress
 from pipelines.records import schema
+from pipelines.storage import is_remote
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
 SMALLEST, LARGEST = 64, 1024
-_READERS = 4  # reading and hashing both release the interpreter lock
+_READERS, _REMOTE_READERS = (
+    4,
+    32,
+)  # reading and hashing both release the interpreter lock; far away, waiting is all there is
 _MAX_BYTES = 256 << 20
 
 
@@ -58,7 +62,8 @@ def build_index(dataset: Dataset, directory: Path) -> None:
     part.mkdir(parents=True)
     seen: Counter[str] = Counter()
     progress = Progress(None, "caption: reading the dataset")
-    with progress, ThreadPoolExecutor(_READERS) as readers:
+    threads = _REMOTE_READERS if is_remote(dataset.path) else _READERS
+    with progress, ThreadPoolExecutor(threads) as readers:
         rows = dataset.rows()
         number = 0
         while chunk := _next_chunk(rows, min(max(SMALLEST, progress.done // 64), LARGEST)):

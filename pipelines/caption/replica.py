@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 import random
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,11 +16,13 @@ from pipelines.caption.results import result_schema
 from pipelines.formats import error_kind
 from pipelines.images import BadImage, decode, read_bytes
 from pipelines.records import sample_id
+from pipelines.storage import is_remote
 
 if TYPE_CHECKING:
     import numpy as np
     import pyarrow as pa
 
+_FETCHERS = 16
 _EXAMPLES = 2
 """Pictures of each batch that a person may see on the contact sheet."""
 
@@ -31,8 +35,13 @@ def decode_batch(table: pa.Table, spec: PixelSpec, prompt_key: str = "") -> pa.T
     """Index rows -> `sample_id`, `caption`, `prompt` and `pixels` (uint8 bytes of (3, H, W)), or `error` where there is no picture."""
     import pyarrow as pa
 
-    rows = [_decoded(row, spec, prompt_key) for row in table.to_pylist() if not row["skip"]]
-    return pa.Table.from_pylist(rows, schema=_pixel_schema())
+    rows = [row for row in table.to_pylist() if not row["skip"]]
+    if any(is_remote(row["image_uri"]) for row in rows):  # waiting for a far store is done together
+        with ThreadPoolExecutor(_FETCHERS) as pool:
+            decoded = list(pool.map(partial(_decoded, spec=spec, prompt_key=prompt_key), rows))
+    else:
+        decoded = [_decoded(row, spec, prompt_key) for row in rows]
+    return pa.Table.from_pylist(decoded, schema=_pixel_schema())
 
 
 def _decoded(row: dict[str, Any], spec: PixelSpec, prompt_key: str) -> dict[str, Any]:
