@@ -169,7 +169,8 @@ class Clip:
 
         directory = checkpoint.resolve(model, "caption.candidates.clip_model")
         self._tokenizer = AutoTokenizer.from_pretrained(directory)
-        self._model = CLIPModel.from_pretrained(directory).to(device).eval()
+        loaded: Any = CLIPModel.from_pretrained(directory)
+        self._model = loaded.to(device).eval()
         processor: Any = AutoImageProcessor.from_pretrained(directory)
         self._device, self._size = device, self._model.config.vision_config.image_size
         self._mean = torch.tensor(processor.image_mean, device=device).view(1, 3, 1, 1)

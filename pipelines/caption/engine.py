@@ -127,8 +127,9 @@ class BlipCaptioner:
             OptDecoder(language_model) if model.config.use_decoder_only_language_model else T5Decoder(language_model)
         )
         self._ends = _as_list(language_model.generation_config.eos_token_id)
-        self._mean = torch.tensor(spec.mean, device=self.device).view(1, 3, 1, 1)
-        self._std = torch.tensor(spec.std, device=self.device).view(1, 3, 1, 1)
+        deviation_311 = torch.tensor(spec.std, device=self.device).view(3, 1, 1)
+        self._slope_311 = spec.scale / deviation_311
+        self._shift_311 = -torch.tensor(spec.mean, device=self.device).view(3, 1, 1) / deviation_311
         self._chooser = Chooser(config.candidates, config.decoding.seed, self.device)
         prefix = model.config.num_query_tokens + len(self._prompt_ids([config.prompt])[0])
         if self._room(prefix) < config.max_new_tokens:
@@ -192,8 +193,8 @@ class BlipCaptioner:
         """uint8 -> the image processor's floats, on the device, so that only bytes cross the bus."""
         if self.device.type == "cuda":
             pixels_BCHW = pixels_BCHW.pin_memory()
-        scaled = pixels_BCHW.to(self.device, non_blocking=True).to(torch.float32) * self.spec.scale
-        return ((scaled - self._mean) / self._std).to(self.dtype)
+        floats_BCHW = pixels_BCHW.to(self.device, non_blocking=True).float()
+        return torch.addcmul(self._shift_311, floats_BCHW, self._slope_311).to(self.dtype)
 
     def features(self, pixels_BCHW: Tensor) -> Tensor:
         """uint8 -> the image as the language model reads it (B, Q, d): vision tower, Q-Former, projection."""
@@ -233,7 +234,7 @@ class BlipCaptioner:
         for row, request in source:
             identity = request.sample_id
             if identity is None:
-                identity = hashlib.blake2b(np.ascontiguousarray(request.pixels), digest_size=16).hexdigest()
+                identity = hashlib.blake2b(request.pixels.tobytes(), digest_size=16).hexdigest()
             opened[row] = _Open(request, identity)
             yield row
 

@@ -26,7 +26,9 @@ class OptDecoder:
         model: `OPTForCausalLM`; its query, key and value weights become views of fused ones.
     """
 
-    start_token = None  # the prompt's last token goes in with the first step, whose logits are the first new token's
+    start_token: int | None = (
+        None  # the prompt's last token goes in with the first step, whose logits are the first new token's
+    )
 
     def __init__(self, model: Any) -> None:
         decoder = model.model.decoder
@@ -36,7 +38,7 @@ class OptDecoder:
         self._scale = (model.config.hidden_size // self._heads) ** -0.5
         attentions = [layer.self_attn for layer in self._layers]
         self._fused = [fuse([each.q_proj, each.k_proj, each.v_proj]) for each in attentions]
-        self.max_length = int(model.config.max_position_embeddings)
+        self.max_length: int | None = int(model.config.max_position_embeddings)
         self.cache: Tensor | None = None
 
     def embed(self, ids: Tensor) -> Tensor:

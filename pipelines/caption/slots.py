@@ -100,7 +100,7 @@ class Slots:
         self.count, self.prefix, self.new = count, prefix, new
         self._decoder, self._decoding, self._device = decoder, decoding, device
         decoder.allocate(count, prefix, new)
-        long = {"dtype": torch.long, "device": device}
+        long: dict[str, Any] = {"dtype": torch.long, "device": device}
         self._ends = torch.tensor(ends, **long)
         self._tokens, self._positions, self._made = (torch.zeros(count, **long) for _ in range(3))
         self._limits = torch.ones(count, **long)

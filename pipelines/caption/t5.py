@@ -26,7 +26,7 @@ class T5Decoder:
         model: `T5ForConditionalGeneration`.
     """
 
-    max_length = None  # relative positions
+    max_length: int | None = None  # relative positions
 
     def __init__(self, model: Any) -> None:
         self._model, self._blocks = model, model.decoder.block
@@ -34,8 +34,9 @@ class T5Decoder:
         attentions = [(block.layer[0].SelfAttention, block.layer[1].EncDecAttention) for block in self._blocks]
         self._fused = [fuse([own.q, own.k, own.v])[0] for own, _ in attentions]
         self._cross_fused = [fuse([reading.k, reading.v])[0] for _, reading in attentions]
-        self.start_token = int(model.config.decoder_start_token_id)  # the whole prompt is the encoder's
+        self.start_token: int | None = int(model.config.decoder_start_token_id)  # the whole prompt is the encoder's
         self.cache: Tensor | None = None
+        self.cross: Tensor | None = None
 
     def embed(self, ids: Tensor) -> Tensor:
         """Token ids (...) -> embeddings (..., d)."""
@@ -57,6 +58,7 @@ class T5Decoder:
 
     def admit(self, embeds_BNd: Tensor, lengths: list[int], source_G: Tensor, slots_G: Tensor) -> None:
         """Encode prefixes and fill slots with their keys and values; row g has image `source_G[g]`."""
+        assert self.cross is not None
         batch, length = embeds_BNd.shape[:2]
         lengths_B1 = torch.tensor(lengths, device=embeds_BNd.device)[:, None]
         mask_BN = torch.arange(length, device=embeds_BNd.device) < lengths_B1
@@ -70,7 +72,7 @@ class T5Decoder:
 
     def step(self, tokens_R: Tensor, positions_R: Tensor, length: int) -> Tensor:
         """One token of the first R slots, at its position -> logits (R, V); `length` columns of the cache are in use."""
-        assert self.cache is not None
+        assert self.cache is not None and self.cross is not None
         rows = len(tokens_R)
         bias = self._bias_LHL[positions_R][:, :, None, :length]
         unread = self._unread_SE[:rows, None, None]
@@ -90,7 +92,7 @@ class T5Decoder:
 
     def move(self, source: Tensor, target: Tensor) -> None:
         """Copy whole slots."""
-        assert self.cache is not None
+        assert self.cache is not None and self.cross is not None
         self.cache[:, target] = self.cache[:, source]
         self.cross[:, target] = self.cross[:, source]
         self._unread_SE[target] = self._unread_SE[source]
