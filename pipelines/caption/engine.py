@@ -198,8 +198,14 @@ class BlipCaptioner:
 
     def features(self, pixels_BCHW: Tensor) -> Tensor:
         """uint8 -> the image as the language model reads it (B, Q, d): vision tower, Q-Former, projection."""
+        model = self.model
+        states = model.vision_model(pixel_values=self.normalize(pixels_BCHW)).last_hidden_state
         with _tensor_cores_for_float32(self.device.type == "cuda" and self.dtype == torch.float16):
-            return self.model.get_image_features(self.normalize(pixels_BCHW)).pooler_output
+            # without the mask of ones that transformers makes: the device would be waited for to learn that it masks nothing
+            queries = model.qformer(
+                query_embeds=model.query_tokens.expand(len(states), -1, -1), encoder_hidden_states=states
+            ).last_hidden_state
+        return model.language_projection(queries.to(states.dtype))
 
     def _finished(self, requests: Iterable[Request]) -> Iterator[tuple[int, _Open]]:
         """Every request with all its candidates' tokens, or with an error; on out-of-memory, what is unfinished is taken up again."""

@@ -113,7 +113,7 @@ class Slots:
         self._reached = np.full(
             count, _IDLE
         )  # the host's own copy of positions, to know how much of the cache is in use
-        self._step = _Graphs(self._advance) if device.type == "cuda" else self._advance
+        self._step = _Graphs(self._advance, device) if device.type == "cuda" else self._advance
 
     def run(self, jobs: Iterable[Job]) -> Iterator[tuple[Job, list[int]]]:
         """Decode every job; each comes back as it ends, with its tokens (the end token among them, if it came to one)."""
@@ -223,21 +223,27 @@ class Slots:
 class _Graphs:
     """A step per shape: eager the first time, which warms libraries up, captured the second, replayed from then on."""
 
-    def __init__(self, advance: Callable[[int, int], None]) -> None:
+    def __init__(self, advance: Callable[[int, int], None], device: torch.device) -> None:
         self._advance = advance
         self._graphs: dict[tuple[int, int], torch.cuda.CUDAGraph] = {}
         self._seen: set[tuple[int, int]] = set()
-        self._pool = torch.cuda.graph_pool_handle()
+        self._device, self._stream, self._pool = device, torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
 
     def __call__(self, rows: int, length: int) -> None:
         key = (rows, length)
-        if key not in self._seen:
-            self._seen.add(key)
-            self._advance(rows, length)
-            return
-        if key not in self._graphs:
-            self._graphs[key] = torch.cuda.CUDAGraph()
-            # thread_local: what other threads do with the device, such as pinning memory, does not break this capture
-            with torch.cuda.graph(self._graphs[key], pool=self._pool, capture_error_mode="thread_local"):
+        with torch.cuda.device(self._device):
+            if key in self._graphs:
+                self._graphs[key].replay()
+            elif key in self._seen:
+                self._graphs[key] = self._capture(rows, length)
+                self._graphs[key].replay()  # capturing did not run it
+            else:
+                self._seen.add(key)
                 self._advance(rows, length)
-        self._graphs[key].replay()
+
+    def _capture(self, rows: int, length: int) -> torch.cuda.CUDAGraph:
+        graph = torch.cuda.CUDAGraph()
+        # thread_local: what other threads do with the device, such as pinning memory, does not break this capture
+        with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
+            self._advance(rows, length)
+        return graph
