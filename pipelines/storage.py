@@ -8,6 +8,7 @@ reader does not know which of the two it has.
 from __future__ import annotations
 
 import io
+import posixpath
 from collections.abc import Iterator
 from fnmatch import fnmatchcase
 from functools import lru_cache
@@ -48,7 +49,8 @@ class RemotePath:
         return self._uri
 
     def __truediv__(self, name: str) -> RemotePath:
-        return RemotePath(f"{self._uri}/{name}")
+        scheme, _, path = self._uri.partition("://")  # stores know no `..`, which names in a dataset may hold
+        return RemotePath(f"{scheme}://{posixpath.normpath(f'{path}/{name}')}")
 
     @property
     def _pure(self) -> PurePosixPath:
