@@ -8,6 +8,7 @@ import os
 import shutil
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -122,22 +123,24 @@ def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[object]:
         monkeypatch.setenv(key, value)
     while socket.socket().connect_ex(("127.0.0.1", port)) and process.poll() is None:
         time.sleep(0.1)
-    yield fs.S3FileSystem(allow_bucket_creation=True)
+    yield fs.S3FileSystem(endpoint_override=os.environ["AWS_ENDPOINT_URL"], allow_bucket_creation=True)
     process.kill()
 
 
-def test_s3(s3: object, datasets: Path, tmp_path: Path, ray_cluster: None) -> None:
+@pytest.mark.heavy
+def test_s3(s3: object, datasets: Path, tmp_path: Path) -> None:
     """The same through pyarrow's own S3, and a whole captioning run with a dataset and pictures in a bucket."""
-    from pipelines.caption import stage
-    from pipelines.caption.config import CaptionConfig
     from pipelines.records import iter_records
 
     s3.create_dir("captune-test")  # type: ignore[attr-defined]
     upload(datasets, s3, "captune-test/x")
     for name in INPUTS:
         assert ids_and_errors(f"{datasets}/{name}") == ids_and_errors(f"s3://captune-test/x/{name}"), name
-    config = CaptionConfig(model=str(make_blip2(tmp_path / "blip2")), max_new_tokens=4)
-    manifest = stage.run("s3://captune-test/x/photos", tmp_path / "out", config)
+    command = [sys.executable, "-m", "ray_jobs.cli", "caption", "--input", "s3://captune-test/x/photos"]
+    command += ["--output", str(tmp_path / "out"), "--caption.model", str(make_blip2(tmp_path / "blip2")), "--json"]
+    done = subprocess.run([*command, "--caption.max_new_tokens", "4"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    manifest = json.loads(done.stdout.splitlines()[-1])
     assert manifest["captioned"] == 2 == manifest["rows_out"]
     assert {r["image_uri"] for r in iter_records(tmp_path / "out")} == {
         "s3://captune-test/x/photos/a.jpg", "s3://captune-test/x/photos/deep/b.PNG"
