@@ -99,10 +99,16 @@ def samples(log: Path) -> list[dict[str, Any]]:
 
 def halves(log: Path, key: str) -> tuple[float, float]:
     """Peak of the first and of the second half of the captioning pass, in MB."""
-    rows = [row for row in samples(log) if row["files"]]
+    rows = pass_of(samples(log))
     middle = len(rows) // 2
     first, second = (max(row[key] for row in part) / 1e6 for part in (rows[:middle], rows[middle:]))
     return first, second
+
+
+def pass_of(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """From the first block on disk to the last: not the start of Ray and the model, and not the writing of records at the end."""
+    last = next(n for n, row in enumerate(rows) if row["files"] == max(row["files"] for row in rows))
+    return [row for row in rows[: last + 1] if row["files"]]
 
 
 def snapshot(output: Path, copy: Path) -> None:
@@ -144,7 +150,7 @@ def measure(root: Path, options: argparse.Namespace) -> None:
         manifest = json.loads((output / "MANIFEST.json").read_text())
         assert manifest["captioned"] == manifest["rows_out"] == rows
         log = samples(root / f"{label}.jsonl")
-        captioning = [row["time"] for row in log if row["files"]]
+        captioning = [row["time"] for row in pass_of(log)]
         per_row[label] = {
             "all": (time.time() - began) / rows,
             # from the first committed block on: without the start of Ray and the model, which no row pays for
@@ -162,6 +168,9 @@ def measure(root: Path, options: argparse.Namespace) -> None:
     for key in ("driver", "store"):
         first, second = halves(root / "large.jsonl", key)
         print(f"{key} memory, peak of the halves: {first:.0f} MB, {second:.0f} MB, second / first {second / first:.2f}")
+    print(
+        f"driver memory over the whole run, index and records too: {max(row['driver'] for row in samples(root / 'large.jsonl')) / 1e6:.0f} MB"
+    )
     resume(root, model, options)
 
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import string
 import subprocess
+import time
 from collections import Counter
 from pathlib import Path
 
+import httpx
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -278,3 +281,33 @@ def test_ten_percent_corrupt_are_accounted_for(ray_cluster: None, blip2: Path, t
     kinds = Counter((error or "captioned").split(":")[0] for error in table["error"].to_pylist())
     assert kinds == {"captioned": manifest["captioned"], "broken image": manifest["failed"]["broken image"]}
     assert manifest["captioned"] == 90 and manifest["rows_out"] == 100
+
+
+@pytest.mark.heavy
+def test_metrics_are_exported_under_the_names_that_dashboards_use(ray_cluster: None) -> None:
+    """What Prometheus scrapes from the node, as `pipelines/caption/tally.py` lists it."""
+    import ray
+
+    node = ray.nodes()[0]
+    page = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
+    tally = ray.remote(num_cpus=0)(Tally).remote(1000, GuardConfig())
+    ray.get(tally.add.remote(["a red sign"] * 9, [("missing file", "missing file: x")], []))
+    wanted = {
+        "ray_captune_caption_images_total": 10,
+        "ray_captune_caption_failed_total": 1,
+        "ray_captune_caption_images_per_second": None,
+        "ray_captune_caption_error_share": 0.1,
+        "ray_captune_caption_mean_words": 3,
+        "ray_captune_caption_lexical_diversity": pytest.approx(3 / 27),
+        "ray_captune_caption_repetition": 0,
+        "ray_captune_caption_remaining_images": 990,
+    }
+    found: dict[str, float] = {}
+    until = time.monotonic() + 60
+    while time.monotonic() < until and not wanted.keys() <= found.keys():
+        time.sleep(1)
+        lines = [line for line in httpx.get(page).text.splitlines() if line.startswith("ray_captune_caption")]
+        found = {re.split(r"[{ ]", line)[0]: float(line.rpartition(" ")[2]) for line in lines}
+    assert {name: value for name, value in wanted.items() if value is not None and found.get(name) != value} == {}
+    assert found["ray_captune_caption_images_per_second"] > 0
+    assert any('kind="missing file"' in line for line in lines)
