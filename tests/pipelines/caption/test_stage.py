@@ -110,7 +110,7 @@ def test_mixed_bag_keeps_every_row_and_names_every_fault(ray_cluster: None, blip
     assert {record["sample_id"][-2:] for record in doubles} == {"-2", "-3"}
     assert len({record["recaption"] for record in records if record["caption"] == "good.jpg"}) == 1
     assert sorted(p.name for p in (tmp_path / "out").iterdir() if not p.name.startswith(".")) == [
-        "MANIFEST.json", "part-00000.parquet", "part-00001.parquet", "part-00002.parquet"
+        "MANIFEST.json", "contact_sheet.html", "part-00000.parquet", "part-00001.parquet", "part-00002.parquet"
     ]  # fmt: skip
 
 
@@ -212,7 +212,7 @@ def test_killed_driver_continues_to_the_same_records(blip2: Path, many: Path, tm
     assert quiet.wait(900) == 0, quiet.stdout.read().decode()[-3000:]  # type: ignore[union-attr]
     killed = tmp_path / "killed"
     for pattern, count in (
-        ("_work/index.part/*", 2),
+        ("_work/index-*.part/*", 2),
         ("_work/checkpoint-*/*.parquet", 2),
         ("_work/checkpoint-*/*.parquet", 6),
     ):

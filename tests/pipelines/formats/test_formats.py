@@ -114,7 +114,7 @@ def test_jsonl_rows_of_every_kind(tmp_path: Path) -> None:
         "not a list of file names",
         "'text' is not",
     ]
-    reasons += ["a JSON list", "not UTF-8", "surrogate", "is an address", "is an address"]
+    reasons += ["a JSON list", "not UTF-8", "surrogate", "address of the web", "address of the web"]
     for number, (row, reason) in enumerate(zip(rows[1:-1], reasons, strict=True), start=3):
         assert row.error is not None and reason in row.error and f"set.jsonl:{number})" in row.error
     records = [to_record(row) for row in rows]
@@ -239,8 +239,8 @@ def test_what_is_no_dataset_is_refused_by_name(tmp_path: Path, jpeg: Jpeg) -> No
     ):
         with pytest.raises(UserError, match=name):
             rows_of(tmp_path / name)
-    with pytest.raises(UserError, match="local or mounted"):
-        open_dataset("s3://bucket/data")
+    with pytest.raises(UserError, match="https://example.org/set.tar: captune reads datasets from folders and from s3"):
+        open_dataset("https://example.org/set.tar")
 
 
 def test_a_folder_around_one_dataset_is_that_dataset(tmp_path: Path) -> None:
