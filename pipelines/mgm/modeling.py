@@ -62,6 +62,19 @@ class MGMPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
+    # Every quantizer of transformers leaves these alone without being told: the towers, and what is trained beside LoRA.
+    # Patterns, because they must match here and inside `MGMForConditionalGeneration`.
+    _keep_in_fp32_modules = _not_quantized = [
+        r"(model\.)?vision_tower",
+        r"(model\.)?vision_tower_aux",
+        r"(model\.)?uni_(query|key|value)",
+        r"(model\.)?multi_modal_projector",
+    ]
+
+    def _get_dtype_plan(self, dtype: torch.dtype) -> dict[str, torch.dtype]:
+        """The list above is about quantization, whatever its name says: these modules have the dtype asked for."""
+        plan: dict[str, torch.dtype] = super()._get_dtype_plan(dtype)
+        return {pattern: kept for pattern, kept in plan.items() if pattern not in self._not_quantized}
 
 
 class MGMModel(MGMPreTrainedModel):
@@ -147,6 +160,14 @@ class MGMModel(MGMPreTrainedModel):
         if pixel_values_aux.shape != expected_aux:
             raise ValueError(f"pixel_values_aux must be {expected_aux}, not {tuple(pixel_values_aux.shape)}")
 
+    def _check_length(self, length: int) -> None:
+        limit = getattr(self.config.text_config, "max_position_embeddings", None)
+        if limit is not None and length > limit:
+            raise ValueError(
+                f"the prompt is {length} tokens long with its images, over this model's context length of {limit} "
+                "(text_config.max_position_embeddings)"
+            )
+
     def merge_image_features(
         self, inputs_embeds: torch.Tensor, mask: torch.Tensor, image_features: torch.Tensor
     ) -> torch.Tensor:
@@ -194,6 +215,7 @@ class MGMModel(MGMPreTrainedModel):
                 raise ValueError(f"input_ids have {int(mask.sum())} image tokens, but no images were given")
         elif image_features is not None:
             raise ValueError("images need input_ids, which say where they go; inputs_embeds must be merged already")
+        self._check_length(inputs_embeds.shape[1])  # type: ignore[union-attr]
 
         outputs = self.language_model(
             attention_mask=attention_mask,
@@ -261,7 +283,7 @@ class MGMForConditionalGeneration(MGMPreTrainedModel, GenerationMixin):
             logits_to_keep: compute logits only for the last so many positions (0: all) or for these indices.
 
         Raises:
-            ValueError: images and image tokens do not match.
+            ValueError: images and image tokens do not match, or `length` is over the context length.
         """
         outputs = self.model(
             input_ids=input_ids,

@@ -119,3 +119,19 @@ def test_too_few_and_too_many_images_are_errors(model: MGMForConditionalGenerati
         model(**batch)
     with pytest.raises(ValueError, match="pixel_values_aux must be"):
         model(**inputs(processor, CONVERSATIONS[:1]) | {"pixel_values_aux": torch.zeros(1, 3, 60, 60)})
+
+
+def test_prompts_over_the_context_length_are_errors(
+    model: MGMForConditionalGeneration, processor: MGMProcessor
+) -> None:
+    """Inputs made without the processor: the model knows its limit, before and during generation."""
+    batch = inputs(processor, CONVERSATIONS[:1])
+    length = batch["input_ids"].shape[1]
+    model.config.text_config.max_position_embeddings = length
+    assert model(**batch).logits.shape[1] == length
+    model.config.text_config.max_position_embeddings = length - 1
+    message = f"prompt is {length} tokens long with its images, over this model's context length of {length - 1}"
+    with pytest.raises(ValueError, match=message):
+        model(**batch)
+    with pytest.raises(ValueError, match=message):
+        model.generate(**batch, max_new_tokens=1)
