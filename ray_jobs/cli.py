@@ -29,6 +29,7 @@ COMMANDS = {
     "score": "score answers made elsewhere",
     "compare": "hold evaluations against each other",
     "report": "draw the HTML report of a run directory",
+    "k8s": "render Kubernetes manifests for a recipe",
 }
 
 

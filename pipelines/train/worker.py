@@ -25,6 +25,7 @@ from pipelines.progress import Progress
 from pipelines.train import features
 from pipelines.train.config import PhaseConfig, TrainConfig
 from pipelines.train.data import Loader, Sampler, Share, Templates
+from pipelines.train.gauges import TrainGauges
 from pipelines.train.log import TrainLog
 from pipelines.train.rows import Rows, read_rows
 from pipelines.train.step import (
@@ -129,6 +130,7 @@ class Run:
 
     def _phases(self, checkpoint: Path | None) -> dict[str, Any]:
         log = TrainLog(Path(self.job.output), self.state.done) if self.rank == 0 else None
+        self.gauges = TrainGauges(self.job.what)
         names = list(self.job.data)
         resumed = self.state.phase
         for name in names[names.index(resumed) if resumed else 0 :]:
@@ -237,7 +239,8 @@ class Run:
             if log is not None and (state.step % self.config.log_every == 0 or state.step == phase.steps):
                 line = {"phase": name, "step": state.step, "loss": result.loss, "grad_norm": result.grad_norm}
                 speed = {"samples_per_second": round(seen / (now - last), 3), "seconds": state.seconds[name]}
-                log.write(line | {"learning_rate": rate} | speed)
+                log.write(line := line | {"learning_rate": rate} | speed)
+                self.gauges.show(line, phase.steps)
                 last, seen = now, 0
             if state.step % self.config.checkpoint_every == 0 or state.step == phase.steps:
                 state.done[name] = state.step

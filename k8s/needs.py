@@ -1,0 +1,148 @@
+"""What a recipe needs of a cluster, and the manifests' numbers that follow from it.
+
+An overlay says what one pod of a group offers (CPUs, GPUs, memory); a recipe says how many captioning replicas, training workers and
+serving replicas it wants, and how large each is. The number of pods follows.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from pipelines.errors import UserError
+from ray_jobs.recipe import Recipe
+
+FEEDER_CPUS = 4.0
+"""CPUs that read, decode and write beside one captioning GPU (k8s/SCALING.md has the measurement)."""
+FILTER_CPUS = 1.0
+"""Ray Data's checkpoint filter, which a continued captioning pass runs beside everything else."""
+
+
+@dataclass(frozen=True)
+class Pod:
+    """What one pod of a group offers. Memory in bytes."""
+
+    group: str
+    cpus: float
+    gpus: float
+    memory: float
+
+
+@dataclass(frozen=True)
+class Demand:
+    """What one section of a recipe asks for: so many of these at once."""
+
+    section: str
+    count: int
+    cpus: float
+    gpus: float
+
+
+def demands(recipe: Recipe, serving: int) -> dict[str, Demand]:
+    """Group -> demand. `serving` is the most replicas that the endpoint may scale to."""
+    caption, train, serve = recipe.caption, recipe.train, recipe.serve
+    actors = max(caption.actors, getattr(caption, "max_actors", 0))
+    return {
+        "caption": Demand("caption", actors, caption.cpus_per_actor, caption.gpus_per_actor),
+        "train": Demand("train", train.workers, train.cpus_per_worker, float(train.use_gpu)),
+        "serve": Demand("serve", max(serving, serve.replicas), serve.cpus_per_replica, serve.gpus_per_replica),
+    }
+
+
+def fit(cluster: dict[str, Any], recipe: Recipe, serving: int) -> None:
+    """Write the recipe's numbers into a RayCluster's spec.
+
+    Raises:
+        UserError: one replica or worker is larger than the pods of its group; the message names the key and the group.
+    """
+    wanted = demands(recipe, serving)
+    for group in cluster["workerGroupSpecs"]:
+        pod = offered(group)
+        if pod.group == "cpu":
+            least, most = 1, _cpu_pods(wanted, pod, recipe)
+        elif wanted[pod.group].gpus == 0 and pod.group != "serve":
+            least, most = 0, 0  # group cpu does it
+        else:
+            if wanted[pod.group].gpus == 0:
+                _without_gpus(group)
+            least, most = 0, pods(wanted[pod.group], pod)
+            _check_cache(recipe, wanted["train"], pod)
+        start = least if cluster["enableInTreeAutoscaling"] else most
+        group |= {"replicas": start, "minReplicas": least, "maxReplicas": most}
+
+
+def offered(group: dict[str, Any]) -> Pod:
+    """What a pod of a worker group offers: its Ray container's limits."""
+    limits = group["template"]["spec"]["containers"][0]["resources"]["limits"]
+    return Pod(
+        group["groupName"],
+        quantity(limits["cpu"]),
+        quantity(limits.get("nvidia.com/gpu", 0)),
+        quantity(limits["memory"]),
+    )
+
+
+def pods(demand: Demand, pod: Pod) -> int:
+    """Pods that hold a demand; fractions share a GPU, and never span two."""
+    per_pod = _per_pod(demand, pod)
+    return math.ceil(demand.count / per_pod)
+
+
+def _per_pod(demand: Demand, pod: Pod) -> int:
+    for what, asked, has in (("gpu", demand.gpus, pod.gpus), ("cpu", demand.cpus, pod.cpus)):
+        if asked > has:
+            key = {"caption": f"{what}s_per_actor", "train": f"{what}s_per_worker", "serve": f"{what}s_per_replica"}[
+                demand.section
+            ]
+            key = "use_gpu" if key == "gpus_per_worker" else key
+            raise UserError(
+                f"{demand.section}.{key}: one asks for {asked:g} {what.upper()}(s), a pod of the overlay's group {pod.group} has {has:g}"
+            )
+    room = [int(has / asked + 1e-9) for asked, has in ((demand.gpus, pod.gpus), (demand.cpus, pod.cpus)) if asked > 0]
+    return min(room, default=demand.count)
+
+
+def _cpu_pods(wanted: dict[str, Demand], pod: Pod, recipe: Recipe) -> int:
+    """Group cpu serves the hungriest of the stages, which come one after another."""
+    caption, train = wanted["caption"], wanted["train"]
+    feeders = FEEDER_CPUS * caption.count if caption.gpus else caption.count * caption.cpus
+    needs = [math.ceil((FILTER_CPUS + feeders) / pod.cpus)]
+    if train.gpus == 0:
+        needs.append(pods(train, pod))
+        _check_cache(recipe, train, pod)
+    if wanted["serve"].gpus == 0:  # the replicas of an evaluation; those of the endpoint have a group of their own
+        needs.append(pods(Demand("serve", recipe.serve.replicas, recipe.serve.cpus_per_replica, 0), pod))
+    return max(needs)
+
+
+def _check_cache(recipe: Recipe, train: Demand, pod: Pod) -> None:
+    """Cached features of all workers in a pod may take half of its memory."""
+    if pod.group not in ("cpu", "train"):
+        return
+    cached = recipe.train.feature_cache_mb * 2**20 * min(_per_pod(train, pod), train.count)
+    if cached > pod.memory / 2:
+        raise UserError(
+            f"train.feature_cache_mb: {cached / 2**30:.1f} GiB in a pod of group {pod.group}, which has {pod.memory / 2**30:g} GiB; "
+            "half of it is the most"
+        )
+
+
+def _without_gpus(group: dict[str, Any]) -> None:
+    """A recipe that answers on CPUs must not hold a card for it."""
+    for kind in group["template"]["spec"]["containers"][0]["resources"].values():
+        kind.pop("nvidia.com/gpu", None)
+
+
+_SUFFIXES = {"m": 1e-3, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12} | {
+    f"{p}i": 2.0 ** (10 * n) for n, p in enumerate("KMGT", 1)
+}
+
+
+def quantity(value: str | int | float) -> float:
+    """A Kubernetes quantity ("500m", "16Gi", 2) as a number."""
+    text = str(value)
+    for suffix in sorted(_SUFFIXES, key=len, reverse=True):
+        if text.endswith(suffix):
+            return float(text.removesuffix(suffix)) * _SUFFIXES[suffix]
+    return float(text)

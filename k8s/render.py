@@ -1,0 +1,249 @@
+"""Kubernetes manifests for one recipe: an overlay, with the recipe's text, commands and numbers in it."""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from k8s import kustomize, needs
+from pipelines.errors import UserError
+from ray_jobs._options import recipe_yaml
+from ray_jobs.recipe import RECIPES, Recipe
+from serve.config import ServeConfig
+
+FOLDER = Path(__file__).parent
+OVERLAYS = tuple(sorted(path.parent.name for path in FOLDER.glob("overlays/*/kustomization.yaml")))
+STAGES = ("caption", "refine", "train", "merge", "evaluate", "compare")
+WORKLOADS = ("run", *STAGES, "cluster", "serve")
+OF_AN_ARM = ("refine", "train", "merge", "evaluate", "serve")
+DATA, MOUNTED = "/data", ("/data", "/models", "/bucket", "/etc/captune")
+RECIPE_FILE = "/etc/captune/recipe.yaml"
+_GRACE_S = 2.0
+"""Serve's proxy gives up so much later than a replica (serve/app.py), so that the client gets the replica's error body."""
+_WORK = ("RayJob", "RayCluster", "RayService")
+
+Object = dict[str, Any]
+
+
+def render(recipe: Recipe, overlay: str, workload: str = "run", arm: str = "", image: str = "") -> list[Object]:
+    """Everything that has to be applied for `workload`: what all of them share, and the one RayJob, RayCluster or RayService, let go.
+
+    Args:
+        overlay: a directory of k8s/overlays.
+        workload: run (the whole recipe), one stage, cluster (for `ray job submit`) or serve.
+        arm: of the stages that an arm has its own of; the last one in the recipe when empty.
+        image: instead of captune:VERSION; REPOSITORY:TAG, or better REPOSITORY@sha256:DIGEST.
+
+    Raises:
+        UserError: the recipe does not fit the overlay, or names what pods cannot see.
+    """
+    if overlay not in OVERLAYS:
+        raise UserError(f"--overlay {overlay}: no such overlay (there are {', '.join(OVERLAYS)})")
+    if workload not in WORKLOADS:
+        raise UserError(f"--workload {workload}: must be one of {', '.join(WORKLOADS)}")
+    arm = _arm(recipe, workload, arm)
+    objects = kustomize.build(FOLDER / "overlays" / overlay)
+    serving = most_replicas(objects)
+    chosen = _chosen(objects, workload)
+    objects = [found for found in objects if found["kind"] not in _WORK or found is chosen]
+    fill(objects, recipe, arm, serving)
+    if arm and workload in OF_AN_ARM and workload != "serve":
+        chosen["metadata"]["name"] = _named(f"captune-{workload}-{arm}")
+    chosen["spec"]["suspend"] = False
+    if image:
+        _set_image(objects, image)
+    return objects
+
+
+def fill(objects: list[Object], recipe: Recipe, arm: str, serving: int) -> None:
+    """Put a recipe's text, commands and numbers into an overlay's objects; the endpoint may scale to `serving` replicas."""
+    for found in objects:
+        if found["kind"] == "ConfigMap" and found["metadata"]["name"] == "captune-recipe":
+            found["data"] = texts(recipe)
+        if found["kind"] in _WORK:
+            needs.fit(cluster_spec(found), recipe, serving)
+        if found["kind"] == "RayJob":
+            found["spec"]["entrypoint"] = entrypoint(recipe, found["metadata"]["name"].removeprefix("captune-"), arm)
+        if found["kind"] == "RayService":
+            found["spec"]["serveConfigV2"] = _yaml(serve_config(recipe, arm, serving))
+
+
+def cluster_spec(found: Object) -> Object:
+    """The RayCluster spec inside a RayCluster, RayJob or RayService."""
+    spec: Object = found["spec"]
+    return spec.get("rayClusterSpec") or spec.get("rayClusterConfig") or spec
+
+
+def texts(recipe: Recipe) -> dict[str, str]:
+    """Files of the ConfigMap below /etc/captune: the resolved recipe, and the user's own Data-Juicer recipes beside it.
+
+    Raises:
+        UserError: a key names an absolute path that no pod mounts.
+    """
+    for key, path in _paths(recipe).items():
+        if path.startswith("/") and not path.startswith(tuple(f"{place}/" for place in MOUNTED)):
+            raise UserError(
+                f"{key}: {path} is on this machine, not in the cluster. Pods see {DATA} (relative paths count from there) and /models"
+            )
+    files: dict[str, str] = {}
+    shipped = yaml.safe_load(recipe_yaml(recipe))
+    for config in (shipped["refine"], *shipped["arms"].values()):
+        if config["recipe"] is None:
+            continue
+        path = Path(config["recipe"])
+        if path.parent == RECIPES:
+            config["recipe"] = path.name
+        else:
+            files[path.name] = path.read_text()
+            config["recipe"] = f"/etc/captune/{path.name}"
+    return {"recipe.yaml": yaml.safe_dump(shipped, sort_keys=False, allow_unicode=True), **files}
+
+
+def entrypoint(recipe: Recipe, stage: str, arm: str) -> str:
+    """The command of a job: the whole recipe, or one stage of it with the files that the whole would read and write."""
+    if stage == "run":
+        return f"captune run {RECIPE_FILE}"
+    if len(recipe.seeds) > 1 and stage not in ("caption", "refine"):
+        raise UserError(f"seeds: {len(recipe.seeds)} of them; only the workload `run` walks through several")
+    root, bench = recipe.run_dir.rstrip("/"), recipe.evaluate.benchmark
+    place = f"{root}/{arm}"
+    words = {
+        "caption": ["--output", f"{root}/captions"],
+        "refine": ["--input", f"{root}/captions", "--output", f"{place}/dataset", *_refine_options(recipe, arm)],
+        "train": ["--input", f"{place}/dataset", "--output", f"{place}/adapter", *_seed_option(recipe)],
+        "merge": ["--adapter", f"{place}/adapter", "--output", f"{place}/merged"],
+        "evaluate": ["--model", f"{place}/merged", "--output", f"{place}/predictions/{bench}"],
+        "compare": [*(f"{root}/{name}/predictions/{bench}" for name in recipe.arms), "--output", root],
+    }[stage]
+    return shlex.join(["captune", stage, "--config", RECIPE_FILE, *words])
+
+
+def serve_config(recipe: Recipe, arm: str, serving: int) -> Object:
+    """`serveConfigV2` of the endpoint for an arm's merged model; a busy replica has a full batch and the next one in hand."""
+    config = recipe.serve
+    changed = {
+        f.name: getattr(config, f.name)
+        for f in fields(config)
+        if getattr(config, f.name) != getattr(ServeConfig(), f.name)
+    }
+    scaling = {
+        "min_replicas": config.replicas,
+        "max_replicas": max(serving, config.replicas),
+        "target_ongoing_requests": config.max_batch_size,
+    }
+    place = arm if len(recipe.seeds) == 1 else f"{arm}-seed{recipe.seeds[0]}"
+    application = {
+        "name": "captune",
+        "import_path": "serve.app:build",
+        "route_prefix": "/",
+        "args": {"model": _absolute(f"{recipe.run_dir.rstrip('/')}/{place}/merged"), "config": changed},
+        "deployments": [{"name": "Captune", "num_replicas": "auto", "autoscaling_config": scaling}],
+    }
+    http = {"host": "0.0.0.0", "port": 8000, "request_timeout_s": config.request_timeout_s + _GRACE_S}
+    return {"proxy_location": "EveryNode", "http_options": http, "applications": [application]}
+
+
+def to_yaml(objects: list[Object]) -> str:
+    """One file of several documents, texts of several lines as such."""
+    return "---\n".join(_yaml(found) for found in objects)
+
+
+def _arm(recipe: Recipe, workload: str, arm: str) -> str:
+    if arm and arm not in recipe.arms:
+        raise UserError(f"--arm {arm}: the recipe's arms are {', '.join(recipe.arms) or 'none'}")
+    if not recipe.arms and workload in ("run", "compare", *OF_AN_ARM):
+        raise UserError(f"--workload {workload} needs a recipe with arms")
+    return arm or next(reversed(recipe.arms), "")
+
+
+def most_replicas(objects: list[Object]) -> int:
+    """How far the overlay lets the endpoint scale."""
+    service = next(found for found in objects if found["kind"] == "RayService")
+    deployment = yaml.safe_load(service["spec"]["serveConfigV2"])["applications"][0]["deployments"][0]
+    return int(deployment["autoscaling_config"]["max_replicas"])
+
+
+def _chosen(objects: list[Object], workload: str) -> Object:
+    kind, name = {"cluster": ("RayCluster", "captune"), "serve": ("RayService", "captune-serve")}.get(
+        workload, ("RayJob", f"captune-{workload}")
+    )
+    return next(found for found in objects if found["kind"] == kind and found["metadata"]["name"] == name)
+
+
+def _named(name: str) -> str:
+    """A RayJob's name: KubeRay allows 47 characters and wants a DNS label."""
+    label = name.lower().replace("_", "-").rstrip("-")
+    if len(label) > 47:
+        raise UserError(f"{name}: longer than the 47 characters that KubeRay allows; shorten the arm's name")
+    return label
+
+
+def _set_image(objects: list[Object], image: str) -> None:
+    name, _, digest = image.partition("@")
+    repository, colon, tag = name.rpartition(":")
+    if not colon or "/" in tag:  # no tag, but perhaps a registry's port
+        repository, tag = name, ""
+    if not digest and tag in ("", "latest"):
+        raise UserError(f"--image {image}: name a version or, better, a digest; `latest` is another image tomorrow")
+    kustomize.set_image(objects, "captune", newName=repository, newTag=tag, digest=digest)
+
+
+def _paths(recipe: Recipe) -> dict[str, str]:
+    keys = {
+        "run_dir": recipe.run_dir,
+        "dataset": recipe.dataset,
+        "sample.out": recipe.sample.out,
+        "caption.model": recipe.caption.model,
+        "caption.candidates.clip_model": recipe.caption.candidates.clip_model,
+        "train.model": recipe.train.model,
+        "train.instruct_data": recipe.train.instruct_data,
+        "evaluate.annotations": recipe.evaluate.annotations,
+        "evaluate.images": recipe.evaluate.images,
+        "evaluate.ocr": recipe.evaluate.ocr,
+    }
+    return {key: str(path) for key, path in keys.items() if path}
+
+
+def _refine_options(recipe: Recipe, arm: str) -> list[str]:
+    """`captune refine` reads the recipe's section `refine`; an arm's own settings go on the command line."""
+    wanted = yaml.safe_load(texts(recipe)["recipe.yaml"])
+    section, default = wanted["arms"][arm], wanted["refine"]
+    assert set(asdict(recipe.refine)) == set(section)
+    return [
+        word for key, value in section.items() if value != default[key] for word in (f"--refine.{key}", _word(value))
+    ]
+
+
+def _word(value: Any) -> str:
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _seed_option(recipe: Recipe) -> list[str]:
+    return ["--train.seed", str(recipe.seeds[0])] if recipe.seeds[0] != recipe.train.seed else []
+
+
+def _absolute(path: str) -> str:
+    return path if path.startswith("/") else f"{DATA}/{path}"
+
+
+class _Dumper(getattr(yaml, "CSafeDumper", yaml.SafeDumper)):  # type: ignore[misc]
+    """Texts of several lines as blocks; nothing as an alias."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        """Every value stands where it is used."""
+        return True
+
+
+def _text(dumper: yaml.SafeDumper, text: str) -> yaml.Node:
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style="|" if "\n" in text else None)
+
+
+_Dumper.add_representer(str, _text)
+
+
+def _yaml(value: Object) -> str:
+    return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=140)

@@ -1,0 +1,378 @@
+"""The manifests: valid for the API server and the operator, in step with the recipes, and checks that can fail."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import shlex
+import shutil
+import subprocess
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from k8s import kustomize, needs, render
+from pipelines.errors import UserError
+from ray_jobs import _options, cli
+from ray_jobs.recipe import RECIPES, Recipe
+from tests.k8s import schemas
+from tests.k8s.checks import complaints
+
+Object = dict[str, Any]
+NAMES = sorted(path.stem for path in RECIPES.glob("*.yaml") if "process" not in yaml.safe_load(path.read_text()))
+FITS = {name: "kind" if name.startswith("sample") else "gpu-80gb" for name in NAMES}
+
+
+@cache
+def recipe(name: str) -> Recipe:
+    return _options.parse("run", "", ["--config", name])[0]
+
+
+@cache
+def _built(overlay: str) -> list[Object]:
+    return kustomize.build(render.FOLDER / "overlays" / overlay)
+
+
+def built(overlay: str) -> list[Object]:
+    return copy.deepcopy(_built(overlay))
+
+
+def the(objects: list[Object], kind: str, name: str) -> Object:
+    return next(found for found in objects if found["kind"] == kind and found["metadata"]["name"] == name)
+
+
+def own_recipe(objects: list[Object], folder: Path) -> Recipe:
+    """The recipe in an overlay's ConfigMap, read as a job reads it."""
+    (folder / "recipe.yaml").write_text(the(objects, "ConfigMap", "captune-recipe")["data"]["recipe.yaml"])
+    return recipe(str(folder / "recipe.yaml"))
+
+
+needs_crds = pytest.mark.skipif(
+    not schemas.have_crds(), reason=f"no KubeRay CRDs at {schemas.CRDS}; CAPTUNE_KUBERAY_CRDS names another place"
+)
+
+
+@needs_crds
+@pytest.mark.parametrize("overlay", render.OVERLAYS)
+def test_an_overlay_is_valid(overlay: str) -> None:
+    assert complaints(built(overlay)) == []
+
+
+@needs_crds
+@pytest.mark.parametrize("name", NAMES)
+def test_what_render_makes_of_a_recipe_is_valid(name: str) -> None:
+    for workload in ("run", "train", "cluster", "serve"):
+        if len(recipe(name).seeds) > 1 and workload == "train":
+            with pytest.raises(UserError, match="only the workload `run`"):
+                render.render(recipe(name), FITS[name], workload)
+            continue
+        objects = list(
+            yaml.load_all(render.to_yaml(render.render(recipe(name), FITS[name], workload)), yaml.CSafeLoader)
+        )
+        assert complaints(objects) == []
+        work = [found for found in objects if found["kind"] in ("RayCluster", "RayJob", "RayService")]
+        assert [found["spec"]["suspend"] for found in work] == [False], "exactly what was asked for starts"
+
+
+def test_a_plain_overlay_starts_nothing() -> None:
+    """`kubectl apply -k` puts a shelf of jobs into the cluster; each waits to be let go."""
+    work = [found for found in built("gpu-80gb") if found["kind"] in ("RayCluster", "RayJob", "RayService")]
+    assert len(work) == 9
+    assert all(found["spec"]["suspend"] is True for found in work)
+
+
+@pytest.mark.parametrize("overlay", render.OVERLAYS)
+def test_an_overlays_numbers_are_those_of_its_recipe(overlay: str, tmp_path: Path) -> None:
+    """So that `kubectl apply -k` and `captune k8s render` never disagree, and nobody keeps two files in step."""
+    objects = built(overlay)
+    filled = copy.deepcopy(objects)
+    own = own_recipe(objects, tmp_path)
+    render.fill(filled, own, list(own.arms)[-1], render.most_replicas(objects))
+    for before, after in zip(objects, filled, strict=True):
+        if before["kind"] == "RayService":
+            for found in (before, after):
+                found["spec"]["serveConfigV2"] = yaml.safe_load(found["spec"]["serveConfigV2"])
+        if before["metadata"]["name"] != "captune-recipe":
+            assert after == before
+
+
+@pytest.mark.skipif(shutil.which("kubectl") is None, reason="no kubectl here to compare with")
+@pytest.mark.parametrize("overlay", render.OVERLAYS)
+def test_kubectl_kustomize_gives_the_same(overlay: str) -> None:
+    done = subprocess.run(
+        ["kubectl", "kustomize", str(render.FOLDER / "overlays" / overlay)], capture_output=True, text=True, check=True
+    )
+    theirs = {
+        (found["kind"], found["metadata"]["name"]): found for found in yaml.load_all(done.stdout, yaml.CSafeLoader)
+    }
+    assert {(found["kind"], found["metadata"]["name"]): found for found in built(overlay)} == theirs
+
+
+@pytest.mark.parametrize("component", ["bucket"])
+def test_a_component_that_no_overlay_lists_renders_too(component: str, tmp_path: Path) -> None:
+    shutil.copytree(render.FOLDER, tmp_path / "k8s", ignore=shutil.ignore_patterns("__pycache__"))
+    overlay = tmp_path / "k8s" / "overlays" / "gpu-24gb"
+    file = overlay / "kustomization.yaml"
+    file.write_text(file.read_text().replace("  - size\n", f"  - size\n  - ../../components/{component}\n"))
+    assert complaints(kustomize.build(overlay)) == []
+    if shutil.which("kubectl"):
+        subprocess.run(["kubectl", "kustomize", str(overlay)], capture_output=True, check=True)
+
+
+class _Parsed(Exception):
+    pass
+
+
+def parse_command(words: list[str], monkeypatch: pytest.MonkeyPatch) -> Recipe:
+    """Hand a command line to the entrypoint that it names, and stop where its options have been understood."""
+    real, seen = _options.parse, []
+
+    def parse(*args: Any) -> Any:
+        seen.append(real(*args))
+        raise _Parsed
+
+    monkeypatch.setattr(_options, "parse", parse)
+    assert words[0] == "captune"
+    assert words[1] in cli.COMMANDS
+    with pytest.raises(_Parsed):
+        importlib.import_module(f"ray_jobs.{words[1]}").main(words[2:])
+    return seen[0][0]
+
+
+@pytest.mark.parametrize("name", ["sample", "mgm2b_1m"])
+def test_every_entrypoint_is_understood_by_the_command_it_names(
+    name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """And gives that command the settings that the whole recipe would give this stage."""
+    wanted, objects = recipe(name), built(FITS[name])
+    for file, text in render.texts(wanted).items():
+        (tmp_path / file).write_text(text)
+    for stage in ("run", *render.STAGES):
+        for arm in wanted.arms if stage == "refine" else list(wanted.arms)[-1:]:
+            words = shlex.split(
+                render.entrypoint(wanted, stage, arm).replace(render.RECIPE_FILE, str(tmp_path / "recipe.yaml"))
+            )
+            with monkeypatch.context() as patch:
+                understood = parse_command(words, patch)
+            assert understood.caption == wanted.caption
+            assert understood.train == wanted.train
+            if stage == "refine":
+                assert understood.refine == wanted.arms[arm]
+    assert the(objects, "RayJob", "captune-run")["spec"]["entrypoint"] == render.entrypoint(wanted, "run", "")
+
+
+@pytest.mark.parametrize("overlay", render.OVERLAYS)
+def test_serve_accepts_the_endpoints_configuration(overlay: str) -> None:
+    """`serveConfigV2` passes Serve's schema, names a builder that is there, and that builder takes its arguments."""
+    from ray.serve.schema import ServeDeploySchema
+
+    config = yaml.safe_load(the(built(overlay), "RayService", "captune-serve")["spec"]["serveConfigV2"])
+    application = ServeDeploySchema.model_validate(config).applications[0]
+    module, _, builder = application.import_path.partition(":")
+    app = importlib.import_module(module)
+    arguments = app.BuildArgs(**application.args)
+    deployment = getattr(app, builder)(arguments)._bound_deployment
+    assert [entry.name for entry in application.deployments] == [deployment.name]
+    scaling = application.deployments[0].autoscaling_config
+    assert scaling["target_ongoing_requests"] <= deployment.max_ongoing_requests
+    assert config["http_options"]["request_timeout_s"] == arguments.config.request_timeout_s + app._PROXY_GRACE_S
+
+
+@pytest.mark.parametrize(
+    ("overlay", "changes", "words"),
+    [
+        ("kind", {"caption.gpus_per_actor": 1}, "caption.gpus_per_actor: one asks for 1 GPU"),
+        ("kind", {"train.use_gpu": True}, "train.use_gpu: one asks for 1 GPU"),
+        ("kind", {"train.workers": 2, "train.cpus_per_worker": 3}, "train.cpus_per_worker: one asks for 3 CPU"),
+        ("kind", {"train.feature_cache_mb": 4096}, "train.feature_cache_mb: 4.0 GiB"),
+        ("gpu-24gb", {"caption.gpus_per_actor": 2}, "a pod of the overlay's group caption has 1"),
+        ("kind", {"dataset": "/home/me/pairs"}, "dataset: /home/me/pairs is on this machine"),
+    ],
+)
+def test_a_recipe_that_does_not_fit_is_refused_by_its_key(overlay: str, changes: Object, words: str) -> None:
+    options = [
+        word
+        for key, value in changes.items()
+        for word in (f"--{key}", str(value).lower() if value is True else str(value))
+    ]
+    unfit, _ = _options.parse("run", "", ["--config", "sample", *options])
+    with pytest.raises(UserError, match=words.replace("(", r"\(").replace(".", r"\.")):
+        render.render(unfit, overlay)
+
+
+@pytest.mark.parametrize(
+    ("changes", "group", "most"),
+    [
+        ({"caption.actors": 20, "caption.gpus_per_actor": 1}, "caption", 20),
+        ({"caption.actors": 20, "caption.gpus_per_actor": 0.5}, "caption", 10),
+        ({"caption.actors": 20, "caption.gpus_per_actor": 1}, "cpu", 6),  # 1 + 20 x 4 CPUs in pods of 16
+        ({"train.workers": 4, "train.use_gpu": "true"}, "train", 1),  # four cards a pod
+        ({"train.workers": 9, "train.use_gpu": "true"}, "train", 3),
+        ({"caption.gpus_per_actor": 0}, "caption", 0),
+    ],
+)
+def test_a_recipes_needs_become_numbers_of_pods(changes: Object, group: str, most: int) -> None:
+    options = [word for key, value in changes.items() for word in (f"--{key}", str(value))]
+    wanted, _ = _options.parse("run", "", ["--config", "sample", "--train.feature_cache_mb", "512", *options])
+    job = the(render.render(wanted, "gpu-80gb"), "RayJob", "captune-run")
+    found = next(entry for entry in render.cluster_spec(job)["workerGroupSpecs"] if entry["groupName"] == group)
+    assert found["maxReplicas"] == most
+    assert found["minReplicas"] == (1 if group == "cpu" else 0)
+
+
+def test_a_stage_of_an_arm_has_that_arms_name_and_files() -> None:
+    job = the(
+        render.render(recipe("mgm2b_30k"), "gpu-24gb", "train", arm="original"), "RayJob", "captune-train-original"
+    )
+    assert "runs/mgm2b_30k/original/dataset" in job["spec"]["entrypoint"]
+
+
+def test_ones_own_data_juicer_recipe_travels_with_the_recipe(tmp_path: Path) -> None:
+    (tmp_path / "strict.yaml").write_text("process:\n  - words_num_filter: {min_num: 9}\n")
+    (tmp_path / "r.yaml").write_text(
+        f"base: sample\narms:\n  original: {{text: caption}}\n  enhanced: {{text: recaption, recipe: {tmp_path / 'strict.yaml'}}}\n"
+    )
+    files = the(render.render(recipe(str(tmp_path / "r.yaml")), "kind"), "ConfigMap", "captune-recipe")["data"]
+    assert "min_num: 9" in files["strict.yaml"]
+    assert yaml.safe_load(files["recipe.yaml"])["arms"]["enhanced"]["recipe"] == "/etc/captune/strict.yaml"
+
+
+def test_the_image_is_named_by_digest_or_version_and_never_by_latest() -> None:
+    digest = "sha256:" + "a" * 64
+    objects = render.render(recipe("sample"), "kind", image=f"registry.example:5000/ml/captune@{digest}")
+    images = {container["image"] for container in kustomize.containers(objects)}
+    assert images == {f"registry.example:5000/ml/captune@{digest}", "redis:7.4.2-alpine"}
+    for image in ("captune", "registry.example:5000/captune", "captune:latest"):
+        with pytest.raises(UserError, match="name a version"):
+            render.render(recipe("sample"), "kind", image=image)
+
+
+def test_the_manifests_name_the_version_that_they_come_with() -> None:
+    from importlib import metadata
+
+    from pipelines import __version__
+
+    objects = built("kind")
+    assert f"captune:{__version__}" in {container["image"] for container in kustomize.containers(objects)}
+    assert the(objects, "RayCluster", "captune")["spec"]["rayVersion"] == metadata.version("ray")
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["apply"], "captune k8s render --recipe"),
+        (["render", "--recipe", "sample"], "--overlay, one of"),
+        (["render", "--recipe", "sample", "--overlay", "minikube"], "no such overlay"),
+        (["render", "--recipe", "sample", "--overlay", "kind", "--workload", "serv"], "must be one of run"),
+        (
+            ["render", "--recipe", "sample", "--overlay", "kind", "--arm", "enhnaced"],
+            "the recipe's arms are original, enhanced",
+        ),
+        (["render", "--recipe", "nonesuch", "--overlay", "kind"], "nonesuch: no such recipe"),
+    ],
+)
+def test_the_command_refuses_the_impossible(argv: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["k8s", *argv]) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_the_command_prints_manifests(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["k8s", "render", "--recipe", "sample", "--overlay", "kind", "--caption.batch_size", "7"]) == 0
+    objects = list(yaml.load_all(capsys.readouterr().out, yaml.CSafeLoader))
+    assert "batch_size: 7" in the(objects, "ConfigMap", "captune-recipe")["data"]["recipe.yaml"]
+
+
+def _job(objects: list[Object]) -> Object:
+    return the(objects, "RayJob", "captune-caption")
+
+
+def _pod(objects: list[Object]) -> Object:
+    return render.cluster_spec(_job(objects))["workerGroupSpecs"][1]["template"]["spec"]
+
+
+MUTATIONS: dict[str, tuple[Callable[[list[Object]], Any], str]] = {
+    "a misspelt field of KubeRay": (lambda o: _job(o)["spec"].update(backOffLimit=3), "backOffLimit"),
+    "a misspelt field of a pod": (
+        lambda o: _pod(o)["containers"][0].update(workingDirectory="/data"),
+        "workingDirectory",
+    ),
+    "a misspelt field of a policy": (
+        lambda o: the(o, "NetworkPolicy", "captune-ray")["spec"].update(ingres=[]),
+        "ingres",
+    ),
+    "a name too long for the operator": (lambda o: _job(o)["metadata"].update(name="c" * 48), "47 characters"),
+    "a job that cannot be suspended": (lambda o: _job(o)["spec"].update(shutdownAfterJobFinishes=False), "suspended"),
+    "a strategy behind a gate": (
+        lambda o: _job(o)["spec"].update(deletionStrategy={"deletionRules": []}),
+        "deletionStrategy",
+    ),
+    "a pod that would be restarted": (lambda o: _pod(o).update(restartPolicy="Always"), "Never or unset"),
+    "more pods at least than at most": (
+        lambda o: render.cluster_spec(_job(o))["workerGroupSpecs"][1].update(minReplicas=99),
+        "greater than maxReplicas",
+    ),
+    "an autoscaler's field without it": (
+        lambda o: render.cluster_spec(_job(o)).pop("autoscalerOptions"),
+        "idleTimeoutSeconds",
+    ),
+    "an old Ray": (lambda o: render.cluster_spec(_job(o)).update(rayVersion="2.50.0"), "2.52.0"),
+    "no token": (lambda o: render.cluster_spec(_job(o)).pop("authOptions"), "no token authentication"),
+    "a number where Ray wants text": (
+        lambda o: render.cluster_spec(_job(o))["headGroupSpec"]["rayStartParams"].update({"num-cpus": 0}),
+        "must be strings",
+    ),
+    "a root container": (lambda o: _pod(o)["securityContext"].update(runAsNonRoot=False), "may be root"),
+    "a writable root file system": (lambda o: _pod(o)["containers"][0].pop("securityContext"), "root file system"),
+    "a host path": (lambda o: _pod(o)["volumes"].append({"name": "h", "hostPath": {"path": "/"}}), "refused"),
+    "a forgotten volume": (lambda o: _pod(o)["volumes"].pop(1), "is no volume"),
+    "an account that nobody makes": (lambda o: _pod(o).update(serviceAccountName="captain"), "ServiceAccount captain"),
+    "a password in clear": (
+        lambda o: _pod(o)["containers"][0]["env"].append({"name": "AWS_SECRET_ACCESS_KEY", "value": "x"}),
+        "in clear",
+    ),
+    "a secret that nobody is told to make": (
+        lambda o: the(o, "StatefulSet", "captune-redis")["spec"]["template"]["spec"]["containers"][0]["env"][0][
+            "valueFrom"
+        ]["secretKeyRef"].update(key="pass"),
+        "nobody is told",
+    ),
+    "latest": (lambda o: _pod(o)["containers"][0].update(image="captune:latest"), "another one tomorrow"),
+    "an object store larger than /dev/shm": (
+        lambda o: render.cluster_spec(_job(o))["workerGroupSpecs"][1]["rayStartParams"].update(
+            {"object-store-memory": "99999999999"}
+        ),
+        "/dev/shm",
+    ),
+    "no namespace": (lambda o: _job(o)["metadata"].pop("namespace"), "not in namespace"),
+}
+
+
+@needs_crds
+@pytest.mark.parametrize("mutation", MUTATIONS)
+def test_the_checks_can_fail(mutation: str) -> None:
+    change, words = MUTATIONS[mutation]
+    kinds, names = (
+        ("ServiceAccount", "PriorityClass", "PersistentVolumeClaim", "ConfigMap"),
+        ("captune-ray", "captune-redis", "captune-caption"),
+    )
+    chosen = [found for found in _built("gpu-24gb") if found["kind"] in kinds or found["metadata"]["name"] in names]
+    objects = copy.deepcopy(chosen)
+    change(objects)
+    found = complaints(objects)
+    assert any(words in text for text in found), found
+    assert len(found) <= 3, "one fault, few complaints"
+
+
+def test_the_renderer_refuses_what_it_does_not_know(tmp_path: Path) -> None:
+    """Silence would be worse: kubectl would do something that render leaves out."""
+    (tmp_path / "kustomization.yaml").write_text("kind: Kustomization\nnamePrefix: a-\n")
+    with pytest.raises(UserError, match="namePrefix: not known"):
+        kustomize.build(tmp_path)
+
+
+def test_quantities() -> None:
+    assert [needs.quantity(text) for text in ("500m", "2", "16Gi", "1Ki", 3)] == [0.5, 2, 16 * 2**30, 1024, 3]
