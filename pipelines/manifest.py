@@ -115,7 +115,7 @@ def open_stage(
         output.grown, output.manifest = True, finished or {}
         return output
     if claim["fingerprint"] != output.fingerprint:
-        changed = ", ".join(differences) or "its inputs"
+        changed = ", ".join(d for d in differences if d not in grows) or "its inputs"
         raise UserError(
             f"{directory}: holds the output of another run (what changed: {changed}). "
             "Choose another directory, or pass --restart true to throw that output away and start over"

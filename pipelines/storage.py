@@ -126,6 +126,14 @@ class RemotePath:
 AnyPath = Path | RemotePath
 
 
+def files_in(path: AnyPath, pattern: str) -> list[AnyPath]:
+    """The file itself, or those directly in the folder whose name fits, sorted."""
+    if path.is_file():
+        return [path]
+    found: list[AnyPath] = [*path.glob(pattern)]
+    return sorted(found, key=str)
+
+
 def expand(pattern: str) -> Iterator[AnyPath]:
     """Files that a pattern with `*`, `?`, `[...]` or `**` names, sorted."""
     if not is_remote(pattern):

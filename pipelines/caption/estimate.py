@@ -13,6 +13,7 @@ from pipelines.caption.pixels import PixelSpec
 from pipelines.formats import Dataset, Row, open_dataset
 from pipelines.images import BadImage, decode, read_bytes
 from pipelines.progress import clock
+from pipelines.storage import files_in
 
 SAMPLE = 64
 _COUNT_SECONDS = 60.0
@@ -83,7 +84,7 @@ def _extrapolated(dataset: Dataset, rows: int, held: int) -> dict[str, Any]:
 
 def _local_files(dataset: Dataset) -> list[Path]:
     path = dataset.path
-    files = list(dataset.parts) or (list(path.glob("*.*")) if isinstance(path, Path) and path.is_dir() else [path])
+    files = dataset.parts if isinstance(path, str) else files_in(path, "*.*")
     return [file for file in files if isinstance(file, Path)]
 
 

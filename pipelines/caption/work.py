@@ -56,8 +56,8 @@ def caption_index(
     progress = Progress(total, "caption", "images")
     with _quiet_data_context(results), Watch(tally, progress, done, sheet) as watch:
         files = [str(file) for file in index_files(index)]
-        read = ray.data.read_parquet(files, num_cpus=sizing.task_cpus, override_num_blocks=len(files))
-        pixels = read.select_columns(_READ).map_batches(
+        read = ray.data.read_parquet(files, columns=_READ, num_cpus=sizing.task_cpus, override_num_blocks=len(files))
+        pixels = read.map_batches(
             decode_batch,  # type: ignore[arg-type]
             batch_format="pyarrow",
             batch_size=config.batch_size,
@@ -104,7 +104,7 @@ def _beside_this_driver(remaining: int, config: CaptionConfig) -> object:
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
-    actor = ray.remote(num_cpus=0, max_restarts=-1, scheduling_strategy=here)(Tally)
+    actor = ray.remote(Tally).options(num_cpus=0, max_restarts=-1, scheduling_strategy=here)
     return actor.remote(remaining, config.guards)
 
 

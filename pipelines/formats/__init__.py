@@ -14,7 +14,7 @@ from pathlib import Path
 
 from pipelines.errors import UserError
 from pipelines.formats.rows import Row, error_kind, to_record
-from pipelines.storage import SCHEMES, AnyPath, RemotePath, expand, is_glob, is_remote
+from pipelines.storage import SCHEMES, AnyPath, RemotePath, expand, files_in, is_glob, is_remote
 
 __all__ = ["READABLE", "Dataset", "Row", "error_kind", "open_dataset", "to_record"]
 
@@ -129,7 +129,7 @@ def _open_folder(path: AnyPath) -> Dataset:
     for suffix in (".parquet", ".tar"):
         if any(path.glob(f"*{suffix}")):
             return Dataset(path, _BY_SUFFIX[suffix])
-    jsonl = [p for p in sorted(path.glob("*.jsonl"), key=str) if p.name != METADATA]
+    jsonl = [p for p in files_in(path, "*.jsonl") if p.name != METADATA]
     named = [p for p in jsonl if p.name == "dataset.jsonl"]
     if len(jsonl) == 1 or named:
         return Dataset((named or jsonl)[0], "datajuicer")

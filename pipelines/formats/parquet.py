@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from pipelines.errors import UserError
 from pipelines.formats.rows import Row, bad_row, with_image_path
 from pipelines.records import COLUMNS, Record, write_shard
-from pipelines.storage import AnyPath
+from pipelines.storage import AnyPath, files_in
 
 if TYPE_CHECKING:
     import pyarrow.parquet as pq
@@ -26,7 +26,7 @@ def rows(path: AnyPath) -> Iterator[Row]:
     Raises:
         UserError: a file is not Parquet, is truncated, or has no column that could be an image.
     """
-    for file in [path] if path.is_file() else sorted(path.glob("*.parquet"), key=str):
+    for file in files_in(path, "*.parquet"):
         number = 0
         shard = _open(file)
         captune = {"sample_id", "image", "image_uri", "caption", "meta"} <= set(shard.schema_arrow.names)

@@ -11,7 +11,7 @@ from typing import Any, BinaryIO
 
 from pipelines.errors import UserError
 from pipelines.formats.rows import SUFFIXES, Row, bad_row, parse_json
-from pipelines.storage import AnyPath
+from pipelines.storage import AnyPath, files_in
 
 _TEXTS = (".txt", ".text", ".caption")
 
@@ -22,7 +22,7 @@ def rows(path: AnyPath) -> Iterator[Row]:
     Raises:
         UserError: a file is no tar at all.
     """
-    for file in [path] if path.is_file() else sorted(path.glob("*.tar"), key=str):
+    for file in files_in(path, "*.tar"):
         yield from _shard(file)
 
 

@@ -11,7 +11,7 @@ from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWa
 
 from pipelines.caption.config import CandidateConfig, CaptionConfig, DecodingConfig
 from pipelines.caption.engine import BlipCaptioner
-from pipelines.caption.sampling import nucleus, pick, uniforms
+from pipelines.caption.sampling import choices, pick, uniforms
 
 
 def test_captions_belong_to_samples(ending: Path) -> None:
@@ -47,7 +47,10 @@ def test_probabilities_are_those_of_transformers(temperature: float, top_k: int,
         scores = TopKLogitsWarper(top_k)(None, scores)
     if top_p < 1:
         scores = TopPLogitsWarper(top_p)(None, scores)
-    found = nucleus(logits, temperature, top_k, top_p)
+    config = DecodingConfig(method="sample", temperature=temperature, top_k=top_k, top_p=top_p)
+    kept, tokens = choices(logits, config)
+    found = kept if tokens is None else torch.zeros_like(logits).scatter(1, tokens, kept)
+    assert torch.equal(found > 0, scores > float("-inf"))
     torch.testing.assert_close(found / found.sum(dim=-1, keepdim=True), scores.softmax(dim=-1))
 
 
@@ -55,7 +58,7 @@ def test_picks_follow_the_probabilities_and_never_what_was_cut() -> None:
     """100,000 Philox draws against the nucleus, the extremes of [0, 1) among them."""
     config = DecodingConfig(method="sample", top_p=0.8)
     logits = torch.randn(1, 40, generator=torch.Generator().manual_seed(2)) * 2
-    expected = nucleus(logits, 1.0, 0, 0.8)[0]
+    expected = choices(logits, config)[0][0]
     draws = torch.from_numpy(uniforms(0, "sample", 0, 100_000))
     draws[:2] = torch.tensor([0.0, 1 - 2**-24])
     picks = pick(logits.expand(len(draws), -1), draws, config)
