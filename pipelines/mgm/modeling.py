@@ -136,9 +136,13 @@ class MGMModel(MGMPreTrainedModel):
 
     def _slice_features(self, pixel_values: torch.Tensor, pixel_values_aux: torch.Tensor) -> torch.Tensor:
         tokens, positions = self.encode_images(pixel_values, pixel_values_aux)
-        mine = mine_patch_info_folded if self.uni_key.foldable and self.uni_value.foldable else mine_patch_info
-        mined = mine(self.uni_query(tokens), positions, self.uni_key, self.uni_value)
-        return self.multi_modal_projector(tokens + mined)
+        here = (
+            positions.device
+        )  # with a device map the modules may lie apart, or on disk, where only calling them helps
+        fold = all(module.foldable_on(here) for module in (self.uni_key, self.uni_value))
+        mine = mine_patch_info_folded if fold else mine_patch_info
+        mined = mine(self.uni_query(tokens).to(here), positions, self.uni_key, self.uni_value)
+        return self.multi_modal_projector(tokens.to(mined.device) + mined)
 
     def encode_images(
         self, pixel_values: torch.Tensor, pixel_values_aux: torch.Tensor
@@ -199,7 +203,7 @@ class MGMModel(MGMPreTrainedModel):
         # The factor is rounded to the tensor's dtype, as for text.
         scale = torch.tensor(self.text_scale, dtype=inputs_embeds.dtype)
         image_features = image_features.to(inputs_embeds.device, inputs_embeds.dtype) * scale
-        return inputs_embeds.masked_scatter(mask.unsqueeze(-1), image_features)
+        return inputs_embeds.masked_scatter(mask.unsqueeze(-1).to(inputs_embeds.device), image_features)
 
     @can_return_tuple
     def forward(
