@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import CompileConfig
 
 from pipelines.mgm.modeling import MGMForConditionalGeneration
 from pipelines.mgm.processing import MGMProcessor
@@ -97,6 +98,26 @@ def test_decode_step_compiles_without_graph_breaks(model: MGMForConditionalGener
         compiled = torch.compile(model.forward, backend="eager", fullgraph=True)
         decoded = compiled(past_key_values=prefill.past_key_values, **step).logits[:, -1]
     torch.testing.assert_close(decoded, full, atol=1e-4, rtol=1e-4)
+
+
+def test_static_cache_decodes_with_one_compiled_graph(
+    model: MGMForConditionalGeneration, processor: MGMProcessor
+) -> None:
+    """As `generate` does it on a GPU: no graph break (`fullgraph`), and every step after the first reuses its graph."""
+    graphs: list[Any] = []
+
+    def backend(graph: torch.fx.GraphModule, example: list[Any]) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    settings = CompileConfig(fullgraph=True, dynamic=False, backend=backend, mode=None)
+    settings._compile_all_devices = True
+    batch = inputs(processor, CONVERSATIONS)
+    static = {"cache_implementation": "static"}
+    assert answers(model, batch, **static, compile_config=settings) == answers(model, batch)
+    assert len(graphs) == 1
+    answers(model, batch, **static, compile_config=settings)
+    assert len(graphs) == 1
 
 
 def test_precomputed_image_features_stand_for_pixels(
