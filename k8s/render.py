@@ -94,12 +94,12 @@ def texts(recipe: Recipe) -> dict[str, str]:
     for config in (shipped["refine"], *shipped["arms"].values()):
         if config["recipe"] is None:
             continue
-        path = Path(config["recipe"])
-        if path.parent == RECIPES:
-            config["recipe"] = path.name
+        file = Path(config["recipe"])
+        if file.parent == RECIPES:
+            config["recipe"] = file.name
         else:
-            files[path.name] = path.read_text()
-            config["recipe"] = f"/etc/captune/{path.name}"
+            files[file.name] = file.read_text()
+            config["recipe"] = f"/etc/captune/{file.name}"
     return {"recipe.yaml": yaml.safe_dump(shipped, sort_keys=False, allow_unicode=True), **files}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+import re
 import shlex
 import shutil
 import subprocess
@@ -20,7 +21,7 @@ from pipelines.errors import UserError
 from ray_jobs import _options, cli
 from ray_jobs.recipe import RECIPES, Recipe
 from tests.k8s import schemas
-from tests.k8s.checks import complaints
+from tests.k8s.checks import README, SECRETS, complaints
 
 Object = dict[str, Any]
 NAMES = sorted(path.stem for path in RECIPES.glob("*.yaml") if "process" not in yaml.safe_load(path.read_text()))
@@ -100,7 +101,15 @@ def test_an_overlays_numbers_are_those_of_its_recipe(overlay: str, tmp_path: Pat
             assert after == before
 
 
-@pytest.mark.skipif(shutil.which("kubectl") is None, reason="no kubectl here to compare with")
+def kubectl_is_new() -> bool:
+    """Whether there is a kubectl whose Kustomize is of version 5: older ones do not know components or replacements."""
+    if shutil.which("kubectl") is None:
+        return False
+    done = subprocess.run(["kubectl", "version", "--client", "-o", "yaml"], capture_output=True, text=True, check=False)
+    return str((yaml.safe_load(done.stdout) or {}).get("kustomizeVersion", "")) >= "v5"
+
+
+@pytest.mark.skipif(not kubectl_is_new(), reason="no kubectl with Kustomize 5 here to compare with")
 @pytest.mark.parametrize("overlay", render.OVERLAYS)
 def test_kubectl_kustomize_gives_the_same(overlay: str) -> None:
     done = subprocess.run(
@@ -119,7 +128,7 @@ def test_a_component_that_no_overlay_lists_renders_too(component: str, tmp_path:
     file = overlay / "kustomization.yaml"
     file.write_text(file.read_text().replace("  - size\n", f"  - size\n  - ../../components/{component}\n"))
     assert complaints(kustomize.build(overlay)) == []
-    if shutil.which("kubectl"):
+    if kubectl_is_new():
         subprocess.run(["kubectl", "kustomize", str(overlay)], capture_output=True, check=True)
 
 
@@ -284,6 +293,46 @@ def test_the_command_prints_manifests(capsys: pytest.CaptureFixture[str]) -> Non
     assert cli.main(["k8s", "render", "--recipe", "sample", "--overlay", "kind", "--caption.batch_size", "7"]) == 0
     objects = list(yaml.load_all(capsys.readouterr().out, yaml.CSafeLoader))
     assert "batch_size: 7" in the(objects, "ConfigMap", "captune-recipe")["data"]["recipe.yaml"]
+
+
+def commands() -> list[list[str]]:
+    """Commands in the README's code blocks, one list of lines for each block."""
+    return [block.strip().splitlines() for block in re.findall(r"^```\n(.*?)^```", README, re.MULTILINE | re.DOTALL)]
+
+
+def test_a_newcomer_needs_fewer_than_ten_commands() -> None:
+    first = commands()[0]
+    assert any("captune k8s render" in line for line in first)
+    assert "cp" in first[-1].split()
+    assert len(first) < 10
+
+
+def test_the_readmes_commands_are_understood(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = [line for block in commands() for line in block if "captune " in line.replace("-n captune ", "")]
+    ours = [
+        line.split(" -- ")[-1].split("|")[0].strip()
+        for line in lines
+        if line.startswith("captune ") or " -- captune " in line
+    ]
+    assert len(ours) >= 3
+    for line in ours:
+        words = shlex.split(line)
+        if words[1] == "k8s":
+            assert cli.main(words[1:]) == 0
+        else:
+            parse_command(["captune", "run", "--config", *words[2:]] if words[1] == "run" else words, monkeypatch)
+
+
+def test_the_readme_names_what_the_manifests_and_kuberay_make() -> None:
+    objects = built("kind")
+    for kind, suffix in (("RayCluster", "head-svc"), ("RayService", "serve-svc")):
+        name = next(found for found in objects if found["kind"] == kind)["metadata"]["name"]
+        assert f"service/{name}-{suffix}" in README
+    assert {("captune-ray-token", "auth_token"), ("captune-redis", "password")} == SECRETS
+    for overlay in render.OVERLAYS:
+        assert overlay in README
 
 
 def _job(objects: list[Object]) -> Object:

@@ -39,39 +39,70 @@ CAPTION = {
 """What the captioning stage exports."""
 
 
+BY_PROMETHEUS = {"ray_io_cluster", "group", "instance"}
+"""Labels that the PodMonitors and Prometheus itself add."""
+
+
+@cache
+def recorded() -> dict[str, set[str]]:
+    """Metric -> labels, from a real cluster (record_metrics.py)."""
+    lines = Path(__file__).with_name("exported_metrics.txt").read_text().splitlines()[1:]
+    return {name: set(labels.split(",")) - {""} for name, _, labels in (line.partition(" ") for line in lines)}
+
+
 @cache
 def exported() -> frozenset[str]:
     """Names that a cluster exports: recorded from a real one, and those that it exports only with cards or after an error."""
-    recorded = Path(__file__).with_name("exported_metrics.txt").read_text().split("\n")[1:]
     # Ray's own dashboards and its reporter name what needs a GPU, an autoscaler or a failed request to appear.
     modules = Path(ray.dashboard.__file__).parent / "modules"
     panels = "".join(path.read_text() for path in (modules / "metrics" / "dashboards").glob("*_panels.py"))
     gauges = re.findall(
         r'^    "([a-z_]+)": Gauge\(', (modules / "reporter" / "reporter_agent.py").read_text(), re.MULTILINE
     )
-    return frozenset(recorded) | set(re.findall(r"ray_[a-z_]+", panels)) | {f"ray_{name}" for name in gauges} | CAPTION
+    return (
+        frozenset(recorded()) | set(re.findall(r"ray_[a-z_]+", panels)) | {f"ray_{name}" for name in gauges} | CAPTION
+    )
+
+
+def parsed(expression: str) -> Any:
+    """PromQL by a real parser, with Grafana's variables filled in; a malformed one is a ValueError."""
+    for variable, value in {"$__rate_interval": "5m", "$cluster": "x", "$run": "x"}.items():
+        expression = expression.replace(variable, value)
+    return promql_parser.parse(expression)
 
 
 def names(expression: str) -> set[str]:
-    """The metrics in a PromQL expression, by a real parser; a malformed one is a ValueError."""
-    for variable, value in {"$__rate_interval": "5m", "$cluster": "x", "$run": "x"}.items():
-        expression = expression.replace(variable, value)
-    return set(_walk(promql_parser.parse(expression)))
+    """The metrics in an expression."""
+    return {node.name for node in walk(parsed(expression)) if isinstance(node, promql_parser.VectorSelector)}
 
 
-def _walk(node: Any) -> Iterator[str]:
-    if isinstance(node, promql_parser.VectorSelector):
-        yield node.name
-    elif isinstance(node, promql_parser.MatrixSelector):
-        yield from _walk(node.vector_selector)
-    elif isinstance(node, promql_parser.BinaryExpr):
-        yield from _walk(node.lhs)
-        yield from _walk(node.rhs)
-    elif isinstance(node, promql_parser.Call):
-        for argument in node.args:
-            yield from _walk(argument)
-    elif hasattr(node, "expr"):
-        yield from _walk(node.expr)
+def strange_labels(expression: str) -> set[str]:
+    """Labels that an expression matches or groups by, and no recorded metric in it carries. A metric that was not recorded may have any."""
+    nodes = list(walk(parsed(expression)))
+    selectors = [node for node in nodes if isinstance(node, promql_parser.VectorSelector)]
+    if any(node.name not in recorded() for node in selectors):
+        return set()
+    strange = {
+        f"{node.name}{{{matcher.name}}}"
+        for node in selectors
+        for matcher in node.matchers.matchers
+        if matcher.name not in recorded()[node.name] | BY_PROMETHEUS
+    }
+    there = set().union(BY_PROMETHEUS, {"le"}, *(recorded()[node.name] for node in selectors))
+    for node in nodes:
+        if isinstance(node, promql_parser.AggregateExpr) and node.modifier is not None:
+            strange |= set(node.modifier.labels) - there
+    return strange
+
+
+def walk(node: Any) -> Iterator[Any]:
+    """Every part of a parsed expression."""
+    yield node
+    for field in ("expr", "lhs", "rhs", "vector_selector"):
+        if getattr(node, field, None) is not None:
+            yield from walk(getattr(node, field))
+    for argument in getattr(node, "args", None) or []:
+        yield from walk(argument)
 
 
 def expressions() -> list[tuple[str, str]]:
@@ -89,6 +120,13 @@ def test_every_panel_and_alert_names_metrics_that_exist() -> None:
     assert not {"ray_captune_train_los", "ray_node_gpu_utilisation"} & exported()
 
 
+def test_every_panel_and_alert_asks_for_labels_that_exist() -> None:
+    assert {
+        where: strange_labels(expression) for where, expression in expressions() if strange_labels(expression)
+    } == {}
+    assert strange_labels('sum by (colour) (ray_tasks{Stat="x"})') == {"colour", "ray_tasks{Stat}"}
+
+
 def test_a_malformed_expression_is_noticed() -> None:
     with pytest.raises(ValueError, match="."):
         names("sum(rate(ray_tasks[5m])")
@@ -96,7 +134,7 @@ def test_a_malformed_expression_is_noticed() -> None:
 
 def test_what_training_exports_was_recorded_and_is_shown() -> None:
     gauges = {f"ray_{name}" for name, _ in GAUGES.values()}
-    assert gauges <= set(Path(__file__).with_name("exported_metrics.txt").read_text().split())
+    assert gauges <= set(recorded())
     assert gauges <= {name for _, expression in expressions() for name in names(expression)}
 
 

@@ -1,0 +1,46 @@
+"""What one CPU decodes for a captioning replica: JPEG bytes to 224 x 224 pixels, the numbers behind `FEEDER_CPUS` in k8s/needs.py.
+
+`python tests/bench/bench_decode.py` prints images per second of CPU time (so that a busy machine does not change it), by size of the picture.
+"""
+
+from __future__ import annotations
+
+import io
+import time
+
+import numpy as np
+from PIL import Image, ImageFilter
+
+from pipelines.caption.pixels import PixelSpec
+from pipelines.images import decode
+
+SPEC = PixelSpec(224, 224, Image.Resampling.BICUBIC, 1 / 255, (0.48, 0.46, 0.41), (0.27, 0.26, 0.28))
+
+
+def picture(width: int, height: int) -> bytes:
+    """A JPEG about as hard to decode as a photograph: coarse shapes with fine noise."""
+    rng = np.random.default_rng(0)
+    coarse = Image.fromarray(rng.integers(0, 256, (height // 16, width // 16, 3), np.uint8)).resize(
+        (width, height), Image.Resampling.BICUBIC
+    )
+    noise = Image.fromarray(rng.integers(0, 256, (height, width, 3), np.uint8)).filter(ImageFilter.GaussianBlur(1))
+    out = io.BytesIO()
+    Image.blend(coarse, noise, 0.2).save(out, "JPEG", quality=88)
+    return out.getvalue()
+
+
+def main() -> None:
+    """One line per size."""
+    for width, height in ((320, 240), (640, 480), (1024, 768), (2048, 1536)):
+        data = picture(width, height)
+        times = []
+        for _ in range(5):
+            started = time.process_time()
+            for _ in range(20):
+                SPEC.pixels(decode(data, max_side=SPEC.draft_side))
+            times.append((time.process_time() - started) / 20)
+        print(f"{width:>5} x {height:<5} {len(data) / 1024:7.0f} KiB  {1 / sorted(times)[2]:7.0f} images/s of one CPU")
+
+
+if __name__ == "__main__":
+    main()
