@@ -297,7 +297,7 @@ def test_metrics_are_exported_under_the_names_that_dashboards_use(ray_cluster: N
         "ray_captune_caption_images_total": 10,
         "ray_captune_caption_failed_total": 1,
         "ray_captune_caption_images_per_second": None,
-        "ray_captune_caption_error_share": 0.1,
+        "ray_captune_caption_error_share": pytest.approx(0.1),
         "ray_captune_caption_mean_words": 3,
         "ray_captune_caption_lexical_diversity": pytest.approx(3 / 27),
         "ray_captune_caption_repetition": 0,
