@@ -28,6 +28,7 @@ from pipelines.caption.tally import Tally, repetition
 from pipelines.errors import UserError, WorkFailed
 from pipelines.formats import open_dataset
 from pipelines.records import Record, iter_records, read_shards
+from ray_jobs import cli
 
 from .conftest import picture
 
@@ -241,7 +242,7 @@ def test_a_full_disk_names_the_output(blip2: Path, tmp_path: Path) -> None:
         subprocess.run(["umount", str(small)], check=True)
 
 
-def test_dry_run_measures_and_writes_nothing(blip2: Path, tmp_path: Path) -> None:
+def test_dry_run_measures_and_writes_nothing(blip2: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Rows, bytes and failures are the input's, times are measured, and twice the actors take half the hours."""
     folder = photos(tmp_path / "photos", range(20))
     (folder / "bad.jpg").write_bytes(b"nothing")
@@ -256,6 +257,8 @@ def test_dry_run_measures_and_writes_nothing(blip2: Path, tmp_path: Path) -> Non
         by_actors[1]["hours"] / 2, abs=1e-4
     )
     assert "21 rows" in describe(found) and found["memory_per_actor"] > 1 << 20
+    assert cli.main(["caption", "--dry-run", "--json", "--input", str(folder), "--caption.model", str(blip2)]) == 0
+    assert json.loads(capsys.readouterr().out)["rows"] == 21
     assert [path.name for path in tmp_path.iterdir()] == ["photos"]
 
 
