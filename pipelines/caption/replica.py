@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import random
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -83,11 +82,10 @@ class Captioner:
     """One model replica in a Ray actor.
 
     Args:
-        threads: of a replica on the CPU; no more than its machine has cores.
         tally: handle of the `Tally` actor that counts this run.
     """
 
-    def __init__(self, model: Path, spec: PixelSpec, config: CaptionConfig, threads: int, tally: Any) -> None:
+    def __init__(self, model: Path, spec: PixelSpec, config: CaptionConfig, tally: Any) -> None:
         import torch
         from transformers.utils import logging as transformers_logging
 
@@ -96,7 +94,7 @@ class Captioner:
         transformers_logging.disable_progress_bar()
         on_gpu = config.gpus_per_actor > 0
         if not on_gpu:
-            torch.set_num_threads(min(threads, os.cpu_count() or 1))
+            torch.set_num_threads(max(1, round(config.cpus_per_actor)))
         self._engine = BlipCaptioner(model, config, "cuda" if on_gpu else "cpu")
         self._shape = (3, spec.height, spec.width)
         self._tally, self._verdict = tally, None

@@ -25,15 +25,13 @@ class Sizing:
     Attributes:
         actors: model replicas at the start, and the fewest.
         max_actors: the most.
-        actor_cpus: CPUs reserved by each.
-        threads: of each, on the CPU: more than it reserves, since decoding takes little and idle cores caption nothing.
+        actor_cpus: CPUs reserved by each; its thread count comes from the recipe. More threads than cores are far slower than one each.
         task_cpus: CPUs reserved by each task that reads, decodes or writes.
     """
 
     actors: int
     max_actors: int
     actor_cpus: float
-    threads: int
     task_cpus: float
 
 
@@ -58,8 +56,7 @@ def size_pass(config: CaptionConfig, cpus: float, gpus: float) -> Sizing:
         most = max(1, min(most, int(room / config.cpus_per_actor)))
     if most < wish:
         say(f"caption: {wish} actors do not fit {cpus:g} CPUs and {gpus:g} GPUs beside their feeders; using {most}")
-    threads = max(1, round(config.cpus_per_actor), int(cpus / most))
-    return Sizing(min(config.actors, most), most, min(config.cpus_per_actor, room / most), threads, task_cpus)
+    return Sizing(min(config.actors, most), most, min(config.cpus_per_actor, room / most), task_cpus)
 
 
 def rows_per_batch(config: CaptionConfig, row_bytes: int, store_bytes: float) -> int:

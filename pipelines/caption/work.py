@@ -68,7 +68,7 @@ def caption_index(
         )
         captions = pixels.map_batches(
             Captioner,
-            fn_constructor_args=(model, spec, config, sizing.threads, tally),
+            fn_constructor_args=(model, spec, config, tally),
             batch_format="pyarrow",
             batch_size=rows,
             num_cpus=sizing.actor_cpus,
