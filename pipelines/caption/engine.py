@@ -246,27 +246,29 @@ class BlipCaptioner:
 
     def _prefixes(self, opened: dict[int, _Open], rows: Iterator[int], refused: list[int]) -> Iterator[list[Prefix]]:
         """Batches of images through the towers; a prompt that leaves no room for a caption is refused instead."""
+        queries = self.model.config.num_query_tokens
         while batch := list(islice(rows, self.batch_size)):
             requests = [opened[row].request for row in batch]
-            prompts = [self.config.prompt if request.prompt is None else request.prompt for request in requests]
-            limits = [min(request.max_new_tokens or self._new, self._new) for request in requests]
-            plans = []
-            for row, ids, limit in zip(batch, self._prompt_ids(prompts), limits, strict=True):
-                room = self._room(self.model.config.num_query_tokens + len(ids))
-                if room < limit:
-                    opened[
-                        row
-                    ].error = f"prompt too long: {len(ids)} tokens leave {max(room, 0)} of {limit} for the caption"
-                    refused.append(row)
-                else:
-                    plans.append((row, ids, limit))
-            if plans:
-                pixels = torch.from_numpy(np.stack([opened[row].request.pixels for row, _, _ in plans]))
-                features = self.features(pixels)
-                yield [
-                    Prefix(row, opened[row].sample_id, image, ids, limit)
-                    for (row, ids, limit), image in zip(plans, features, strict=True)
-                ]
+            prompts = self._prompt_ids(
+                [self.config.prompt if each.prompt is None else each.prompt for each in requests]
+            )
+            limits = [min(each.max_new_tokens or self._new, self._new) for each in requests]
+            rooms = [self._room(queries + len(ids)) for ids in prompts]
+            fitting = []
+            for row, ids, limit, room in zip(batch, prompts, limits, rooms, strict=True):
+                if room >= limit:
+                    fitting.append((row, ids, limit))
+                    continue
+                opened[
+                    row
+                ].error = f"prompt too long: {len(ids)} tokens leave {max(room, 0)} of {limit} for the caption"
+                refused.append(row)
+            if fitting:
+                images = self.features(
+                    torch.from_numpy(np.stack([opened[row].request.pixels for row, _, _ in fitting]))
+                )
+                plans = zip(fitting, images, strict=True)
+                yield [Prefix(row, opened[row].sample_id, image, ids, limit) for (row, ids, limit), image in plans]
 
     def _decode(self, batches: Iterator[list[Prefix]], opened: dict[int, _Open]) -> Iterator[tuple[Job, list[int]]]:
         """Greedy decoding and sampling in slots; they are emptied and made longer when a longer prompt comes."""
