@@ -90,6 +90,8 @@ def every_format(rgb: Image.Image) -> dict[str, tuple[bytes | None, str | None]]
             except (OSError, ValueError, KeyError):
                 continue
             try:
+                if format == "EPS":
+                    raise UnidentifiedImageError  # a program, and where Ghostscript is installed Pillow would run it
                 with Image.open(io.BytesIO(data)) as again:
                     again.load()
                 files[f"{format}.{mode}"] = (data, None)
