@@ -63,6 +63,8 @@ def decode(data: bytes, *, max_side: int | None = None) -> Image:
             # bombs are judged below by our own limit; odd EXIF is not the user's concern
             warnings.simplefilter("ignore")
             picture = Image.open(io.BytesIO(data))
+            if picture.format == "EPS":
+                raise BadImage("not an image (PostScript is a program, and captune runs none that comes with data)")
             width, height = picture.size
             if width * height > MAX_PIXELS:
                 raise BadImage(f"too large: {width}x{height} pixels (limit {MAX_PIXELS:,})")

@@ -41,6 +41,9 @@ OP_NAME = "captune_image_captioning_mapper"
 _MOST_NEW_TOKENS = 128  # as Data-Juicer has it
 
 Sample = dict[str, Any]
+_ENGINES: dict[tuple[str, str], BlipCaptioner] = {}
+"""One per model and process: Ray's tasks unpickle an operator of their own, which would load a model of its own."""
+
 Place = tuple[int, int, int]
 """Row of the batch, chunk of its text, image of the chunk."""
 
@@ -121,11 +124,6 @@ class CaptuneImageCaptioningMapper(Mapper):
             candidates=CandidateConfig(caption_num, keep_candidate_mode, clip_model=clip_model),
         )
         checkpoint.check(directory, self.config.prompt, self.config.max_new_tokens)
-        self._engine: BlipCaptioner | None = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Processes get the operator without the model, which each loads once."""
-        return self.__dict__ | {"_engine": None}
 
     def process_batched(self, samples: dict[str, list[Any]], rank: int | None = None) -> dict[str, list[Any]]:
         """Columns of samples -> columns of samples with their captioned copies."""
@@ -137,11 +135,12 @@ class CaptuneImageCaptioningMapper(Mapper):
         captions: dict[int, dict[tuple[int, int], Captioned]] = defaultdict(dict)
         for number, (owner, chunk, image) in enumerate(places):
             captions[owner][chunk, image] = found[number]
+        repeats = self.repeat_prompt and engine.model.config.use_decoder_only_language_model
         new_rows: list[Sample] = []
         for number, row in enumerate(rows):
             new_rows += [row] if self.keep_original_sample else []
             if self._images(row) and number not in broken:
-                new_rows += self._captioned(row, captions[number])
+                new_rows += self._captioned(row, captions[number], repeats)
         return {key: [row[key] for row in new_rows] for key in samples}
 
     def _requests(
@@ -166,7 +165,7 @@ class CaptuneImageCaptioningMapper(Mapper):
                 places.append(place)
                 yield request
 
-    def _captioned(self, row: Sample, captions: dict[tuple[int, int], Captioned]) -> list[Sample]:
+    def _captioned(self, row: Sample, captions: dict[tuple[int, int], Captioned], repeats: bool) -> list[Sample]:
         """Copies of a sample with new text: one, or one per candidate."""
         count = self.caption_num if self.keep_candidate_mode == "all" else 1
         texts = [""] * count
@@ -176,18 +175,16 @@ class CaptuneImageCaptioningMapper(Mapper):
             bare = remove_non_special_tokens(chunk)
             own = [captions[index, image] for image in range(chunk.count(SpecialTokens.image))]
             for number in range(count):
-                new = [self._text(row, caption, number) for caption in own]
+                new = [self._text(row, caption, number, repeats) for caption in own]
                 texts[number] += _insert(bare, new) + SpecialTokens.eoc
         return [copy.deepcopy(row) | {self.text_key: text} for text in texts]
 
-    def _text(self, row: Sample, caption: Captioned, number: int) -> str:
+    def _text(self, row: Sample, caption: Captioned, number: int, repeats: bool) -> str:
         if caption.error is not None:
             logger.warning(f"{OP_NAME}: an empty caption: {caption.error}")
             return ""
         text = caption.candidates[number] if self.keep_candidate_mode == "all" else caption.chosen or ""
         prompt = self._prompt(row)
-        assert self._engine is not None
-        repeats = self.repeat_prompt and self._engine.model.config.use_decoder_only_language_model
         return f"{prompt.rstrip()} {text}" if prompt and repeats else text
 
     def _images(self, row: Sample) -> list[str]:
@@ -205,12 +202,13 @@ class CaptuneImageCaptioningMapper(Mapper):
         return own if isinstance(own, str) else None if self.prompt is None else self.prompt
 
     def _engine_on(self, rank: int | None) -> BlipCaptioner:
-        if self._engine is None:
-            import torch
+        import torch
 
-            device = f"cuda:{(rank or 0) % torch.cuda.device_count()}" if self.use_cuda() else "cpu"
-            self._engine = BlipCaptioner(self.config.model, self.config, device)
-        return self._engine
+        device = f"cuda:{(rank or 0) % torch.cuda.device_count()}" if self.use_cuda() else "cpu"
+        key = (repr(self.config), device)
+        if key not in _ENGINES:
+            _ENGINES[key] = BlipCaptioner(self.config.model, self.config, device)
+        return _ENGINES[key]
 
 
 def _insert(special: str, captions: list[str]) -> str:

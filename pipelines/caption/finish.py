@@ -21,17 +21,16 @@ _MAX_SHARD_BYTES = 512 << 20
 
 def count_work(index: Path, results: Results) -> tuple[int, int]:
     """Index rows that the model has to see, and how many of them have a committed result."""
+    import pyarrow as pa
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
 
-    finished = results.ids().combine_chunks()
-    total = done = 0
-    for file in index_files(index):
-        table = pq.read_table(file, columns=["sample_id", "skip"])
-        ids = table.filter(pc.invert(table["skip"]))["sample_id"]
-        total += len(ids)
-        done += int(pc.sum(pc.is_in(ids, value_set=finished)).as_py() or 0)
-    return total, done
+    tables = [pq.read_table(file, columns=["sample_id", "skip"]) for file in index_files(index)]
+    table = pa.concat_tables(tables)
+    ids = table.filter(pc.invert(table["skip"]))["sample_id"]
+    # all ids at once: the set that they are looked up in is built anew for each call
+    done = pc.sum(pc.is_in(ids, value_set=results.ids().combine_chunks())).as_py()
+    return len(ids), int(done or 0)
 
 
 def write_records(index: Path, results: Results, output: Path, rows_per_shard: int) -> dict[str, Any]:

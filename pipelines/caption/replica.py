@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 _FETCHERS = 16
-_EXAMPLES = 2
+_EXAMPLES = 8
 """Pictures of each batch that a person may see on the contact sheet."""
 
 

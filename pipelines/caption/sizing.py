@@ -25,7 +25,7 @@ class Sizing:
     Attributes:
         actors: model replicas at the start, and the fewest.
         max_actors: the most.
-        actor_cpus: CPUs reserved by each; its thread count comes from the recipe.
+        actor_cpus: CPUs reserved by each; its thread count comes from the recipe. More threads than cores are far slower than one each.
         task_cpus: CPUs reserved by each task that reads, decodes or writes.
     """
 

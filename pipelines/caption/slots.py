@@ -107,7 +107,8 @@ class Slots:
         self._done = torch.ones(count, dtype=torch.bool, device=device)
         self._history = torch.zeros(count, new + 1, **long)
         self._uniforms = torch.zeros(count, new + 1, device=device)
-        self._last_position = new - 1 + (prefix if decoder.start_token is None else 0)
+        end = new + (prefix if decoder.start_token is None else 0)
+        self._last_position = min(end, decoder.max_length or end) - 1
         self._granule = max(1, count // 8)
         self._jobs: list[Job | None] = [None] * count
         self._reached = np.full(

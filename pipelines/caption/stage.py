@@ -104,7 +104,18 @@ def _caption(
         caption_seconds=round(seconds, 3),
     )
     shutil.rmtree(index.parent)
+    say(_summary(manifest))
     return manifest
+
+
+def _summary(manifest: dict[str, Any]) -> str:
+    """Where every input row went."""
+    kinds = ", ".join(f"{count} {kind}" for kind, count in manifest["failed"].items())
+    failed = f"{sum(manifest['failed'].values())} failed{f' ({kinds})' if kinds else ''}"
+    return (
+        f"caption: {manifest['rows_in']} rows in: {manifest['captioned']} captioned, {failed}, "
+        f"{manifest['duplicates']} duplicates"
+    )
 
 
 def _caption_resumably(index: Path, results: Results, model: Path, config: CaptionConfig, sheet: Path) -> None:

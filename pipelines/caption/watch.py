@@ -33,7 +33,8 @@ class Watch:
         self._thread = threading.Thread(target=self._poll, daemon=True)
 
     def stopped(self) -> str:
-        """Why a guard stopped the run; empty when none did."""
+        """Why a guard stopped the run; empty when none did. Asked anew: the run ends faster than the next look comes."""
+        self._live = self._ask("live") or self._live
         return self._live.stop
 
     def __enter__(self) -> Watch:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 _READ = ["sample_id", "image", "image_uri", "caption", "meta", "where", "result_of", "skip"]
 _IN_FLIGHT = 2
 """Batches sent to a replica: one that it works on and one that waits in its memory."""
+_NAMED = re.compile(r"[\w.]*(Error|Exception|Tripped)\b.*:")
 _PATIENCE_SECONDS = 7200.0
 """A cluster that scales by itself may take long to find a GPU; a run without any progress for so long is a failed one."""
 
@@ -136,6 +138,7 @@ def _quiet_data_context(results: Results) -> Iterator[DataContext]:
 
 
 def _cause(error: BaseException) -> str:
-    """The last line of a Ray error says what happened; the rest is a traceback through Ray."""
+    """The line of a Ray error that says what happened; around it are tracebacks through Ray and advice about Ray's settings."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1][:300] if lines else type(error).__name__
+    named = [line for line in lines if _NAMED.match(line)]
+    return (named or lines or [type(error).__name__])[-1][:300]

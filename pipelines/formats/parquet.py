@@ -21,21 +21,27 @@ _BATCH = 64  # rows held decoded at a time: bytes columns are large
 
 
 def rows(path: AnyPath) -> Iterator[Row]:
-    """Rows of one file or of every `*.parquet` in a folder, by file name.
+    """Rows of one file or of every `*.parquet` in a folder, by file name. Rows that damage makes unreadable are still counted, as error rows.
 
     Raises:
         UserError: a file is not Parquet, is truncated, or has no column that could be an image.
     """
+    import pyarrow as pa
+
     for file in files_in(path, "*.parquet"):
         number = 0
         shard = _open(file)
         captune = {"sample_id", "image", "image_uri", "caption", "meta"} <= set(shard.schema_arrow.names)
         image, text = ("", "") if captune else _columns(shard, file)
-        for batch in shard.iter_batches(batch_size=_BATCH):
-            for value in batch.to_pylist():
-                where = f"{file.name}:{number}"
-                yield _from_record(value, where) if captune else _from_table(value, where, image, text, file.parent)
-                number += 1
+        try:
+            for batch in shard.iter_batches(batch_size=_BATCH):
+                for value in batch.to_pylist():
+                    where = f"{file.name}:{number}"
+                    yield _from_record(value, where) if captune else _from_table(value, where, image, text, file.parent)
+                    number += 1
+        except (pa.ArrowException, OSError) as error:
+            for lost in range(number, shard.metadata.num_rows):
+                yield bad_row(f"{file.name}:{lost}", f"its shard cannot be read from row {number} on, {error}")
 
 
 def _open(file: AnyPath) -> pq.ParquetFile:

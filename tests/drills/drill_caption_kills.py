@@ -1,9 +1,9 @@
 """Captioning under fire: -9 to replicas, worker processes, whole nodes and the driver, at random moments, then a count of ids.
 
-    python tests/drills/drill_caption_kills.py [--rows 20000] [--every 12] [--seed 0] [--record FILE]
+    python tests/drills/drill_caption_kills.py [--rows 20000] [--every 12] [--minutes 6] [--seed 0] [--record FILE]
 
 A real cluster of a head and two worker nodes on this machine captions `--rows` distinct JPEGs twice with the tests' tiny BLIP-2: once in
-peace, once while something is killed every `--every` seconds on average until the work is done. Held against each other: every id exactly
+peace, once while something is killed every `--every` seconds on average, until the work is done or `--minutes` are over. Held against each other: every id exactly
 once, no row lost, every caption the same. Prints what was killed and when; exit status 1 when a row differs.
 """
 
@@ -87,8 +87,8 @@ class Hunt:
                 between()
             if driver.returncode not in (0, -signal.SIGKILL):
                 failures += 1
-                self.note("-", f"the driver gave up with status {driver.returncode}; the same command continues")
-                assert failures < 5, (self.place / f"{output}.log").read_text()[-4000:]
+                self.note("-", f"the driver ended with status {driver.returncode}; the same command continues")
+                assert failures < 30, (self.place / f"{output}.log").read_text()[-4000:]
 
     def strike(self, output: str) -> None:
         """Kill one thing."""
@@ -163,6 +163,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", type=int, default=20_000)
     parser.add_argument("--every", type=float, default=12.0, help="seconds between kills, on average")
+    parser.add_argument("--minutes", type=float, default=6.0, help="no more kills after so long")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--record", type=Path, help="where to write what was killed and what came out, as JSON")
     options = parser.parse_args()
@@ -178,22 +179,23 @@ def main() -> int:
             hunt.until_done("peace", lambda: time.sleep(0.2))
             peace = time.monotonic() - hunt.began
             hunt.began = time.monotonic()
-            hunt.until_done("fire", lambda: hunt_once(hunt, options.every))
+            hunt.until_done("fire", lambda: hunt_once(hunt, options.every, 60 * options.minutes))
             fire = time.monotonic() - hunt.began
         finally:
             hunt.cluster.shutdown()
         return verdict(place, hunt, options, peace, fire)
 
 
-def hunt_once(hunt: Hunt, every: float) -> None:
-    """Wait for a random time, or until the driver is through; then strike."""
+def hunt_once(hunt: Hunt, every: float, seconds: float) -> None:
+    """Wait for a random time, or until the driver is through; then strike, for so many seconds."""
     until = time.monotonic() + hunt.choose.expovariate(1 / every)
     assert hunt.driver is not None
     while time.monotonic() < until:
         if hunt.driver.poll() is not None:
             return
         time.sleep(0.1)
-    hunt.strike("fire")
+    if time.monotonic() - hunt.began < seconds:
+        hunt.strike("fire")
 
 
 def verdict(place: Path, hunt: Hunt, options: argparse.Namespace, peace: float, fire: float) -> int:

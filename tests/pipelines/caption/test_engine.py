@@ -96,6 +96,17 @@ def test_minimum_and_own_limits(ending: Path) -> None:
     assert [tokens[0] for tokens in engine.generate(short)] == [row[: 2 + i] for i, row in enumerate(found[:5])]
 
 
+def test_idle_slots_stay_inside_the_model(ending: Path) -> None:
+    """A caption may use the model's last position; slots that ended near it idle on beside it without leaving the model's tables."""
+    config = CaptionConfig(max_new_tokens=59, batch_size=32, decoding=DecodingConfig(min_new_tokens=59))
+    engine = BlipCaptioner(ending, config)
+    pixels = [request.pixels for request in requests(4)]
+    short = [Request(image, prompt="a red " * 12, max_new_tokens=2) for image in pixels[:3]]
+    found = [tokens[0] for tokens in engine.generate([*short, Request(pixels[3])])]
+    assert [len(tokens) for tokens in found] == [2, 2, 2, 59]
+    assert found[3] == reference(engine, Request(pixels[3]), min_new_tokens=59)[0]
+
+
 def test_beam_search_equals_plain_generate(ending: Path) -> None:
     """Beams over features that were computed once, padded in a batch: the same beams, in the same order, as each row alone."""
     decoding = DecodingConfig(method="beam", beams=3, length_penalty=0.6)

@@ -36,12 +36,13 @@ def test_captions_belong_to_samples(ending: Path) -> None:
     assert captions(64, list(range(24)), names=[f"other{row}" for row in range(24)]) != whole
 
 
+@pytest.mark.parametrize("vocabulary", [300, 6000])
 @pytest.mark.parametrize(
     ("temperature", "top_k", "top_p"), [(1.0, 0, 1.0), (0.7, 0, 0.9), (1.3, 7, 1.0), (0.9, 12, 0.8)]
 )
-def test_probabilities_are_those_of_transformers(temperature: float, top_k: int, top_p: float) -> None:
+def test_probabilities_are_those_of_transformers(temperature: float, top_k: int, top_p: float, vocabulary: int) -> None:
     """Temperature, then top-k, then top-p."""
-    logits = torch.randn(50, 300, generator=torch.Generator().manual_seed(0)) * 3
+    logits = torch.randn(50, vocabulary, generator=torch.Generator().manual_seed(0)) * 3
     scores = TemperatureLogitsWarper(temperature)(None, logits)
     if top_k:
         scores = TopKLogitsWarper(top_k)(None, scores)
