@@ -26,6 +26,7 @@ from pipelines.mgm.modeling import MGMForConditionalGeneration
 from pipelines.mgm.names import from_openclip, to_hf, to_original
 from pipelines.mgm.processing import MGMProcessor
 from pipelines.mgm.tensorfiles import find_files, read_file
+from ray_jobs import cli
 
 from .conftest import chat, noise_image
 from .mgm_tokenizers import tokenizer_for
@@ -255,6 +256,20 @@ def test_every_language_model_goes_there_and_back(
     assert torch.equal(expected["input_ids"], actual["input_ids"])
     with torch.no_grad():
         assert torch.equal(model(**expected).logits, again.eval()(**actual).logits)
+
+
+def test_the_commands(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """There and back from the shell; another architecture ends with status 2 and the file's name."""
+    hf, back, alone = (str(tmp_path / name) for name in ("hf", "back", "alone"))
+    assert cli.main(["convert", "--checkpoint", str(checkpoint), "--output", hf, "--remote-code"]) == 0
+    assert "16 tokens an image" in capsys.readouterr().err
+    assert "auto_map" in json.loads((tmp_path / "hf" / "config.json").read_text())
+    assert cli.main(["export-original", "--model", hf, "--output", back]) == 0
+    same(tensors(checkpoint), tensors(tmp_path / "back"))
+    assert cli.main(["export-original", "--model", hf, "--output", alone, "--towers", "false"]) == 0
+    assert not any("vision_tower" in name for name in tensors(tmp_path / "alone"))
+    assert cli.main(["convert", "--checkpoint", hf, "--output", str(tmp_path / "no")]) == 2
+    assert f"{hf}/config.json: not an original MGM checkpoint" in capsys.readouterr().err
 
 
 def test_names_undo_each_other(converted: Path, data: Path) -> None:
