@@ -185,7 +185,7 @@ class MGMModel(MGMPreTrainedModel):
         limit = getattr(self.config.text_config, "max_position_embeddings", None)
         if limit is not None and length > limit:
             raise ValueError(
-                f"the prompt is {length} tokens long with its images, over this model's context length of {limit} "
+                f"the prompt is {length} tokens long with its images, over the model's context of {limit} "
                 "(text_config.max_position_embeddings)"
             )
 

@@ -86,7 +86,7 @@ class MGMProcessor(ProcessorMixin):
         for row, mask in enumerate(inputs.get("attention_mask", [])):
             if len(mask) > limit and (length := int(sum(mask))) > limit:
                 raise ValueError(
-                    f"prompt {row} is {length} tokens long with its images, over the context length of {limit} "
+                    f"prompt {row} is {length} tokens long with its images, over the context of {limit} "
                     "(tokenizer.model_max_length)"
                 )
         return inputs

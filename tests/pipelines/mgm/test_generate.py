@@ -151,7 +151,7 @@ def test_prompts_over_the_context_length_are_errors(
     model.config.text_config.max_position_embeddings = length
     assert model(**batch).logits.shape[1] == length
     model.config.text_config.max_position_embeddings = length - 1
-    message = f"prompt is {length} tokens long with its images, over this model's context length of {length - 1}"
+    message = f"prompt is {length} tokens long with its images, over the model's context of {length - 1}"
     with pytest.raises(ValueError, match=message):
         model(**batch)
     with pytest.raises(ValueError, match=message):

@@ -86,6 +86,16 @@ def test_image_features_equal_the_definition(make_model: MakeModel, grid: int, w
     assert torch.isfinite(model(**batch(model)).loss)
 
 
+@pytest.mark.parametrize("layer", [-1, -2, -4, 0, 2, 3])
+@torch.no_grad()
+def test_the_selected_clip_layer_is_counted_as_in_the_original(make_model: MakeModel, layer: int) -> None:
+    """Layers that come after it are not run, which must not change the count: 0 is what enters the first of three."""
+    model = make_model(vision_select_layer=layer)
+    pixels = images(model)["pixel_values"]
+    states = model.model.vision_tower(pixels, output_hidden_states=True).hidden_states
+    torch.testing.assert_close(model.model.encode_views(pixels), states[layer][:, 1:])
+
+
 def test_folded_mining_equals_the_definition_and_its_gradients(model: MGMForConditionalGeneration) -> None:
     core = model.model
     queries, positions = torch.randn(2, 4, 32), torch.randn(2, 4, 9, 80)
