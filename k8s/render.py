@@ -82,7 +82,7 @@ def texts(recipe: Recipe) -> dict[str, str]:
     """Files of the ConfigMap below /etc/captune: the resolved recipe, and the user's own Data-Juicer recipes beside it.
 
     Raises:
-        UserError: a key names an absolute path that no pod mounts.
+        UserError: a key names an absolute path that no pod mounts, or a Data-Juicer recipe that is not there.
     """
     for key, path in _paths(recipe).items():
         if path.startswith("/") and not path.startswith(tuple(f"{place}/" for place in MOUNTED)):
@@ -97,6 +97,8 @@ def texts(recipe: Recipe) -> dict[str, str]:
         file = Path(config["recipe"])
         if file.parent == RECIPES:
             config["recipe"] = file.name
+        elif not file.is_file():
+            raise UserError(f"{file}: no such Data-Juicer recipe")
         else:
             files[file.name] = file.read_text()
             config["recipe"] = f"/etc/captune/{file.name}"

@@ -117,8 +117,8 @@ def build(base: str, torch_cpu_index: str | None, scratch: Path, record: Record)
 class Pods:
     """Containers on a network of their own, made from a RayCluster's spec as the operator makes pods."""
 
-    def __init__(self, spec: dict[str, Any], volumes: dict[str, Path]) -> None:
-        self.spec, self.volumes = spec, volumes
+    def __init__(self, spec: dict[str, Any], scratch: Path, volumes: dict[str, Path]) -> None:
+        self.spec, self.scratch, self.volumes = spec, scratch, volumes
         self.name = f"captune-{uuid.uuid4().hex[:8]}"
         self.token = uuid.uuid4().hex * 2
         self.head = ""
@@ -198,7 +198,7 @@ class Pods:
         words += [] if secure["allowPrivilegeEscalation"] else ["--security-opt", "no-new-privileges"]
         volumes = {volume["name"]: volume for volume in pod["volumes"]}
         for mount in container["volumeMounts"]:
-            words += self._mount(mount, volumes[mount["name"]])
+            words += self._mount(name, mount, volumes[mount["name"]], user["fsGroup"])
         words += [word for key, value in environment.items() for word in ("--env", f"{key}={value}")]
         full = f"{self.name}-{name}"
         self.started.append(full)
@@ -206,12 +206,19 @@ class Pods:
             container["image"], "/bin/bash", "-c", "--", f"ulimit -n 20000; {start}")  # fmt: skip
         return full
 
-    def _mount(self, mount: dict[str, Any], volume: dict[str, Any]) -> list[str]:
+    def _mount(self, pod: str, mount: dict[str, Any], volume: dict[str, Any], group: int) -> list[str]:
+        """A volume's mount: a directory of this machine, or shared memory; an emptyDir is the pod's own and its group's to write."""
         place = mount["mountPath"]
         if "emptyDir" not in volume:
             return ["--volume", f"{self.volumes[mount['name']]}:{place}:{'ro' if mount.get('readOnly') else 'rw'}"]
-        size = volume["emptyDir"]["sizeLimit"].removesuffix("i").lower()
-        return ["--shm-size", size] if place == "/dev/shm" else ["--tmpfs", f"{place}:rw,mode=1777,exec"]
+        if volume["emptyDir"].get("medium") == "Memory":
+            assert place == "/dev/shm"
+            return ["--shm-size", volume["emptyDir"]["sizeLimit"].removesuffix("i").lower()]
+        folder = self.scratch / f"{pod}-{mount['name']}"
+        folder.mkdir()
+        os.chown(folder, 0, group)
+        folder.chmod(0o2777)
+        return ["--volume", f"{folder}:{place}:rw"]
 
 
 def wait(what: str, seconds: float, holds: Any, explain: Any = lambda: "") -> None:
@@ -339,7 +346,7 @@ def main() -> int:
             os.chown(place, 1000, 1000)
         for name, text in files["data"].items():
             (volumes["recipe"] / name).write_text(text)
-        with Pods(render.cluster_spec(job), volumes) as pods:
+        with Pods(render.cluster_spec(job), scratch, volumes) as pods:
             drill(pods, job["spec"]["entrypoint"], volumes["data"] / recipe.run_dir, record)
     finally:
         if not options.keep:

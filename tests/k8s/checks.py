@@ -165,6 +165,9 @@ def _secrets(node: Any, where: str = "") -> list[str]:
         reference = node.get("secretKeyRef")
         if reference and (reference["name"], reference["key"]) not in SECRETS:
             said.append(f"{where}: secret {reference['name']}, key {reference['key']}: nobody is told to make it")
+        whole = node.get("secretRef")
+        if whole and whole["name"] not in {name for name, _ in SECRETS}:
+            said.append(f"{where}: secret {whole['name']}: nobody is told to make it")
         name, value = str(node.get("name", "")).lower(), node.get("value")
         if (
             value

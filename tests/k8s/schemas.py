@@ -16,9 +16,10 @@ from referencing import Registry, Resource
 VERSION = "1.33.0"
 """Of Kubernetes: old enough that most clusters know everything in it."""
 DEFINITIONS = "https://kubernetes.io/api/_definitions.json"
-CRDS = Path(os.environ.get("CAPTUNE_KUBERAY_CRDS", Path(__file__).parents[3] / "shared" / "kuberay-crds"))
-if not CRDS.is_dir():  # a checkout that lies one level deeper
-    CRDS = Path(__file__).parents[4] / "shared" / "kuberay-crds"
+ROOT = Path(__file__).parents[2]
+_BESIDE = [folder / "shared" / "kuberay-crds" for folder in (ROOT.parent, ROOT.parent.parent)]
+CRDS = Path(os.environ.get("CAPTUNE_KUBERAY_CRDS") or next((path for path in _BESIDE if path.is_dir()), _BESIDE[0]))
+"""KubeRay's, of the version that the manifests are written for: named by the environment, or beside the repository."""
 
 
 def have_crds() -> bool:

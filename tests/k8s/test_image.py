@@ -81,7 +81,7 @@ def test_the_image_has_no_compilers_and_is_nobody_special() -> None:
 def test_layers_keep_no_caches_and_no_secrets() -> None:
     image, built = lineage("captune"), stages()["dependencies"]
     for run in values(image, "RUN"):
-        assert "apt-get update" not in run or "rm -rf /var/lib/apt/lists/*" in run
+        assert "apt-get update" not in run or "rm -rf /var/lib/apt/lists/* /var/cache/apt/*" in run
         assert "pip install" not in run or {"--no-cache-dir", "--no-index", "--no-deps"} <= set(run.split())
     assert "PIP_NO_CACHE_DIR=1" in " ".join(values(built, "ENV"))
     downloads = [run for run in values(built, "RUN") if re.search(r"\bpip install\b", run)]
@@ -90,6 +90,7 @@ def test_layers_keep_no_caches_and_no_secrets() -> None:
     settings = " ".join(values(image, "ENV") + values(image, "ARG") + values(image, "LABEL"))
     assert not re.search(r"(?i)pip_|proxy|index|auth|password", settings)
     assert all(value.startswith("--from=") for value in values(image, "COPY")), "nothing of the build context as it is"
+    assert "NVIDIA_VISIBLE_DEVICES" not in settings, "it would show a node's GPUs to pods that asked for none"
     labels = " ".join(values(image, "LABEL"))
     for label in ("title", "description", "licenses", "version", "revision"):
         assert f"org.opencontainers.image.{label}=" in labels

@@ -52,18 +52,20 @@ def own_recipe(objects: list[Object], folder: Path) -> Recipe:
     return recipe(str(folder / "recipe.yaml"))
 
 
-needs_crds = pytest.mark.skipif(
-    not schemas.have_crds(), reason=f"no KubeRay CRDs at {schemas.CRDS}; CAPTUNE_KUBERAY_CRDS names another place"
-)
+def test_kuberays_crds_are_at_hand() -> None:
+    """Without them the checks below leave out KubeRay's schemas, and only those."""
+    if not schemas.have_crds():
+        pytest.skip(f"no KubeRay CRDs at {schemas.CRDS}; CAPTUNE_KUBERAY_CRDS names another place")
+    assert schemas.errors(
+        {"apiVersion": "ray.io/v1", "kind": "RayJob", "metadata": {"name": "x"}, "spec": {"entrypint": "x"}}
+    )
 
 
-@needs_crds
 @pytest.mark.parametrize("overlay", render.OVERLAYS)
 def test_an_overlay_is_valid(overlay: str) -> None:
     assert complaints(built(overlay)) == []
 
 
-@needs_crds
 @pytest.mark.parametrize("name", NAMES)
 def test_what_render_makes_of_a_recipe_is_valid(name: str) -> None:
     for workload in ("run", "train", "cluster", "serve"):
@@ -121,7 +123,7 @@ def test_kubectl_kustomize_gives_the_same(overlay: str) -> None:
     assert {(found["kind"], found["metadata"]["name"]): found for found in built(overlay)} == theirs
 
 
-@pytest.mark.parametrize("component", ["bucket"])
+@pytest.mark.parametrize("component", ["bucket", "object-store"])
 def test_a_component_that_no_overlay_lists_renders_too(component: str, tmp_path: Path) -> None:
     shutil.copytree(render.FOLDER, tmp_path / "k8s", ignore=shutil.ignore_patterns("__pycache__"))
     overlay = tmp_path / "k8s" / "overlays" / "gpu-24gb"
@@ -200,6 +202,7 @@ def test_serve_accepts_the_endpoints_configuration(overlay: str) -> None:
         ("kind", {"train.feature_cache_mb": 4096}, "train.feature_cache_mb: 4.0 GiB"),
         ("gpu-24gb", {"caption.gpus_per_actor": 2}, "a pod of the overlay's group caption has 1"),
         ("kind", {"dataset": "/home/me/pairs"}, "dataset: /home/me/pairs is on this machine"),
+        ("kind", {"refine.recipe": "nonesuch.yaml"}, "nonesuch.yaml: no such Data-Juicer recipe"),
     ],
 )
 def test_a_recipe_that_does_not_fit_is_refused_by_its_key(overlay: str, changes: Object, words: str) -> None:
@@ -330,7 +333,7 @@ def test_the_readme_names_what_the_manifests_and_kuberay_make() -> None:
     for kind, suffix in (("RayCluster", "head-svc"), ("RayService", "serve-svc")):
         name = next(found for found in objects if found["kind"] == kind)["metadata"]["name"]
         assert f"service/{name}-{suffix}" in README
-    assert {("captune-ray-token", "auth_token"), ("captune-redis", "password")} == SECRETS
+    assert {("captune-ray-token", "auth_token"), ("captune-redis", "password")} <= SECRETS
     for overlay in render.OVERLAYS:
         assert overlay in README
 
@@ -400,9 +403,10 @@ MUTATIONS: dict[str, tuple[Callable[[list[Object]], Any], str]] = {
 }
 
 
-@needs_crds
 @pytest.mark.parametrize("mutation", MUTATIONS)
 def test_the_checks_can_fail(mutation: str) -> None:
+    if mutation == "a misspelt field of KubeRay" and not schemas.have_crds():
+        pytest.skip("needs KubeRay's CRDs")
     change, words = MUTATIONS[mutation]
     kinds, names = (
         ("ServiceAccount", "PriorityClass", "PersistentVolumeClaim", "ConfigMap"),
