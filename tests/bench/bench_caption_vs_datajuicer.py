@@ -26,6 +26,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -220,7 +221,7 @@ def _core(part: Part, work: Path, share: list[int], batch_size: int, barrier: An
 
 
 def stage(work: Path, count: int, batch_size: int) -> tuple[float, int]:
-    """The stage, on a local cluster."""
+    """The stage, on a local cluster: a replica per core, as the bare loop has."""
     import ray
 
     from pipelines.caption import stage as caption_stage
@@ -229,7 +230,8 @@ def stage(work: Path, count: int, batch_size: int) -> tuple[float, int]:
     ray.init(num_cpus=CORES, include_dashboard=False, log_to_driver=False, object_store_memory=500 << 20)
     output = Path(tempfile.mkdtemp(dir=work))
     start = time.perf_counter()
-    caption_stage.run(str(_dataset(work, count)), output / "captions", _config(work, batch_size))
+    config = replace(_config(work, batch_size), actors=CORES, cpus_per_actor=0.25)
+    caption_stage.run(str(_dataset(work, count)), output / "captions", config)
     seconds = time.perf_counter() - start
     return seconds, sum(record["recaption"] is not None for record in iter_records(output / "captions"))
 
