@@ -145,9 +145,7 @@ def test_prompts_over_the_context_length_are_refused(
     length = processor.apply_chat_template(fits, tokenize=True, return_dict=True)["input_ids"]
     assert len(length[0]) <= 12
     kwargs = {"tokenize": True, "return_dict": True, "processor_kwargs": {"padding": True}}
-    with pytest.raises(
-        ValueError, match=r"prompt 1 is \d\d tokens long with its images, over the context of 12"
-    ):
+    with pytest.raises(ValueError, match=r"prompt 1 is \d\d tokens long with its images, over the context of 12"):
         processor.apply_chat_template([fits, long], **kwargs)
 
 
