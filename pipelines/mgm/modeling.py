@@ -33,6 +33,16 @@ from .vision import (
 _CPU_BYTES, _GPU_BYTES = 8 << 20, 2 << 30
 
 
+def _keep_freed_memory() -> None:
+    """Make glibc keep what is freed on a CPU, once and for the whole process, up to 64 MB.
+
+    It hands large blocks back to the system until it has seen one of up to 32 MB come and go; getting memory anew costs
+    a page fault every 4 KB, which was a third of the time that encoding 16 small images took. Other allocators ignore it.
+    """
+    block = torch.empty(31 << 20, dtype=torch.uint8, device="cpu")  # never touched, so it takes no memory
+    del block
+
+
 @dataclass
 class MGMModelOutputWithPast(BaseModelOutputWithPast):
     """`image_hidden_states`: (N, V*T, D), the features of this call's images; None when there were none."""
@@ -96,6 +106,7 @@ class MGMModel(MGMPreTrainedModel):
         self.language_model = AutoModel.from_config(config.text_config)
         # Old Gemma multiplied *all* inputs_embeds by sqrt(hidden_size), so the original's image features were trained
         # to be scaled too. Today the embedding layer scales only what it looks up. Read once: PEFT may wrap the layer.
+        _keep_freed_memory()
         self.text_scale = float(getattr(self.language_model.get_input_embeddings(), "scalar_embed_scale", 1.0))
         self.post_init()
 
