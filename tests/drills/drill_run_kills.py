@@ -67,17 +67,8 @@ class Run:
     """One start of the recipe in a directory of its own, with its world inside."""
 
     def __init__(self, place: Path) -> None:
-        world = place / "world"
-        options = {
-            "run_dir": place, "dataset": world / "dataset.jsonl", "sample.out": world,
-            "caption.model": world / "models" / "blip2", "train.model": world / "models" / "mgm",
-            "train.instruct_data": world / "instruct.json",
-            "evaluate.annotations": world / "textvqa" / "TextVQA_0.5.1_val.json",
-            "evaluate.images": world / "textvqa" / "train_images",
-        }  # fmt: skip
-        words = [word for key, value in options.items() for word in (f"--{key}", str(value))]
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "ray_jobs.cli", "run", "sample", *words],
+            [sys.executable, "-m", "ray_jobs.cli", "run", "sample", "--run_dir", str(place)],
             cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, errors="replace",
         )  # fmt: skip
         self.lines: list[str] = []
