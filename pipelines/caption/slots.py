@@ -111,9 +111,8 @@ class Slots:
         self._last_position = min(end, decoder.max_length or end) - 1
         self._granule = max(1, count // 8)
         self._jobs: list[Job | None] = [None] * count
-        self._reached = np.full(
-            count, _IDLE
-        )  # the host's own copy of positions, to know how much of the cache is in use
+        # the host's own copy of positions, to know how much of the cache is in use
+        self._reached = np.full(count, _IDLE)
         self._step = _Graphs(self._advance, device) if device.type == "cuda" else self._advance
 
     def run(self, jobs: Iterable[Job]) -> Iterator[tuple[Job, list[int]]]:
