@@ -13,6 +13,7 @@ import argparse
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -27,7 +28,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 os.environ |= {
     # a temporary folder of its own (short: Ray puts sockets in it), so that nobody else's `ray.init()` finds this cluster
-    "RAY_TMPDIR": tempfile.mkdtemp(prefix="ct-", dir="/tmp"),
+    "RAY_TMPDIR": tempfile.mkdtemp(prefix="ck-", dir="/tmp"),
     "RAY_AUTH_MODE": "disabled",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_worker_niceness": "0",
@@ -183,6 +184,7 @@ def main() -> int:
             fire = time.monotonic() - hunt.began
         finally:
             hunt.cluster.shutdown()
+            shutil.rmtree(os.environ["RAY_TMPDIR"], ignore_errors=True)
         return verdict(place, hunt, options, peace, fire)
 
 
