@@ -43,7 +43,7 @@ SMALL = {
     "sample.pairs": 60,
     "sample.instructions": 16,
     "sample.questions": 24,
-    "train.align.steps": 40,
+    "train.align.steps": 120,
     "train.align.micro_batch": 8,
     "train.instruct.steps": 4,
     "train.instruct.micro_batch": 4,
