@@ -43,7 +43,7 @@ class Demand:
 def demands(recipe: Recipe, serving: int) -> dict[str, Demand]:
     """Group -> demand. `serving` is the most replicas that the endpoint may scale to."""
     caption, train, serve = recipe.caption, recipe.train, recipe.serve
-    actors = max(caption.actors, getattr(caption, "max_actors", 0))
+    actors = max(caption.actors, caption.max_actors)
     return {
         "caption": Demand("caption", actors, caption.cpus_per_actor, caption.gpus_per_actor),
         "train": Demand("train", train.workers, train.cpus_per_worker, float(train.use_gpu)),

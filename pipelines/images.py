@@ -7,6 +7,8 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pipelines.storage import RemotePath, is_remote
+
 if TYPE_CHECKING:
     from PIL.Image import Image
 
@@ -19,22 +21,27 @@ class BadImage(Exception):
 
 
 def read_bytes(path: Path | str) -> bytes:
-    """Encoded bytes of a local image file.
+    """Encoded bytes of an image file, local or at an address that `pipelines.storage` reads.
 
     Raises:
         BadImage: missing, unreadable or empty.
     """
     try:
-        data = Path(path).read_bytes()
+        data = RemotePath(str(path)).read_bytes() if is_remote(path) else Path(path).read_bytes()
     except FileNotFoundError:
         raise BadImage(f"missing file: {path}") from None
     except OSError as error:
-        raise BadImage(f"unreadable file: {str(path)[:200]} ({error.strerror})") from None
+        raise BadImage(f"unreadable file: {str(path)[:200]} ({_reason(error)})") from None
     except ValueError as error:  # a zero byte in the name
         raise BadImage(f"unreadable file: {str(path)[:200]!r} ({error})") from None
     if not data:
         raise BadImage(f"empty file: {path}")
     return data
+
+
+def _reason(error: OSError) -> str:
+    """A storage system's errors have no errno, but a text that ends with what happened."""
+    return error.strerror or str(error).splitlines()[0][:200]
 
 
 def decode(data: bytes, *, max_side: int | None = None) -> Image:
@@ -56,6 +63,8 @@ def decode(data: bytes, *, max_side: int | None = None) -> Image:
             # bombs are judged below by our own limit; odd EXIF is not the user's concern
             warnings.simplefilter("ignore")
             picture = Image.open(io.BytesIO(data))
+            if picture.format == "EPS":
+                raise BadImage("not an image (PostScript is a program, and captune runs none that comes with data)")
             width, height = picture.size
             if width * height > MAX_PIXELS:
                 raise BadImage(f"too large: {width}x{height} pixels (limit {MAX_PIXELS:,})")

@@ -1,7 +1,8 @@
 """MANIFEST.json: written last, so its existence means that the stage is complete.
 
 A stage asks `open_stage` what its output directory holds. The answer decides between skipping (same fingerprint, complete),
-continuing (same fingerprint, half done), starting (nothing there) and refusing (another run's output).
+continuing (same fingerprint, half done), growing (only what may grow has changed), starting (nothing there) and refusing (another
+run's output).
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import os
 import platform
 import shutil
 import time
+from collections.abc import Collection
 from dataclasses import asdict, dataclass, field, is_dataclass
 from importlib import metadata
 from pathlib import Path
@@ -32,6 +34,8 @@ class StageOutput:
         directory: where the stage writes.
         complete: the stage was finished by an earlier run with the same fingerprint; `manifest` holds its record.
         resumed: an earlier run with the same fingerprint left unfinished work here.
+        grown: an earlier run left work here that differs only in keys that may grow; `manifest` holds its record when it was
+            finished. Nothing is claimed before `accept`.
     """
 
     directory: Path
@@ -40,8 +44,16 @@ class StageOutput:
     inputs: dict[str, Any]
     complete: bool = False
     resumed: bool = False
+    grown: bool = False
     manifest: dict[str, Any] = field(default_factory=dict)
     _started: float = field(default_factory=time.time)
+
+    def accept(self) -> None:
+        """Claim a directory that has `grown`: from here on it is unfinished, and belongs to this run."""
+        write_json(
+            self.directory / CLAIM, {"stage": self.stage, "fingerprint": self.fingerprint, "inputs": self.inputs}
+        )
+        (self.directory / MANIFEST).unlink(missing_ok=True)
 
     def finish(self, **facts: Any) -> dict[str, Any]:
         """Write MANIFEST.json with the stage's own facts (counts, timings, identities) and return it."""
@@ -59,13 +71,21 @@ class StageOutput:
         return manifest
 
 
-def open_stage(directory: Path | str, stage: str, inputs: dict[str, Any], *, restart: bool = False) -> StageOutput:
+def open_stage(
+    directory: Path | str,
+    stage: str,
+    inputs: dict[str, Any],
+    *,
+    restart: bool = False,
+    grows: Collection[str] = (),
+) -> StageOutput:
     """Claim `directory` for `stage`.
 
     Args:
         inputs: everything that decides the result: config, input and model identities, seed. Not paths of the output,
             not worker counts. Dataclasses are accepted.
         restart: throw away what another fingerprint left there.
+        grows: keys of `inputs` that may differ from the earlier run's, for a stage that can use its old work for a changed input.
 
     Raises:
         UserError: the directory holds another run's output and `restart` is not set, or something captune never wrote.
@@ -87,15 +107,22 @@ def open_stage(directory: Path | str, stage: str, inputs: dict[str, Any], *, res
         raise UserError(
             f"{directory}: holds the output of stage '{claim['stage']}', not of '{stage}'; choose another directory"
         )
+    finished = read_json(directory / MANIFEST) if (directory / MANIFEST).exists() else None
+    differences = _differences(claim["inputs"], inputs) if claim["fingerprint"] != output.fingerprint else []
+    # a kill inside `accept` can leave the new claim beside the old manifest
+    stale = not differences and finished is not None and finished["fingerprint"] != output.fingerprint
+    if stale or (differences and set(differences) <= set(grows)):
+        output.grown, output.manifest = True, finished or {}
+        return output
     if claim["fingerprint"] != output.fingerprint:
-        changed = ", ".join(_differences(claim["inputs"], inputs)) or "its inputs"
+        changed = ", ".join(d for d in differences if d not in grows) or "its inputs"
         raise UserError(
             f"{directory}: holds the output of another run (what changed: {changed}). "
             "Choose another directory, or pass --restart true to throw that output away and start over"
         )
     output.resumed = True
-    if (directory / MANIFEST).exists():
-        output.manifest, output.complete = read_json(directory / MANIFEST), True
+    if finished is not None:
+        output.manifest, output.complete = finished, True
     return output
 
 

@@ -12,7 +12,7 @@ from ray_jobs import _options, cli
 
 
 def main(argv: list[str]) -> int:
-    """`captune convert --checkpoint DIR --output DIR [--clip DIR] [--openclip DIR]`."""
+    """`captune convert --checkpoint DIR --output DIR [--clip DIR] [--openclip DIR] [--remote-code]`."""
     _, options = _options.parse(
         "convert",
         __doc__ or "",
@@ -24,16 +24,27 @@ def main(argv: list[str]) -> int:
                 "--clip", type=str, help="CLIP tower's directory, when the checkpoint does not hold it"
             ),
             parser.add_argument("--openclip", type=str, help="OpenCLIP ConvNeXt's directory, likewise"),
+            parser.add_argument(
+                "--remote-code",
+                action="store_true",
+                help="put the modelling code into the directory: it then loads without captune (trust_remote_code=True)",
+            ),
         ),
     )
     from pipelines.mgm.convert import convert_checkpoint
+    from pipelines.mgm.remote_code import add_remote_code
+    from pipelines.progress import say
 
-    convert_checkpoint(
+    output = _options.required(options.output, "--output DIR", "convert")
+    config = convert_checkpoint(
         _options.required(options.checkpoint, "--checkpoint DIR", "convert"),
-        _options.required(options.output, "--output DIR", "convert"),
+        output,
         clip=options.clip,
         openclip=options.openclip,
     )
+    if options.remote_code:
+        add_remote_code(output)
+    say(f"convert: {output} is an MGM with {config.text_config.model_type}, {config.num_image_tokens} tokens an image")
     return 0
 
 

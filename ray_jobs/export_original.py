@@ -12,7 +12,7 @@ from ray_jobs import _options, cli
 
 
 def main(argv: list[str]) -> int:
-    """`captune export-original --model DIR --output DIR`."""
+    """`captune export-original --model DIR --output DIR [--towers true|false]`."""
     _, options = _options.parse(
         "export-original",
         __doc__ or "",
@@ -20,6 +20,11 @@ def main(argv: list[str]) -> int:
         lambda parser: (
             parser.add_argument("--model", type=str, help="MGM in Hugging Face form"),
             parser.add_argument("--output", type=str, help="directory to write"),
+            parser.add_argument(
+                "--towers",
+                type=bool,
+                help="write the towers too; left out: those that the converted checkpoint had inside",
+            ),
         ),
     )
     from pipelines.mgm.convert import export_original
@@ -27,6 +32,7 @@ def main(argv: list[str]) -> int:
     export_original(
         _options.required(options.model, "--model DIR", "export-original"),
         _options.required(options.output, "--output DIR", "export-original"),
+        towers=options.towers,
     )
     return 0
 

@@ -5,8 +5,9 @@ It stands here and not in `pipelines` because it joins the sections of both `pip
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
+from typing import Any
 
 from pipelines.adapters.config import MergeConfig
 from pipelines.caption.config import CaptionConfig
@@ -24,6 +25,8 @@ RECIPES = Path(__file__).parent.parent / "pipelines" / "recipes"
 @dataclass
 class Recipe:
     """The whole hallway.
+
+    `${run_dir}` in a path stands for `run_dir`, so that a recipe which keeps its data there can be moved by that one key.
 
     Attributes:
         run_dir: where the run writes; it explains itself (see the README).
@@ -54,6 +57,7 @@ class Recipe:
     compare: CompareConfig = field(default_factory=CompareConfig)
 
     def __post_init__(self) -> None:
+        _expand(self, self.run_dir)
         for config in (self.refine, *self.arms.values()):
             config.recipe = _shipped(config.recipe)
         if not self.seeds or len(set(self.seeds)) != len(self.seeds):
@@ -65,6 +69,17 @@ class Recipe:
             raise UserError(
                 f"compare.baseline names '{self.compare.baseline}', but the arms are {', '.join(self.arms)}"
             )
+
+
+def _expand(section: Any, run_dir: str) -> None:
+    """Put `run_dir` in place of `${run_dir}`, in a section and those within."""
+    for key in fields(section):
+        value = getattr(section, key.name)
+        if isinstance(value, str):
+            setattr(section, key.name, value.replace("${run_dir}", run_dir))
+        for inner in value.values() if isinstance(value, dict) else [value]:
+            if is_dataclass(inner):
+                _expand(inner, run_dir)
 
 
 def _shipped(recipe: str | None) -> str | None:

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 
 from pipelines.adapters import probe
-from pipelines.adapters.files import CONFIG, NON_LORA, WEIGHTS, read_weights
+from pipelines.adapters.files import CONFIG, NON_LORA, WEIGHTS, read_weights, towers_trained
 from pipelines.errors import UserError
+from pipelines.mgm.convert_config import expected_shapes
 
 _SHOWN = 3
 _TOWERS = {"CLIP": "model.vision_tower.", "ConvNeXt": "model.vision_tower_aux."}
@@ -93,7 +94,7 @@ def _model_verdicts(model: Path) -> Iterator[Verdict]:
     yield Verdict("files", True, f"configuration, processor and {len(tensors)} tensors")
     complete = list(_against_config(skeleton, tensors))
     yield from complete
-    yield from _values(tensors)
+    yield from _values(tensors, skeleton.config)
     yield _dtype(skeleton.config, tensors)
     agreement = _tokenizer(skeleton.config, processor)
     yield agreement
@@ -102,10 +103,10 @@ def _model_verdicts(model: Path) -> Iterator[Verdict]:
 
 
 def _against_config(skeleton: Any, tensors: dict[str, torch.Tensor]) -> Iterator[Verdict]:
-    expected = {name: tuple(tensor.shape) for name, tensor in skeleton.state_dict().items()}
+    expected = expected_shapes(skeleton.config)
     tied = set(skeleton._tied_weights_keys) if skeleton.config.tie_word_embeddings else set()
-    yield _verdict("missing tensors", sorted(set(expected) - set(tensors) - tied), "none")
-    yield _verdict("unexpected tensors", sorted(set(tensors) - set(expected)), "none")
+    yield _verdict("missing tensors", sorted(set(expected) - set(tensors)), "none")
+    yield _verdict("unexpected tensors", sorted(set(tensors) - set(expected) - tied), "none")
     wrong = [
         f"{name} is {tuple(tensor.shape)}, the configuration says {expected[name]}"
         for name, tensor in sorted(tensors.items())
@@ -117,14 +118,19 @@ def _against_config(skeleton: Any, tensors: dict[str, torch.Tensor]) -> Iterator
     yield _verdict("towers", absent, ", ".join(f"{tower}: {count} tensors" for tower, count in counts.items()))
 
 
-def _values(tensors: dict[str, torch.Tensor]) -> Iterator[Verdict]:
+def _values(tensors: dict[str, torch.Tensor], config: Any) -> Iterator[Verdict]:
     floats = {name: tensor for name, tensor in sorted(tensors.items()) if tensor.is_floating_point()}
     yield _verdict(
         "finite", [name for name, tensor in floats.items() if not tensor.isfinite().all()], "no NaN, no infinity"
     )
-    # Vectors may well be zero: a fresh bias, or the weight of Gemma's norm, which stands for one plus itself.
-    zero = [name for name, tensor in floats.items() if tensor.ndim >= 2 and not tensor.any()]
-    yield _verdict("all-zero", zero, "no matrix is all zero")
+    zero = [name for name, tensor in floats.items() if not _may_be_zero(name, tensor, config) and not tensor.any()]
+    yield _verdict("all-zero", zero, "no matrix and no norm is all zero")
+
+
+def _may_be_zero(name: str, tensor: torch.Tensor, config: Any) -> bool:
+    """Vectors: a fresh bias, or the weight of Gemma's norm, which stands for one plus itself. Other norms scale."""
+    gemma = config.text_config.model_type == "gemma" and name.startswith("model.language_model.")
+    return tensor.ndim < 2 and (gemma or not name.endswith(".weight"))
 
 
 def _dtype(config: Any, tensors: dict[str, torch.Tensor]) -> Verdict:
@@ -211,18 +217,18 @@ def _adapter_verdicts(adapter: Path, skeleton: Any) -> Iterator[Verdict]:
         "empty tensors", [f"{n} {t.shape}" for n, t in sorted(tensors.items()) if t.numel() == 0], "none is Size([0])"
     )
     yield _verdict("finite", [n for n, t in sorted(tensors.items()) if not t.isfinite().all()], "no NaN, no infinity")
-    yield _non_lora(other, skeleton)
+    yield _non_lora(other, skeleton, towers=NON_LORA in files and towers_trained(adapter))
     if settings is not None:
         yield from _lora(settings, lora, skeleton)
 
 
-def _non_lora(other: dict[str, torch.Tensor], skeleton: Any) -> Verdict:
+def _non_lora(other: dict[str, torch.Tensor], skeleton: Any, towers: bool) -> Verdict:
     shapes = {name: tuple(parameter.shape) for name, parameter in skeleton.named_parameters()}
     bad = []
     for name, tensor in sorted(other.items()):
         if name not in shapes:
             bad.append(f"{name} has no place in the model")
-        elif name.startswith(tuple(_TOWERS.values())):
+        elif name.startswith(tuple(_TOWERS.values())) and not towers:
             bad.append(f"{name} belongs to a tower, and towers stay frozen")
         elif tuple(tensor.shape) != shapes[name]:
             bad.append(f"{name} is {tuple(tensor.shape)}, the model's is {shapes[name]}")

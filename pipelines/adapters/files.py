@@ -14,6 +14,7 @@ CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 NON_LORA = "non_lora_trainables.safetensors"
 _PEFT_PREFIX = "base_model.model."
+_TOWERS = "towers"  # a key of the safetensors file's metadata
 
 
 def is_lora(name: str) -> bool:
@@ -21,11 +22,14 @@ def is_lora(name: str) -> bool:
     return ".lora_" in name
 
 
-def write_adapter(directory: Path, weights: dict[str, torch.Tensor], lora_config: Any | None) -> None:
+def write_adapter(
+    directory: Path, weights: dict[str, torch.Tensor], lora_config: Any | None, *, towers: bool = False
+) -> None:
     """Write trained tensors, named as in the base model.
 
     Args:
         lora_config: PEFT's `LoraConfig`; None when only non-LoRA weights were trained (no PEFT files then).
+        towers: the directory says that tower weights in it are meant (the original's trainer can train them).
 
     Raises:
         WorkFailed: a tensor is empty (a ZeRO-3 shard that nobody gathered), not finite, or LoRA is missing.
@@ -49,7 +53,17 @@ def write_adapter(directory: Path, weights: dict[str, torch.Tensor], lora_config
     if lora_config is not None:
         save_file(lora, directory / WEIGHTS, metadata={"format": "pt"})
         lora_config.save_pretrained(directory)
-    save_file(other, directory / NON_LORA, metadata={"format": "pt"})
+    save_file(other, directory / NON_LORA, metadata={"format": "pt"} | ({_TOWERS: "trained"} if towers else {}))
+
+
+def towers_trained(directory: Path) -> bool:
+    """Whether the directory was written with `towers`: without that, tower weights in it are somebody's mistake."""
+    from safetensors import safe_open
+
+    if not (directory / NON_LORA).exists():
+        return False
+    with safe_open(directory / NON_LORA, framework="pt") as file:
+        return _TOWERS in (file.metadata() or {})
 
 
 def has_lora(directory: Path) -> bool:

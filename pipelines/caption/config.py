@@ -90,6 +90,33 @@ class CandidateConfig:
 
 
 @dataclass
+class GuardConfig:
+    """When to stop, resumably, since a broken model should not spend a night on a million captions.
+
+    Both limits look at the last `window` rows, once there are `min_rows` of them; 1 switches a limit off.
+
+    Attributes:
+        max_error_share: largest share of rows that may fail.
+        max_repetition: largest mean share of two-word sequences that a caption says more than once (Data-Juicer's word_rep_ratio at 2 words).
+        min_rows: no judgement on fewer rows.
+        window: rows looked back at.
+    """
+
+    max_error_share: float = 0.5
+    max_repetition: float = 0.7
+    min_rows: int = 500
+    window: int = 1000
+
+    def __post_init__(self) -> None:
+        name = "caption.guards"
+        for key in ("max_error_share", "max_repetition"):
+            if not 0 <= getattr(self, key) <= 1:
+                raise UserError(f"{name}.{key} is a share between 0 and 1, not {getattr(self, key):g}")
+        if not 1 <= self.min_rows <= self.window:
+            raise UserError(f"{name}.min_rows: {self.min_rows} is not between 1 and window, {self.window}")
+
+
+@dataclass
 class CaptionConfig:
     """How images are captioned.
 
@@ -103,9 +130,11 @@ class CaptionConfig:
         candidates: how many captions an image gets, and which becomes its caption.
         dtype: weights and activations of the model: float32, bfloat16 or float16.
         actors: model replicas; each is one Ray actor.
+        max_actors: the pool may grow to so many replicas while captions wait for one; 0 keeps it at `actors`.
         cpus_per_actor: CPUs that Ray reserves for a replica (fractions let it share a small machine with the decoders).
         gpus_per_actor: GPUs that Ray reserves for a replica; 0 runs on the CPU.
         rows_per_shard: most rows in one Parquet shard.
+        guards: when to stop.
     """
 
     model: str = ""
@@ -117,14 +146,18 @@ class CaptionConfig:
     candidates: CandidateConfig = field(default_factory=CandidateConfig)
     dtype: str = "float32"
     actors: int = 1
+    max_actors: int = 0
     cpus_per_actor: float = 1.0
     gpus_per_actor: float = 0.0
     rows_per_shard: int = 10_000
+    guards: GuardConfig = field(default_factory=GuardConfig)
 
     def __post_init__(self) -> None:
         for key in ("batch_size", "max_new_tokens", "actors", "rows_per_shard"):
             if getattr(self, key) < 1:
                 raise UserError(f"caption.{key} must be at least 1, not {getattr(self, key)}")
+        if self.max_actors and self.max_actors < self.actors:
+            raise UserError(f"caption.max_actors: {self.max_actors} is less than caption.actors, {self.actors}")
         if self.dtype not in ("float32", "bfloat16", "float16"):
             raise UserError(f"caption.dtype must be float32, bfloat16 or float16, not '{self.dtype}'")
         if self.cpus_per_actor < 0 or self.gpus_per_actor < 0:
@@ -147,7 +180,7 @@ class CaptionConfig:
     def decides(self) -> dict[str, Any]:
         """Every key that a caption depends on, for the fingerprint of a run; `model` stands there by its content, not its name.
 
-        Not batch size, actors or CPUs: they may change between a kill and its rerun.
+        Not batch size, actors, CPUs or guards: they may change between a kill and its rerun.
         """
         keys = ("prompt", "prompt_key", "max_new_tokens", "dtype")
         sections = {"decoding": asdict(self.decoding), "candidates": asdict(self.candidates)}

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import re
+import json
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipelines.caption.index import index_files
+from pipelines.caption.results import SCORES, Results
 from pipelines.errors import WorkFailed
 from pipelines.formats import error_kind
 from pipelines.records import COLUMNS, schema
@@ -15,56 +16,21 @@ from pipelines.records import COLUMNS, schema
 if TYPE_CHECKING:
     import pyarrow as pa
 
-_PENDING = ".pending.parquet"
 _MAX_SHARD_BYTES = 512 << 20
 
 
-class Results:
-    """What the captioning pass has finished: data files beside Ray Data's checkpoint of the ids in them.
-
-    The fingerprint stands in the checkpoint's path, because Ray Data's checkpoint itself does not know which recipe it belongs to.
-    """
-
-    def __init__(self, work: Path, fingerprint: str) -> None:
-        self.shards = work / "shards"
-        self.checkpoint = work / f"checkpoint-{fingerprint}"
-
-    def make_directories(self) -> None:
-        """Ray Data wants both to exist."""
-        self.shards.mkdir(parents=True, exist_ok=True)
-        self.checkpoint.mkdir(parents=True, exist_ok=True)
-
-    def count(self) -> int:
-        """Distinct ids with a committed result."""
-        import pyarrow.compute as pc
-
-        return int(pc.count_distinct(self.table().column("sample_id")).as_py())
-
-    def table(self) -> pa.Table:
-        """Committed results: `sample_id`, `recaption`, `error`, sorted, an id perhaps more than once (Ray Data is at-least-once).
-
-        A kill can leave a data file half written; its checkpoint is then still pending, and the file is not read.
-        """
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
-        columns = pa.schema([("sample_id", pa.string()), ("recaption", pa.string()), ("error", pa.string())])
-        committed = {p.stem for p in self.checkpoint.glob("*.parquet") if not p.name.endswith(_PENDING)}
-        tables = [columns.empty_table()]
-        for file in self.shards.glob("*.parquet"):
-            # a data file has its checkpoint's name, plus a number per file when one write makes several
-            if file.stem in committed or re.sub(r"-\d+$", "", file.stem) in committed:
-                tables.append(pq.read_table(file, schema=columns))
-        return pa.concat_tables(tables).sort_by([("sample_id", "ascending"), ("recaption", "ascending")])
-
-
-def count_work(index: Path) -> int:
-    """Index rows that the model has to see."""
+def count_work(index: Path, results: Results) -> tuple[int, int]:
+    """Index rows that the model has to see, and how many of them have a committed result."""
+    import pyarrow as pa
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
 
-    todo = (pc.sum(pc.invert(pq.read_table(file, columns=["skip"])["skip"])).as_py() for file in index_files(index))
-    return sum(int(count or 0) for count in todo)
+    tables = [pq.read_table(file, columns=["sample_id", "skip"]) for file in index_files(index)]
+    table = pa.concat_tables(tables)
+    ids = table.filter(pc.invert(table["skip"]))["sample_id"]
+    # all ids at once: the set that they are looked up in is built anew for each call
+    done = pc.sum(pc.is_in(ids, value_set=results.ids().combine_chunks())).as_py()
+    return len(ids), int(done or 0)
 
 
 def write_records(index: Path, results: Results, output: Path, rows_per_shard: int) -> dict[str, Any]:
@@ -80,13 +46,16 @@ def write_records(index: Path, results: Results, output: Path, rows_per_shard: i
     table, files = results.table(), index_files(index)
     wanted = pa.concat_tables(pq.read_table(file, columns=["result_of"]) for file in files)["result_of"]
     found = pc.index_in(wanted, value_set=table["sample_id"].combine_chunks())  # the first of an id's results
-    facts = _Facts()
+    unused = pc.invert(pc.is_in(table["sample_id"], value_set=wanted.combine_chunks()))
+    facts = _Facts(vanished=pc.count_distinct(table["sample_id"].filter(unused)).as_py())
     with _ShardWriter(output, rows_per_shard) as writer:
         for file in files:
             entries = pq.read_table(file)
             records = _with_results(entries, table, found.slice(facts.rows, len(entries)))
             facts.add(records)
             writer.write(records)
+    for stale in set(output.glob("part-*.parquet")) - set(writer.paths):  # of a run over more rows
+        stale.unlink()
     rows_out = sum(pq.read_metadata(path).num_rows for path in writer.paths)
     return {"rows_in": facts.rows, "rows_out": rows_out, **facts.summary()}
 
@@ -102,12 +71,25 @@ def _with_results(entries: pa.Table, results: pa.Table, found: pa.ChunkedArray) 
         raise WorkFailed(
             f"{len(examples)} rows never came back from captioning, e.g. {examples[0]}; run the same command again"
         )
-    recaption = results["recaption"].take(found)
-    error = pc.coalesce(entries["error"], results["error"].take(found))
-    candidates = pa.array([[] if text is None else [text] for text in recaption.to_pylist()], pa.list_(pa.string()))
+    said = results.take(found)
+    stats = [
+        _with_scores(stats, scores)
+        for stats, scores in zip(entries["stats"].to_pylist(), said["scores"].to_pylist(), strict=True)
+    ]
     columns = {name: entries[name] for name in COLUMNS}
-    columns |= {"recaption": recaption, "error": error, "candidates": candidates}
+    columns |= {
+        "recaption": said["recaption"],
+        "error": pc.coalesce(entries["error"], said["error"]),
+        "candidates": pa.array([texts or [] for texts in said["candidates"].to_pylist()], pa.list_(pa.string())),
+        "stats": pa.array(stats, pa.string()),
+    }
     return pa.table(columns, schema=schema())
+
+
+def _with_scores(stats: str, scores: list[float] | None) -> str:
+    if scores is None:
+        return stats
+    return json.dumps({**json.loads(stats), SCORES: scores}, sort_keys=True)
 
 
 class _ShardWriter:
@@ -149,9 +131,13 @@ class _ShardWriter:
 
 
 class _Facts:
-    """Every input row accounted for: captioned, failed (by kind) or duplicate; and what captioning did to the text."""
+    """Every input row accounted for: captioned, failed (by kind) or duplicate; and what captioning did to the text.
 
-    def __init__(self) -> None:
+    `vanished` are captions of rows that the dataset no longer has.
+    """
+
+    def __init__(self, vanished: int = 0) -> None:
+        self.vanished = vanished
         self.rows = self.captioned = self.duplicates = 0
         self.failed: Counter[str] = Counter()
         self._words = {"caption": _Words(), "recaption": _Words()}
@@ -173,6 +159,7 @@ class _Facts:
             "captioned": self.captioned,
             "failed": dict(sorted(self.failed.items())),
             "duplicates": self.duplicates,
+            "vanished": self.vanished,
             "metrics": {name: words.summary() for name, words in self._words.items()},
         }
 

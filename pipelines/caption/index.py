@@ -15,16 +15,22 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipelines.errors import UserError
-from pipelines.formats import Dataset, Row, to_record
+from pipelines.caption.config import GuardConfig
+from pipelines.caption.tally import too_many_errors
+from pipelines.errors import UserError, WorkFailed
+from pipelines.formats import Dataset, Row, error_kind, to_record
 from pipelines.progress import Progress
 from pipelines.records import schema
+from pipelines.storage import is_remote
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
 SMALLEST, LARGEST = 64, 1024
-_READERS = 4  # reading and hashing both release the interpreter lock
+_READERS, _REMOTE_READERS = (
+    4,
+    32,
+)  # reading and hashing both release the interpreter lock; far away, waiting is all there is
 _MAX_BYTES = 256 << 20
 
 
@@ -56,7 +62,8 @@ def build_index(dataset: Dataset, directory: Path) -> None:
     part.mkdir(parents=True)
     seen: Counter[str] = Counter()
     progress = Progress(None, "caption: reading the dataset")
-    with progress, ThreadPoolExecutor(_READERS) as readers:
+    threads = _REMOTE_READERS if is_remote(dataset.path) else _READERS
+    with progress, ThreadPoolExecutor(threads) as readers:
         rows = dataset.rows()
         number = 0
         while chunk := _next_chunk(rows, min(max(SMALLEST, progress.done // 64), LARGEST)):
@@ -70,6 +77,24 @@ def build_index(dataset: Dataset, directory: Path) -> None:
     if number == 0:
         raise UserError(f"{dataset.path}: this dataset has no rows")
     part.rename(directory)
+
+
+def refuse_useless_index(directory: Path, guards: GuardConfig) -> None:
+    """Stop before any model loads when so many rows have no picture that the dataset must be in the wrong place; the index is made anew next time.
+
+    Raises:
+        WorkFailed: the share of failed rows passes `guards.max_error_share`.
+    """
+    import pyarrow.parquet as pq
+
+    tables = (pq.read_table(file, columns=["error"]) for file in index_files(directory))
+    errors = [error for table in tables for error in table["error"].to_pylist()]
+    failed = [error for error in errors if error is not None]
+    if len(errors) >= guards.min_rows and len(failed) > guards.max_error_share * len(errors):
+        shutil.rmtree(directory)
+        kinds = Counter(error_kind(error) for error in failed)
+        reason = too_many_errors(len(failed) / len(errors), len(errors), guards, kinds, failed[0])
+        raise WorkFailed(f"{reason}. Nothing was captioned; put it right and run the same command again")
 
 
 def _next_chunk(rows: Iterator[Row], size: int) -> list[Row]:

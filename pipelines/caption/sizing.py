@@ -13,6 +13,9 @@ from pipelines.errors import UserError
 from pipelines.progress import say
 
 _FILTER = 1.0  # Ray Data's own checkpoint filter; not configurable there
+_REFILL = 8
+"""Batches that travel together: the engine fills a finished row's slot with the next image, so it wants more images than slots."""
+_MAX_BATCH_BYTES = 256 << 20
 
 
 @dataclass(frozen=True)
@@ -20,18 +23,20 @@ class Sizing:
     """Ray resources of the captioning pass.
 
     Attributes:
-        actors: model replicas.
-        actor_cpus: CPUs reserved by each; its thread count comes from the recipe.
+        actors: model replicas at the start, and the fewest.
+        max_actors: the most.
+        actor_cpus: CPUs reserved by each; its thread count comes from the recipe. More threads than cores are far slower than one each.
         task_cpus: CPUs reserved by each task that reads, decodes or writes.
     """
 
     actors: int
+    max_actors: int
     actor_cpus: float
     task_cpus: float
 
 
 def size_pass(config: CaptionConfig, cpus: float, gpus: float) -> Sizing:
-    """Fit the recipe's wishes into a cluster.
+    """Fit the recipe's wishes into a cluster of so many CPUs and GPUs (at its largest, when it scales by itself).
 
     Raises:
         UserError: fewer than 2 CPUs, or more GPUs per replica than there are.
@@ -44,13 +49,22 @@ def size_pass(config: CaptionConfig, cpus: float, gpus: float) -> Sizing:
         )
     task_cpus = 1.0 if cpus >= 8 else 0.25
     room = cpus - _FILTER - 2 * task_cpus
-    actors = config.actors
+    wish = most = max(config.actors, config.max_actors)
     if config.gpus_per_actor > 0:
-        actors = min(actors, int(gpus / config.gpus_per_actor))
-    if actors * config.cpus_per_actor > room:
-        actors = max(1, min(actors, int(room / config.cpus_per_actor)))
-    if actors < config.actors:
-        say(
-            f"caption: {config.actors} actors do not fit {cpus:g} CPUs and {gpus:g} GPUs beside their feeders; using {actors}"
-        )
-    return Sizing(actors, min(config.cpus_per_actor, room / actors), task_cpus)
+        most = min(most, int(gpus / config.gpus_per_actor))
+    if most * config.cpus_per_actor > room:
+        most = max(1, min(most, int(room / config.cpus_per_actor)))
+    if most < wish:
+        say(f"caption: {wish} actors do not fit {cpus:g} CPUs and {gpus:g} GPUs beside their feeders; using {most}")
+    return Sizing(min(config.actors, most), most, min(config.cpus_per_actor, room / most), task_cpus)
+
+
+def rows_per_batch(config: CaptionConfig, row_bytes: int, store_bytes: float) -> int:
+    """Rows of pixels that travel to a replica together: several decode batches, as long as some such blocks fit the object store.
+
+    Args:
+        row_bytes: of one image's pixels.
+        store_bytes: object store of the whole cluster.
+    """
+    most = int(min(_MAX_BATCH_BYTES, store_bytes / 16) / row_bytes)
+    return max(min(_REFILL * config.batch_size, most), min(config.batch_size, max(most, 1)))

@@ -2,34 +2,40 @@
 
 Three passes, each continued after a kill:
 
-    dataset --index--> _work/index --decode, caption (Ray Data, checkpointed)--> _work/shards --finish--> *.parquet + MANIFEST.json
+    dataset --index--> _work/index-* --decode, caption (Ray Data, checkpointed)--> _work/shards --finish--> *.parquet + MANIFEST.json
 
 Only encoded bytes or model-sized uint8 pixels travel through the object store; captions come back without their images and are
 joined to the index at the end, in the dataset's order, so an interrupted run ends in the same files as an undisturbed one.
+A dataset that has grown since is captioned into the same directory: the finished records are results already.
 """
 
 from __future__ import annotations
 
+import errno
 import shutil
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from pipelines.caption import checkpoint
 from pipelines.caption.config import CaptionConfig
-from pipelines.caption.finish import Results, write_records
-from pipelines.caption.index import build_index
+from pipelines.caption.finish import count_work, write_records
+from pipelines.caption.index import build_index, refuse_useless_index
+from pipelines.caption.results import Results
+from pipelines.caption.sheet import SHEET
 from pipelines.caption.work import caption_index
 from pipelines.errors import WorkFailed
-from pipelines.formats import open_dataset
-from pipelines.manifest import identity, open_stage
+from pipelines.formats import Dataset, open_dataset
+from pipelines.manifest import StageOutput, fingerprint, identity, open_stage
 from pipelines.progress import say
 
 WORK = "_work"
 
 
 def run(input: str, output: Path, config: CaptionConfig, *, restart: bool = False) -> dict[str, Any]:
-    """Caption a dataset.
+    """Caption a dataset, or what is new in it since it was captioned into the same directory.
 
     Args:
         input: dataset in any format `pipelines.formats` reads.
@@ -41,46 +47,105 @@ def run(input: str, output: Path, config: CaptionConfig, *, restart: bool = Fals
 
     Raises:
         UserError: no dataset, no model, or an output directory that holds something else.
-        WorkFailed: the work broke off (run again to continue) or rows went missing.
+        WorkFailed: the work broke off (run again to continue), a guard stopped it, or rows went missing.
     """
     output = Path(output).resolve()  # Ray's workers have other working directories
     dataset = open_dataset(input)
     model = checkpoint.resolve(config.model)
     checkpoint.check(model, config.prompt, config.max_new_tokens)
-    stage = open_stage(output, "caption", _what_decides(config, model, dataset.identity()), restart=restart)
+    decides = {"model": identity(model), **config.decides()}
+    contents = dataset.identity()
+    stage = open_stage(
+        output,
+        "caption",
+        {**decides, "input": contents, "rows_per_shard": config.rows_per_shard},
+        restart=restart,
+        grows=("input", "rows_per_shard"),
+    )
     work = stage.directory / WORK
     if stage.complete:
         shutil.rmtree(work, ignore_errors=True)  # a kill between the manifest and the clean-up
         say(f"caption: {output} is complete already ({stage.manifest['rows_out']} rows)")
         return stage.manifest
-    if not (work / "index").exists():
-        build_index(dataset, work / "index")
-    results = Results(work, stage.fingerprint)
-    resumed = results.count()
+    results = Results(work, fingerprint(decides))
+    with _naming_full_disks(output):
+        if stage.grown:
+            _take_over(stage, results)
+        return _caption(dataset, work / f"index-{contents}", results, model, config, stage)
+
+
+def _caption(
+    dataset: Dataset, index: Path, results: Results, model: Path, config: CaptionConfig, stage: StageOutput
+) -> dict[str, Any]:
+    """The three passes and the manifest."""
+    for stale in set(index.parent.glob("index*")) - {index}:  # the dataset has changed since
+        shutil.rmtree(stale)
+    if not index.exists():
+        build_index(dataset, index)
+        refuse_useless_index(index, config.guards)
+    resumed = count_work(index, results)[1]
     started = time.monotonic()
-    caption_index(work, results, model, checkpoint.pixel_spec(model), config)
+    sheet = index.parent / SHEET
+    _caption_resumably(index, results, model, config, sheet)
     seconds = max(time.monotonic() - started, 1e-9)
-    facts = write_records(work / "index", results, stage.directory, config.rows_per_shard)
+    facts = write_records(index, results, stage.directory, config.rows_per_shard)
     if facts["rows_in"] != facts["rows_out"]:
-        raise WorkFailed(f"{output}: {facts['rows_in']} rows came in and {facts['rows_out']} went out")
-    new = results.count() - resumed
+        raise WorkFailed(f"{stage.directory}: {facts['rows_in']} rows came in and {facts['rows_out']} went out")
+    if sheet.exists():
+        sheet.replace(stage.directory / SHEET)
+    new = count_work(index, results)[1] - resumed
     manifest = stage.finish(
         **facts,
         model={"path": str(model), "identity": stage.inputs["model"]},
         input={"path": str(dataset.path), "format": dataset.format},
         resumed_rows=resumed,
+        new_rows=new,
         images_per_second=round(new / seconds, 3),
         caption_seconds=round(seconds, 3),
     )
-    shutil.rmtree(work)
+    shutil.rmtree(index.parent)
+    say(_summary(manifest))
     return manifest
 
 
-def _what_decides(config: CaptionConfig, model: Path, data: str) -> dict[str, Any]:
-    """The fingerprint: what the captions and their shards depend on."""
-    return {
-        "input": data,
-        "model": identity(model),
-        **config.decides(),
-        "rows_per_shard": config.rows_per_shard,
-    }
+def _summary(manifest: dict[str, Any]) -> str:
+    """Where every input row went."""
+    kinds = ", ".join(f"{count} {kind}" for kind, count in manifest["failed"].items())
+    failed = f"{sum(manifest['failed'].values())} failed{f' ({kinds})' if kinds else ''}"
+    return (
+        f"caption: {manifest['rows_in']} rows in: {manifest['captioned']} captioned, {failed}, "
+        f"{manifest['duplicates']} duplicates"
+    )
+
+
+def _caption_resumably(index: Path, results: Results, model: Path, config: CaptionConfig, sheet: Path) -> None:
+    """The captioning pass; rows that failed before a guard stopped an earlier one are tried again."""
+    stopped = index.parent / "stopped"
+    if stopped.exists():
+        results.forget_failed()
+        stopped.unlink()
+    try:
+        caption_index(index, results, model, checkpoint.pixel_spec(model), config, sheet)
+    except WorkFailed as reason:
+        stopped.write_text(str(reason))
+        raise
+
+
+def _take_over(stage: StageOutput, results: Results) -> None:
+    """An earlier run's captions stand, finished or not; only what is new is captioned."""
+    if stage.manifest:
+        say(f"caption: {stage.directory} holds {stage.manifest['rows_out']} rows; captioning what is new")
+        results.carry_over(stage.directory)
+    stage.accept()
+
+
+@contextmanager
+def _naming_full_disks(output: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO):
+            raise
+        raise WorkFailed(
+            f"cannot write to {output}: {error}. What is done is kept; make room and the same command continues"
+        ) from error

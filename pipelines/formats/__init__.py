@@ -14,12 +14,13 @@ from pathlib import Path
 
 from pipelines.errors import UserError
 from pipelines.formats.rows import Row, error_kind, to_record
+from pipelines.storage import SCHEMES, AnyPath, RemotePath, expand, files_in, is_glob, is_remote
 
 __all__ = ["READABLE", "Dataset", "Row", "error_kind", "open_dataset", "to_record"]
 
 READABLE = (
     "Data-Juicer JSONL (.jsonl), LLaVA JSON (.json), WebDataset tars (.tar), Parquet (.parquet), "
-    "a folder of any one of these, or a folder of pictures"
+    "a folder of any one of these, a pattern such as shards/*.tar, or a folder of pictures"
 )
 _BY_SUFFIX = {
     ".jsonl": "datajuicer",
@@ -33,47 +34,77 @@ _MARKERS = (".stage.json", "MANIFEST.json")
 
 @dataclass(frozen=True)
 class Dataset:
-    """A dataset on disk and the format it is in.
+    """A dataset and the format it is in.
 
     Attributes:
-        path: file or folder.
+        path: file or folder, or the pattern that names several files.
         format: name of the module in `pipelines.formats` that reads it.
+        parts: the files that a pattern names; empty for a file or folder.
     """
 
-    path: Path
+    path: AnyPath | str
     format: str
+    parts: tuple[AnyPath, ...] = ()
 
     def rows(self) -> Iterator[Row]:
         """Rows in the order they lie in; never raises for one bad row.
 
         Raises:
-            UserError: the file turns out not to be in this format at all.
+            UserError: a file turns out not to be in this format at all, or cannot be read any more.
         """
-        rows: Iterator[Row] = importlib.import_module(f"pipelines.formats.{self.format}").rows(self.path)
-        return rows
+        reader = importlib.import_module(f"pipelines.formats.{self.format}")
+        for part in self.parts or (self.path,):
+            try:
+                yield from reader.rows(part)
+            except OSError as error:
+                raise UserError(f"{part}: cannot be read ({error})") from error
 
     def identity(self) -> str:
         """What the stage's fingerprint says about its input; see `pipelines.formats.identity`."""
-        from pipelines.formats.identity import identity
+        from pipelines.formats.identity import identity, identity_of_parts
 
-        return identity(self.path)
+        try:
+            return identity_of_parts(self.parts) if self.parts else identity(self.path)  # type: ignore[arg-type]
+        except OSError as error:
+            raise UserError(f"{self.path}: cannot be read ({error})") from error
 
 
 def open_dataset(path: Path | str) -> Dataset:
-    """Pick the format by what lies at `path`.
+    """Pick the format by what lies at `path`: a file, a folder, or a pattern such as `shards/*.tar`, on a disk or in a storage system.
 
     Raises:
-        UserError: nothing there, nothing captune reads, or another stage's unfinished output.
+        UserError: nothing there, nothing captune reads, no access, or another stage's unfinished output.
     """
+    if is_remote(path):
+        try:
+            return _open(str(path), RemotePath(str(path)))
+        except OSError as error:
+            raise UserError(
+                f"{path}: cannot be read; credentials and endpoints come from the environment, e.g. AWS_ACCESS_KEY_ID, AWS_PROFILE, "
+                f"AWS_ENDPOINT_URL ({error})"
+            ) from error
     if "://" in str(path):
-        raise UserError(f"{path}: captune reads datasets from local or mounted folders; download it first")
-    path = Path(path).absolute()
-    if not path.exists():
-        raise UserError(f"{path}: no such file or folder; a dataset is {READABLE}")
-    return _open_folder(path) if path.is_dir() else Dataset(path, _format_of_file(path))
+        raise UserError(
+            f"{path}: captune reads datasets from folders and from {', '.join(SCHEMES[:-1])}; download it first"
+        )
+    return _open(str(path), Path(path).absolute())
 
 
-def _format_of_file(path: Path) -> str:
+def _open(text: str, path: AnyPath) -> Dataset:
+    if path.exists():
+        return _open_folder(path) if path.is_dir() else Dataset(path, _format_of_file(path))
+    if not is_glob(text):
+        raise UserError(f"{text}: no such file or folder; a dataset is {READABLE}")
+    parts = tuple(part for part in expand(text) if part.is_file())
+    if not parts:
+        raise UserError(f"{text}: no file fits this pattern")
+    formats = {part.suffix: _format_of_file(part) for part in reversed(parts)}
+    if len(set(formats.values())) > 1:
+        raise UserError(f"{text}: fits files of several formats ({', '.join(sorted(set(formats.values())))})")
+    return Dataset(text, formats[parts[0].suffix], parts)
+
+
+def _format_of_file(path: AnyPath) -> str:
     with path.open("rb") as stream:
         head = stream.read(4096)
     text = head.removeprefix(b"\xef\xbb\xbf").lstrip()
@@ -90,7 +121,7 @@ def _format_of_file(path: Path) -> str:
     raise UserError(f"{path}: no dataset that captune reads; a dataset is {READABLE}")
 
 
-def _open_folder(path: Path) -> Dataset:
+def _open_folder(path: AnyPath) -> Dataset:
     from pipelines.formats.imagefolder import METADATA, has_pictures
 
     if (path / _MARKERS[0]).exists() and not (path / _MARKERS[1]).exists():
@@ -98,12 +129,14 @@ def _open_folder(path: Path) -> Dataset:
     for suffix in (".parquet", ".tar"):
         if any(path.glob(f"*{suffix}")):
             return Dataset(path, _BY_SUFFIX[suffix])
-    jsonl = [p for p in sorted(path.glob("*.jsonl")) if p.name != METADATA]
-    if len(jsonl) == 1 or (path / "dataset.jsonl") in jsonl:
-        return Dataset(path / "dataset.jsonl" if len(jsonl) > 1 else jsonl[0], "datajuicer")
+    jsonl = [p for p in files_in(path, "*.jsonl") if p.name != METADATA]
+    named = [p for p in jsonl if p.name == "dataset.jsonl"]
+    if len(jsonl) == 1 or named:
+        return Dataset((named or jsonl)[0], "datajuicer")
     if len(jsonl) > 1:
         raise UserError(
-            f"{path}: holds several datasets ({', '.join(p.name for p in jsonl[:3])}, ...); name one of them"
+            f"{path}: holds several datasets ({', '.join(p.name for p in jsonl[:3])}, ...); name one of them, or all by "
+            f"{path}/*.jsonl"
         )
     if (path / METADATA).exists() or has_pictures(path):
         return Dataset(path, "imagefolder")

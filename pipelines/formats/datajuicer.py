@@ -9,12 +9,13 @@ from typing import Any
 
 from pipelines.errors import UserError
 from pipelines.formats.rows import Row, bad_row, parse_json, with_image_path
+from pipelines.storage import AnyPath
 
 IMAGE_TOKEN = "<__dj__image>"
 END_TOKEN = "<|__dj__eoc|>"
 
 
-def rows(path: Path) -> Iterator[Row]:
+def rows(path: AnyPath) -> Iterator[Row]:
     """Rows of one JSONL file; blank lines are no rows.
 
     Raises:
@@ -36,7 +37,7 @@ def rows(path: Path) -> Iterator[Row]:
         raise UserError(f"{path}: no JSONL dataset, {'it is empty' if not seen else 'none of its lines is valid JSON'}")
 
 
-def _row(line: bytes, where: str, base: Path) -> Row:
+def _row(line: bytes, where: str, base: AnyPath) -> Row:
     try:
         value = parse_json(line)
     except ValueError as error:

@@ -3,35 +3,42 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from pipelines.errors import UserError
 from pipelines.formats.rows import SUFFIXES, Row, bad_row, parse_json, with_image_path
+from pipelines.storage import AnyPath, RemotePath
 
 METADATA = "metadata.jsonl"
 
 
-def has_pictures(path: Path) -> bool:
+def has_pictures(path: AnyPath) -> bool:
     """True when a file below `path` is named like a picture; stops at the first."""
-    return next(_pictures(path), None) is not None
+    return next((True for name in _files(path) if _is_picture(name)), False)
 
 
-def rows(path: Path) -> Iterator[Row]:
+def rows(path: AnyPath) -> Iterator[Row]:
     """Pictures anywhere below `path`, by name, then whatever `metadata.jsonl` names in vain. Other files are not rows.
 
     Raises:
         UserError: no picture in the folder.
     """
     described, broken = _metadata(path)
+    names: Iterable[str] = _files(path)
+    if isinstance(path, RemotePath):  # asking for every picture's text is a round trip each; one listing knows them all
+        names = list(names)
+        texts = {name for name in names if name.endswith(".txt")}
     seen = set()
-    for file in _pictures(path):
-        name = file.relative_to(path).as_posix()
+    for name in filter(_is_picture, names):
         seen.add(name)
         meta = dict(described.get(name, {}))
-        caption = meta.pop("text", None) or meta.pop("caption", None) or _beside(file)
-        yield Row(name, str(caption).strip(), image_uri=str(file), meta=meta)
+        caption = meta.pop("text", None) or meta.pop("caption", None)
+        beside = os.path.splitext(name)[0] + ".txt"
+        if not caption and (isinstance(path, Path) or beside in texts):
+            caption = _text(path / beside)
+        yield Row(name, str(caption or "").strip(), image_uri=str(path / name), meta=meta)
     for name in described:
         if name not in seen:
             yield with_image_path(Row(f"{METADATA}: {name}", meta=described[name]), name, path)
@@ -40,23 +47,31 @@ def rows(path: Path) -> Iterator[Row]:
         raise UserError(f"{path}: no picture in this folder")
 
 
-def _pictures(path: Path) -> Iterator[Path]:
-    """Sorted depth first; hidden files and folders (thumbnails, version control) are not the user's pictures."""
+def _files(path: AnyPath) -> Iterator[str]:
+    """Names below `path`, depth first; hidden files and folders (thumbnails, version control) are not the user's."""
+    if isinstance(path, RemotePath):
+        names = (file.relative(path) for file, _ in path.files())
+        yield from (name for name in names if not any(part.startswith(".") for part in name.split("/")))
+        return
     for folder, folders, files in os.walk(path):
         folders[:] = sorted(f for f in folders if not f.startswith("."))
         for name in sorted(files):
-            if not name.startswith(".") and os.path.splitext(name)[1].lower() in SUFFIXES:
-                yield Path(folder, name)
+            if not name.startswith("."):
+                yield Path(folder, name).relative_to(path).as_posix()
 
 
-def _beside(file: Path) -> str:
+def _is_picture(name: str) -> bool:
+    return os.path.splitext(name)[1].lower() in SUFFIXES
+
+
+def _text(file: AnyPath) -> str:
     try:
-        return file.with_suffix(".txt").read_text(encoding="utf-8", errors="replace")
+        return file.read_bytes().decode("utf-8", "replace")
     except FileNotFoundError:
         return ""
 
 
-def _metadata(path: Path) -> tuple[dict[str, dict[str, Any]], list[Row]]:
+def _metadata(path: AnyPath) -> tuple[dict[str, dict[str, Any]], list[Row]]:
     described: dict[str, dict[str, Any]] = {}
     broken = []
     if (path / METADATA).exists():

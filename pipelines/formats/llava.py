@@ -9,12 +9,13 @@ from typing import Any
 
 from pipelines.errors import UserError
 from pipelines.formats.rows import Row, bad_row, parse_json, with_image_path
+from pipelines.storage import AnyPath
 
 REQUEST = "<image>\nProvide a brief description of the given image."
 """What the human says in an exported pair; the wording of LLaVA's own alignment data."""
 
 
-def rows(path: Path) -> Iterator[Row]:
+def rows(path: AnyPath) -> Iterator[Row]:
     """Rows of one JSON list; the caption is the first answer, the whole conversation stays in `meta`.
 
     Raises:
@@ -30,7 +31,7 @@ def rows(path: Path) -> Iterator[Row]:
         yield _row(item, f"{path.name}: item {number}", path.parent)
 
 
-def _row(item: Any, where: str, base: Path) -> Row:
+def _row(item: Any, where: str, base: AnyPath) -> Row:
     if not isinstance(item, dict):
         return bad_row(where, f"a JSON {type(item).__name__} where an object was expected")
     meta = {key: value for key, value in item.items() if key != "image"}

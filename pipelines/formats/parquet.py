@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from pipelines.errors import UserError
 from pipelines.formats.rows import Row, bad_row, with_image_path
 from pipelines.records import COLUMNS, Record, write_shard
+from pipelines.storage import AnyPath, files_in
 
 if TYPE_CHECKING:
     import pyarrow.parquet as pq
@@ -19,35 +20,41 @@ _TEXT = ("text", "caption", "txt")
 _BATCH = 64  # rows held decoded at a time: bytes columns are large
 
 
-def rows(path: Path) -> Iterator[Row]:
-    """Rows of one file or of every `*.parquet` in a folder, by file name.
+def rows(path: AnyPath) -> Iterator[Row]:
+    """Rows of one file or of every `*.parquet` in a folder, by file name. Rows that damage makes unreadable are still counted, as error rows.
 
     Raises:
         UserError: a file is not Parquet, is truncated, or has no column that could be an image.
     """
-    for file in [path] if path.is_file() else sorted(path.glob("*.parquet")):
+    import pyarrow as pa
+
+    for file in files_in(path, "*.parquet"):
         number = 0
         shard = _open(file)
         captune = {"sample_id", "image", "image_uri", "caption", "meta"} <= set(shard.schema_arrow.names)
         image, text = ("", "") if captune else _columns(shard, file)
-        for batch in shard.iter_batches(batch_size=_BATCH):
-            for value in batch.to_pylist():
-                where = f"{file.name}:{number}"
-                yield _from_record(value, where) if captune else _from_table(value, where, image, text, file.parent)
-                number += 1
+        try:
+            for batch in shard.iter_batches(batch_size=_BATCH):
+                for value in batch.to_pylist():
+                    where = f"{file.name}:{number}"
+                    yield _from_record(value, where) if captune else _from_table(value, where, image, text, file.parent)
+                    number += 1
+        except (pa.ArrowException, OSError) as error:
+            for lost in range(number, shard.metadata.num_rows):
+                yield bad_row(f"{file.name}:{lost}", f"its shard cannot be read from row {number} on, {error}")
 
 
-def _open(file: Path) -> pq.ParquetFile:
+def _open(file: AnyPath) -> pq.ParquetFile:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
-        return pq.ParquetFile(file)
+        return pq.ParquetFile(file if isinstance(file, Path) else file.open())
     except (pa.ArrowInvalid, OSError) as error:
         raise UserError(f"{file}: not a readable Parquet file ({error})") from None
 
 
-def _columns(shard: pq.ParquetFile, file: Path) -> tuple[str, str]:
+def _columns(shard: pq.ParquetFile, file: AnyPath) -> tuple[str, str]:
     names = shard.schema_arrow.names
     image = next((name for name in _IMAGE if name in names), None)
     if image is None:
@@ -60,7 +67,7 @@ def _from_record(value: dict[str, Any], where: str) -> Row:
     return Row(where, value["caption"] or "", value["image"], value["image_uri"], value.get("error"), meta)
 
 
-def _from_table(value: dict[str, Any], where: str, image_column: str, text_column: str, base: Path) -> Row:
+def _from_table(value: dict[str, Any], where: str, image_column: str, text_column: str, base: AnyPath) -> Row:
     image, caption = value.pop(image_column), value.pop(text_column, None)
     meta = {key: item for key, item in value.items() if not isinstance(item, bytes)}
     caption = str(caption if caption is not None else "").strip()

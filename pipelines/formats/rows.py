@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from pipelines.images import BadImage, read_bytes
 from pipelines.records import Record, new_record
+from pipelines.storage import AnyPath, is_remote
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 _KIND = re.compile(r"[a-z]+(?: [a-z]+)*")
@@ -28,7 +28,7 @@ class Row:
         where: file and line, tar and key, or file name: what a person needs to find the row again, e.g. `dataset.jsonl:7`.
         caption: the text as found, without any format's special tokens.
         image: encoded bytes, for formats that hold them.
-        image_uri: absolute path, for formats that name a file.
+        image_uri: absolute path or storage address, for formats that name a file.
         error: why this row cannot be used; starts with its kind, see `error_kind`.
         meta: whatever else came with the row.
     """
@@ -52,10 +52,12 @@ def error_kind(error: str) -> str:
     return match.group() if match else "other"
 
 
-def with_image_path(row: Row, image: str, base: Path) -> Row:
-    """Resolve a local image name against the dataset's folder; an address is an error row, since captune fetches nothing."""
-    if _URL.match(image):
-        row.error = f"remote image: {image[:200]} is an address, and captune reads local files only ({row.where})"
+def with_image_path(row: Row, image: str, base: AnyPath) -> Row:
+    """Resolve an image name against the dataset's folder; an address on the web is an error row, since captune fetches nothing from there."""
+    if is_remote(image):
+        row.image_uri = image
+    elif _URL.match(image):
+        row.error = f"remote image: {image[:200]} is an address of the web, and captune fetches nothing from there ({row.where})"
     else:
         row.image_uri = str(base / image)
     return row

@@ -7,30 +7,31 @@ import json
 import tarfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, BinaryIO
 
 from pipelines.errors import UserError
 from pipelines.formats.rows import SUFFIXES, Row, bad_row, parse_json
+from pipelines.storage import AnyPath, files_in
 
 _TEXTS = (".txt", ".text", ".caption")
 
 
-def rows(path: Path) -> Iterator[Row]:
+def rows(path: AnyPath) -> Iterator[Row]:
     """Samples of one tar or of every `*.tar` in a folder, by file name. A tar that breaks off gives its whole samples and one error row.
 
     Raises:
         UserError: a file is no tar at all.
     """
-    for file in [path] if path.is_file() else sorted(path.glob("*.tar")):
+    for file in files_in(path, "*.tar"):
         yield from _shard(file)
 
 
-def _shard(file: Path) -> Iterator[Row]:
+def _shard(file: AnyPath) -> Iterator[Row]:
     key, reading, broken = "", False, ""
     parts: list[tuple[str, bytes]] = []
     try:
-        with tarfile.open(file, "r:") as tar:
-            for member in _members(tar, file):
+        with file.open("rb") as raw, tarfile.open(fileobj=raw, mode="r:") as tar:
+            for member in _members(tar, raw):
                 stem, suffix = _split(member.name)
                 if parts and stem != key:
                     yield _row(parts, f"{file.name}/{key}", key)
@@ -50,15 +51,14 @@ def _shard(file: Path) -> Iterator[Row]:
         yield bad_row(f"{file.name}/{key}" if reading else file.name, broken)
 
 
-def _members(tar: tarfile.TarFile, file: Path) -> Iterator[tarfile.TarInfo]:
+def _members(tar: tarfile.TarFile, raw: BinaryIO) -> Iterator[tarfile.TarInfo]:
     for member in tar:
         if member.isfile() and not PurePosixPath(member.name).name.startswith("."):
             yield member
     # Python takes a damaged header after the first for the end of the tar; the true end is a block of zeros, or nothing.
-    with file.open("rb") as raw:
-        raw.seek(tar.offset)
-        if raw.read(tarfile.BLOCKSIZE).strip(b"\0"):
-            raise tarfile.ReadError(f"no valid header at byte {tar.offset:,}")
+    raw.seek(tar.offset)
+    if raw.read(tarfile.BLOCKSIZE).strip(b"\0"):
+        raise tarfile.ReadError(f"no valid header at byte {tar.offset:,}")
 
 
 def _split(name: str) -> tuple[str, str]:

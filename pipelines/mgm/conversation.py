@@ -70,12 +70,14 @@ def render_conversation(conversation: Sequence[Turn], template: str) -> str:
     are not the human's are skipped.
 
     Raises:
-        UserError: the roles do not alternate.
+        UserError: the roles do not alternate, or the first turn is empty in a format without headers.
     """
     form = get_template(template)
     turns = _alternating(conversation)
     if form.style == "plain":
         return "".join((turn["value"] or "") + (form.end if index % 2 else "") for index, turn in enumerate(turns))
+    if form.style == "llama_2" and not turns[0]["value"]:
+        raise UserError(f"conversation turn 0: empty, which template {template} has no form for")
     prompt = {"two": form.system + " ", "gemma": "", "llama_2": ""}.get(form.style, form.system + form.end)
     for index, turn in enumerate(turns):
         prompt += _render_turn(form, index, turn["value"])
@@ -157,7 +159,7 @@ def encode_conversation(
     else:
         prompt = render_conversation(images_first(turns), template)
         ids = _tokenize(tokenizer, prompt)
-        labels = _mask(tokenizer, prompt, ids, form)
+        labels = _mask(tokenizer, prompt, ids, form, max_length or tokenizer.model_max_length)
     image_token_id = int(tokenizer.convert_tokens_to_ids(IMAGE))  # type: ignore[arg-type]
     return _expand(ids, labels, image_token_id, num_image_tokens, max_length)
 
@@ -181,7 +183,9 @@ def _encode_plain(tokenizer: PreTrainedTokenizerBase, turns: list[Turn], form: T
     return ids, [IGNORE_INDEX] * masked + ids[masked:]
 
 
-def _mask(tokenizer: PreTrainedTokenizerBase, prompt: str, ids: list[int], form: Template) -> list[int]:
+def _mask(
+    tokenizer: PreTrainedTokenizerBase, prompt: str, ids: list[int], form: Template, max_length: int
+) -> list[int]:
     """Labels: the ids of answers, -100 elsewhere. The arithmetic is the original's, see the module."""
     seams = _seams(form)
     legacy = bool(getattr(tokenizer, "legacy", False))
@@ -200,8 +204,10 @@ def _mask(tokenizer: PreTrainedTokenizerBase, prompt: str, ids: list[int], form:
         labels[position:end] = [IGNORE_INDEX] * (end - position)
         position += length
     labels[position:] = [IGNORE_INDEX] * len(labels[position:])
-    if position != len(ids) and position < tokenizer.model_max_length:
-        log.warning("tokenization mismatch: rounds of %d tokens in a conversation of %d; no loss", position, len(ids))
+    # Where padding is the unknown token (Llama, Yi), the original does not count unknown tokens of the text either.
+    total = sum(token != tokenizer.pad_token_id for token in ids)
+    if position != total and position < max_length:
+        log.warning("tokenization mismatch: rounds of %d tokens in a conversation of %d; no loss", position, total)
         return [IGNORE_INDEX] * len(ids)
     return labels
 

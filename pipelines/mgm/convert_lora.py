@@ -19,6 +19,7 @@ from pipelines.mgm.convert_config import Shapes, expected_shapes
 from pipelines.mgm.tensorfiles import read_file, read_json
 
 _PEFT_PREFIX = "base_model.model."
+_TOWERS = ("model.vision_tower.", "model.vision_tower_aux.")
 _LORA = re.compile(r"(?P<module>.+)\.(?P<part>lora_[AB])\.weight$")
 
 
@@ -54,7 +55,7 @@ def convert_lora(adapter: str | Path, model: str | Path, output: str | Path) -> 
         target_modules=_target_pattern(modules),
         base_model_name_or_path=str(model),
     )
-    write_adapter(output, lora | other, config)
+    write_adapter(output, lora | other, config, towers=any(name.startswith(_TOWERS) for name in other))
 
 
 def _existing(directory: Path, stem: str) -> dict[str, torch.Tensor]:

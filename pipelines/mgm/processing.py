@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from transformers import AddedToken, AutoProcessor
+from transformers import AddedToken, AutoProcessor, BatchFeature
 from transformers.processing_utils import ProcessorMixin
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
@@ -64,12 +64,32 @@ class MGMProcessor(ProcessorMixin):
             num_image_tokens=config.num_image_tokens,
             chat_template=CHAT_TEMPLATES.get(chat_template or "", chat_template),
         )
+        limit = getattr(config.text_config, "max_position_embeddings", None)
+        if limit is not None:
+            tokenizer.model_max_length = min(tokenizer.model_max_length, limit)
         if processor.image_token_id != config.image_token_id:
             raise ValueError(
                 f"the tokenizer's {cls.image_token} has id {processor.image_token_id}, "
                 f"the configuration's image_token_id is {config.image_token_id}"
             )
         return processor
+
+    def __call__(self, images: Any = None, text: Any = None, **kwargs: Any) -> BatchFeature:  # type: ignore[override]
+        """Prompts and their images -> model inputs, `<image>` expanded. Everything else is as in transformers.
+
+        Raises:
+            ValueError: placeholders and images do not match, truncation would cut into an image, or a prompt is longer
+                with its images than `tokenizer.model_max_length`.
+        """
+        inputs = super().__call__(images=images, text=text, **kwargs)
+        limit = self.tokenizer.model_max_length
+        for row, mask in enumerate(inputs.get("attention_mask", [])):
+            if len(mask) > limit and (length := int(sum(mask))) > limit:
+                raise ValueError(
+                    f"prompt {row} is {length} tokens long with its images, over the context of {limit} "
+                    "(tokenizer.model_max_length)"
+                )
+        return inputs
 
     def validate_inputs(self, images: Any = None, text: Any = None, **kwargs: Any) -> None:  # type: ignore[override]
         """Besides transformers' own checks (their sum must match): each row has as many images as placeholders."""

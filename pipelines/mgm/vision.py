@@ -82,6 +82,10 @@ class MGMUniProjector(nn.Module):
         # A wrapped linear (LoRA, bitsandbytes) has more to its output than `weight` and `bias`.
         return type(self.proj) is nn.Linear and type(self.norm) is nn.LayerNorm
 
+    def foldable_on(self, device: torch.device) -> bool:
+        """`foldable`, and the weights are there (not on another device, nor offloaded until the module is called)."""
+        return self.foldable and self.proj.weight.device == device == self.norm.weight.device
+
 
 def mine_patch_info(
     queries: torch.Tensor, positions: torch.Tensor, uni_key: MGMUniProjector, uni_value: MGMUniProjector
@@ -93,9 +97,10 @@ def mine_patch_info(
         positions: (N, T, P, A) ConvNeXt features, A its total width.
     """
     keys = uni_key(positions)
-    scores = queries.unsqueeze(2) @ (keys.transpose(-1, -2) / keys.shape[-1] ** 0.5)
+    scores = queries.unsqueeze(2).to(keys.device) @ (keys.transpose(-1, -2) / keys.shape[-1] ** 0.5)
     attention = scores.nan_to_num().softmax(-1)
-    return (attention @ uni_value(positions)).squeeze(2)
+    values = uni_value(positions)
+    return (attention.to(values.device) @ values).squeeze(2)
 
 
 def mine_patch_info_folded(

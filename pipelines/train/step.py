@@ -232,6 +232,7 @@ def require_finite(loss: float, grad_norm: float) -> None:
 
 def quiet() -> None:
     """Keep the libraries' progress bars and deprecation notices about each other out of the person's log."""
+    import logging as std_logging
     import warnings
 
     from transformers.utils import logging
@@ -239,6 +240,8 @@ def quiet() -> None:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     warnings.filterwarnings("ignore", message=".*gradient_checkpointing.* is deprecated", category=FutureWarning)
+    # Where bitsandbytes is installed, PEFT imports it and it asks for a kernel that only quantized models on a CPU would use.
+    std_logging.getLogger("bitsandbytes").setLevel(std_logging.ERROR)
 
 
 class TorchEngine:

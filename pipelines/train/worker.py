@@ -16,6 +16,7 @@ import ray.train
 import torch
 import torch.distributed as dist
 from ray.train.torch import get_device
+from ray.train.v2._internal.execution import context as ray_train_context
 from transformers import AutoConfig, AutoProcessor
 
 from pipelines.adapters.files import is_lora, write_adapter
@@ -88,7 +89,7 @@ def train_worker(settings: dict[str, Any]) -> dict[str, Any]:
     torch.set_flush_denormal(True)  # tiny gradients make most CPUs a hundred times slower
     quiet()
     # Ray Train names this logger by its file, so that its own log level does not reach it.
-    logging.getLogger(ray.train.v2._internal.execution.context.__file__).setLevel(logging.WARNING)
+    logging.getLogger(ray_train_context.__file__).setLevel(logging.WARNING)
     try:
         return Run(job).train()
     except (UserError, WorkFailed) as error:

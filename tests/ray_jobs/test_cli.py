@@ -47,9 +47,16 @@ def test_every_data_juicer_recipe_builds_its_operators(path: Path) -> None:
 
 def test_a_recipe_may_change_a_few_keys_of_another() -> None:
     sample, _ = _options.parse("run", "", ["--config", "sample"])
-    seeds, _ = _options.parse("run", "", ["--config", "sample_seeds"])
+    seeds, _ = _options.parse("run", "", ["--config", "sample_seeds", "--run_dir", sample.run_dir])
     changed = {key for key, value in asdict(seeds).items() if value != asdict(sample)[key]}
-    assert changed == {"run_dir", "seeds"}
+    assert changed == {"seeds"}
+
+
+def test_one_key_moves_a_recipe_with_its_data() -> None:
+    recipe, _ = _options.parse("run", "", ["--config", "sample", "--run_dir", "/shared/mine"])
+    assert recipe.dataset == "/shared/mine/world/dataset.jsonl"
+    assert recipe.sample.out == "/shared/mine/world"
+    assert "${" not in _options.recipe_yaml(recipe)
 
 
 def test_the_resolved_recipe_reads_back_as_itself(tmp_path: Path) -> None:

@@ -14,22 +14,14 @@ ROOT = Path(__file__).parents[2]
 
 
 def command(root: Path) -> list[str]:
-    world = root / "world"
     options = {
         "run_dir": root / "run",
-        "dataset": world / "dataset.jsonl",
-        "sample.out": world,
         "sample.pairs": 60,
         "sample.instructions": 16,
         "sample.questions": 24,
-        "caption.model": world / "models" / "blip2",
-        "train.model": world / "models" / "mgm",
-        "train.instruct_data": world / "instruct.json",
         "train.align.steps": 6,
         "train.instruct.steps": 3,
         "train.checkpoint_every": 2,
-        "evaluate.annotations": world / "textvqa" / "TextVQA_0.5.1_val.json",
-        "evaluate.images": world / "textvqa" / "train_images",
     }
     words = [word for key, value in options.items() for word in (f"--{key}", str(value))]
     return [sys.executable, "-m", "ray_jobs.cli", "run", "sample", *words]

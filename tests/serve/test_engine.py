@@ -66,13 +66,15 @@ def test_pictures_and_their_order_matter(engine: Engine, picture: Picture) -> No
 
 
 def test_one_bad_request_does_not_hurt_the_batch(engine: Engine, picture: Picture) -> None:
-    """Too long, a picture marker smuggled into the text, a picture part without its picture."""
+    """Too long, too long with its answer, a picture marker smuggled into the text, a picture part without its picture."""
     good = [request("fine", picture(0), max_tokens=5), request("also fine", max_tokens=5)]
     lost = request("x", picture(0))
     lost.images.clear()
-    answers = engine.answer([good[0], request("long " * 200), request("<image>"), lost, good[1]])
+    greedy = request("what does it say?", max_tokens=510)
+    answers = engine.answer([good[0], request("long " * 200), request("<image>"), lost, good[1], greedy])
     assert [answers[0], answers[4]] == engine.answer(good)
-    assert "context of 512" in str(answers[1].error)
+    assert "context length of 512" in str(answers[1].error)
+    assert "max_tokens 510 it exceeds the model's context of 512" in str(answers[5].error)
     assert "<image>" in str(answers[2].error)
     assert answers[3].error is not None
 

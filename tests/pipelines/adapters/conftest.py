@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shutil
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -37,3 +38,23 @@ def adapter_dir(tiny: Any, model_dir: Path, tmp_path_factory: pytest.TempPathFac
     """LoRA and projector, trained for three steps."""
     root = tmp_path_factory.mktemp("adapter")
     return tiny.train_adapter(model_dir, tiny.write_instructions(root / "instruct.json"), root / "adapter")
+
+
+@pytest.fixture(scope="session")
+def mixtral_dir(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with a Mixtral for a language model."""
+    from transformers import MixtralConfig
+
+    from pipelines.mgm.configuration import MGMConfig
+    from pipelines.mgm.modeling import MGMForConditionalGeneration
+
+    config = MGMConfig.from_pretrained(model_dir)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vocabulary = config.text_config.vocab_size
+    config.text_config = MixtralConfig(vocab_size=vocabulary, num_key_value_heads=1, num_local_experts=2, **sizes)
+    config.tie_word_embeddings = False
+    directory = shutil.copytree(model_dir, tmp_path_factory.mktemp("mixtral") / "model")
+    model = MGMForConditionalGeneration(config)
+    model.generation_config.eos_token_id = [1, 5]
+    model.save_pretrained(directory)
+    return directory

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from pipelines.adapters.check import check_adapter, check_model
 from pipelines.adapters.files import CONFIG, NON_LORA, WEIGHTS
 from pipelines.errors import UserError
+from ray_jobs import cli
 
 MODEL = "model.safetensors"
 Tensors = dict[str, torch.Tensor]
@@ -66,6 +67,7 @@ PROJ = "model.uni_query.proj.weight"
         ("all-zero", _set(PROJ, torch.zeros_like)),
         ("dtype", _set(PROJ, lambda t: t.half())),
         ("towers", lambda tensors: [tensors.pop(n) for n in list(tensors) if ".vision_tower_aux." in n]),
+        ("all-zero", _set("model.vision_tower_aux.embeddings.layernorm.weight", torch.zeros_like)),
         ("sees the image", _set("model.multi_modal_projector.2.weight", torch.zeros_like)),
     ],
 )
@@ -95,6 +97,37 @@ def test_faults_of_files_are_found(model_dir: Path, tmp_path: Path) -> None:
     assert "files" in _failed(check_model(tmp_path))
     with pytest.raises(UserError, match="no such directory"):
         check_model(tmp_path / "none")
+
+
+def test_experts_of_a_mixtral_are_known_by_their_names_in_files(mixtral_dir: Path, tmp_path: Path) -> None:
+    """In memory they are one tensor a layer, in files one tensor an expert; a missing one is named."""
+    assert not _failed(check_model(mixtral_dir))
+    broken = shutil.copytree(mixtral_dir, tmp_path / "broken")
+    expert = "model.language_model.layers.0.block_sparse_moe.experts.1.w2.weight"
+    _edit(broken, MODEL, lambda tensors: tensors.pop(expert))
+    assert _failed(check_model(broken)) == {"missing tensors": expert}
+
+
+@pytest.mark.parametrize("adapter", [False, True])
+def test_the_command_prints_verdicts_and_exits_with_one_on_failure(
+    model_dir: Path, adapter_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], adapter: bool
+) -> None:
+    """`captune check [--json]`: what a script needs."""
+    directory, option = (adapter_dir, "--adapter") if adapter else (model_dir, "--model")
+    broken = shutil.copytree(directory, tmp_path / "broken")
+    file, name = (WEIGHTS, Q.format("B")) if adapter else (MODEL, PROJ)
+    _edit(broken, file, _set(name, torch.zeros_like))
+    base = ["--model", str(model_dir)] if adapter else []
+    assert cli.main(["check", *base, option, str(directory), "--json"]) == 0
+    verdicts = json.loads(capsys.readouterr().out)
+    assert all(v["passed"] for v in verdicts) and set(verdicts[0]) == {"name", "passed", "detail"}
+    assert cli.main(["check", *base, option, str(broken), "--json"]) == 1
+    failed = [v["name"] for v in json.loads(capsys.readouterr().out) if not v["passed"]]
+    assert failed == (["non-zero B"] if adapter else ["all-zero"])
+    assert cli.main(["check", *base, option, str(broken)]) == 1
+    assert f"FAIL  {failed[0]}: " in capsys.readouterr().out
+    assert cli.main(["check", *base, option, str(tmp_path / "none")]) == 2
+    assert "no such directory" in capsys.readouterr().err
 
 
 Q = "base_model.model.model.language_model.layers.0.self_attn.q_proj.lora_{}.weight"

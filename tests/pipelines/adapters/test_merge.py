@@ -10,9 +10,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pipelines.adapters import merge, probe
+from pipelines.adapters.check import check_adapter, check_model
 from pipelines.adapters.config import MergeConfig
 from pipelines.adapters.files import NON_LORA, WEIGHTS, write_adapter
 from pipelines.errors import UserError, WorkFailed
+from pipelines.mgm.convert_lora import convert_lora
 from pipelines.train.step import load_base
 
 
@@ -116,3 +118,53 @@ def test_empty_shards_are_never_written(tmp_path: Path) -> None:
     with pytest.raises(WorkFailed, match="not gathered"):
         write_adapter(tmp_path / "adapter", weights, None)
     assert not (tmp_path / "adapter").exists()
+
+
+def test_the_original_trainers_lora_merges(model_dir: Path, tmp_path: Path) -> None:
+    """Names of the original and PEFT 0.4, projector and a tower layer trained beside: converted, checked, merged."""
+    saved, prefix = load_file(model_dir / "model.safetensors"), "base_model.model.model."
+    (tmp_path / "original").mkdir()
+    lora, torch_seed = {}, torch.Generator().manual_seed(0)
+    for layer in range(2):
+        rows, columns = saved[f"model.language_model.layers.{layer}.mlp.up_proj.weight"].shape
+        lora[f"{prefix}layers.{layer}.mlp.up_proj.lora_A.weight"] = torch.randn(2, columns, generator=torch_seed)
+        lora[f"{prefix}layers.{layer}.mlp.up_proj.lora_B.weight"] = torch.randn(rows, 2, generator=torch_seed)
+    norm = "vision_model.encoder.layers.1.layer_norm1.bias"
+    other = {f"{prefix}mm_projector.0.bias": torch.randn(32, generator=torch_seed)}
+    other[f"{prefix}vision_tower.vision_tower.{norm}"] = torch.full((32,), 0.25)
+    torch.save(lora, tmp_path / "original" / "adapter_model.bin")
+    torch.save(other, tmp_path / "original" / "non_lora_trainables.bin")
+    settings = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "lora_dropout": 0.05, "target_modules": ["up_proj"]}
+    (tmp_path / "original" / "adapter_config.json").write_text(json.dumps(settings))
+
+    convert_lora(tmp_path / "original", model_dir, tmp_path / "adapter")
+    assert all(verdict.passed for verdict in check_adapter(tmp_path / "adapter", model_dir))
+    merge.run(model_dir, tmp_path / "adapter", tmp_path / "merged", MergeConfig())
+    merged = load_file(tmp_path / "merged" / "model.safetensors")
+    name = "model.language_model.layers.1.mlp.up_proj.weight"
+    a, b = (lora[f"{prefix}layers.1.mlp.up_proj.lora_{part}.weight"] for part in "AB")
+    torch.testing.assert_close(merged[name], saved[name] + b @ a * 2)
+    assert torch.equal(merged["model.multi_modal_projector.0.bias"], other[f"{prefix}mm_projector.0.bias"])
+    tower = "model.vision_tower.encoder.layers.1.layer_norm1.bias"
+    assert (merged[tower] == 0.25).all()
+    changed = {key for key, tensor in merged.items() if not torch.equal(tensor, saved[key])}
+    assert changed == {name, name.replace("layers.1.", "layers.0."), "model.multi_modal_projector.0.bias", tower}
+    assert all(verdict.passed for verdict in check_model(tmp_path / "merged"))
+
+
+def test_a_mixtral_merges(mixtral_dir: Path, tmp_path: Path) -> None:
+    """Its files name every expert, its memory does not: what was written is still compared tensor by tensor."""
+    from peft import LoraConfig
+
+    module = "model.language_model.layers.0.self_attn.q_proj"
+    weights = {
+        f"{module}.lora_A.default.weight": torch.ones(2, 32),
+        f"{module}.lora_B.default.weight": torch.ones(32, 2),
+    }
+    settings = LoraConfig(r=2, lora_alpha=2, target_modules=module.replace(".", r"\."), task_type="CAUSAL_LM")
+    write_adapter(tmp_path / "adapter", weights, settings)
+    merge.run(mixtral_dir, tmp_path / "adapter", tmp_path / "merged", MergeConfig())
+    before, after = (load_file(place / "model.safetensors") for place in (mixtral_dir, tmp_path / "merged"))
+    torch.testing.assert_close(after[f"{module}.weight"], before[f"{module}.weight"] + 2)
+    assert before.keys() == after.keys()
+    assert {name for name in after if not torch.equal(after[name], before[name])} == {f"{module}.weight"}

@@ -12,8 +12,11 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
-def make_blip2(directory: Path, *, image_token: bool = True) -> Path:
-    """A genuine BLIP-2 checkpoint of a few hundred kilobytes; weights are random but wide enough apart to give varied captions."""
+def make_blip2(directory: Path, *, image_token: bool = True, language: str = "opt", ends: int | list[int] = 1) -> Path:
+    """A genuine BLIP-2 checkpoint of a few hundred kilobytes; weights are random but wide enough apart to give varied captions.
+
+    With many end tokens, captions end at many lengths.
+    """
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import Blip2Config, Blip2ForConditionalGeneration, Blip2Processor, PreTrainedTokenizerFast
@@ -50,19 +53,7 @@ def make_blip2(directory: Path, *, image_token: bool = True) -> Path:
             encoder_hidden_size=32,
             cross_attention_frequency=1,
         ),
-        text_config=dict(
-            model_type="opt",
-            vocab_size=len(tokenizer),
-            hidden_size=32,
-            word_embed_proj_dim=32,
-            ffn_dim=64,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            max_position_embeddings=64,
-            bos_token_id=1,
-            eos_token_id=1,
-            pad_token_id=0,
-        ),
+        text_config=_LANGUAGE_MODELS[language] | dict(vocab_size=len(tokenizer), bos_token_id=1, eos_token_id=ends),
         num_query_tokens=4,
         image_token_index=2,
     )
@@ -80,6 +71,32 @@ def make_blip2(directory: Path, *, image_token: bool = True) -> Path:
         BlipImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(directory)
         tokenizer.save_pretrained(directory)
     return directory
+
+
+_LANGUAGE_MODELS: dict[str, dict[str, object]] = {
+    "opt": dict(
+        model_type="opt",
+        hidden_size=32,
+        word_embed_proj_dim=32,
+        ffn_dim=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=64,
+        pad_token_id=0,
+    ),
+    "t5": dict(
+        model_type="t5",
+        d_model=32,
+        d_kv=16,
+        d_ff=64,
+        num_layers=2,
+        num_heads=2,
+        feed_forward_proj="gated-gelu",
+        tie_word_embeddings=False,
+        decoder_start_token_id=0,
+        pad_token_id=0,
+    ),
+}
 
 
 def picture(seed: int, size: tuple[int, int] = (80, 60)) -> bytes:
@@ -103,3 +120,10 @@ def picture(seed: int, size: tuple[int, int] = (80, 60)) -> bytes:
 @pytest.fixture(scope="session")
 def blip2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_blip2(tmp_path_factory.mktemp("blip2"))
+
+
+@pytest.fixture(scope="session", params=["opt", "t5"])
+def ending(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Both kinds of language model, with captions of many lengths."""
+    name = f"ending_{request.param}"
+    return make_blip2(tmp_path_factory.mktemp(name), language=request.param, ends=list(range(1, 300, 12)))

@@ -11,8 +11,9 @@ import pytest
 
 from pipelines.caption import stage
 from pipelines.caption.config import CaptionConfig
-from pipelines.caption.finish import Results, count_work, write_records
+from pipelines.caption.finish import count_work, write_records
 from pipelines.caption.index import build_index, index_files
+from pipelines.caption.results import Results, result_schema
 from pipelines.errors import UserError, WorkFailed
 from pipelines.formats import open_dataset
 from pipelines.records import iter_records
@@ -26,9 +27,10 @@ def commit(
     """A data file and its checkpoint as Ray Data leaves them."""
     results.make_directories()
     ids, texts, errors = (list(column) for column in zip(*rows, strict=True))
-    table = pa.table(
-        {"sample_id": ids, "recaption": pa.array(texts, pa.string()), "error": pa.array(errors, pa.string())}
-    )
+    values = {"sample_id": ids, "recaption": texts, "error": errors}
+    values["candidates"] = [[] if text is None else [text, "another"] for text in texts]
+    values["scores"] = [None if text is None else [0.5, 0.25] for text in texts]
+    table = pa.table(values, schema=result_schema())
     pq.write_table(table, results.shards / f"{name}.parquet")
     pq.write_table(table.select(["sample_id"]), results.checkpoint / f"{name}{'.pending' if pending else ''}.parquet")
 
@@ -54,7 +56,8 @@ def test_index_is_small_files_in_order(work: Path) -> None:
     assert [len(table) for table in tables] == [64, 64, 23]
     rows = [row for table in tables for row in table.to_pylist()]
     assert [row["caption"] for row in rows] == [f"c{i}" for i in range(70)] + ["c3"] + [f"c{i}" for i in range(70, 150)]
-    assert count_work(work / "index") == 149 == sum(not row["skip"] for row in rows)
+    assert count_work(work / "index", Results(work, "f")) == (149, 0)
+    assert sum(not row["skip"] for row in rows) == 149
     assert rows[70]["sample_id"] == rows[3]["sample_id"] + "-2" and rows[70]["result_of"] == rows[3]["sample_id"]
     assert rows[9]["error"].startswith("missing file") and "set.jsonl:10)" in rows[9]["error"]
 
@@ -68,7 +71,7 @@ def test_doubles_and_half_files_do_not_count(work: Path, tmp_path: Path) -> None
     commit(results, "b_000001", done[90:])
     commit(results, "c_000002", [(rows[-1]["sample_id"], "half", None)], pending=True)
     (results.shards / "c_000002.parquet").write_bytes(b"PAR1 half a file")
-    assert results.count() == 148
+    assert count_work(work / "index", results) == (149, 148)
     (tmp_path / "out").mkdir()
     with pytest.raises(WorkFailed, match=r"1 rows never came back.*set\.jsonl:151"):
         write_records(work / "index", results, tmp_path / "out", 60)
@@ -81,7 +84,11 @@ def test_doubles_and_half_files_do_not_count(work: Path, tmp_path: Path) -> None
     assert [pq.read_metadata(p).num_rows for p in sorted((tmp_path / "out").glob("*.parquet"))] == [60, 60, 31]
     records = list(iter_records(tmp_path / "out"))
     assert len({r["sample_id"] for r in records}) == 151
-    assert all(r["recaption"] == f"about {r['caption']}" for r in records if r["error"] is None)
+    good = [r for r in records if r["error"] is None]
+    assert all(r["recaption"] == f"about {r['caption']}" for r in good)
+    assert all(r["candidates"] == [r["recaption"], "another"] for r in good)
+    assert all(json.loads(r["stats"]) == {"candidate_scores": [0.5, 0.25]} for r in good)
+    assert all(r["candidates"] == [] and r["stats"] == "{}" for r in records if r["error"] is not None)
 
 
 def test_a_dataset_of_faults_needs_no_model_and_no_ray(blip2: Path, tmp_path: Path) -> None:

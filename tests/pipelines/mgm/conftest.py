@@ -124,4 +124,6 @@ def chat(text: str, *images: Image.Image) -> list[dict[str, Any]]:
 
 
 def load_masks() -> list[dict[str, Any]]:
-    return json.loads((DATA / "masks.json").read_text())
+    """Conversations with the original's tokens and labels; `max_length` where it is not 2048."""
+    files = ("masks.json", "odd_masks.json")
+    return [case for name in files for case in json.loads((DATA / name).read_text())]

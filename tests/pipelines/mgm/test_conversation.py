@@ -1,4 +1,4 @@
-"""Prompts and loss masks against those that the original's `preprocess_*` functions gave (data/masks.json)."""
+"""Prompts and loss masks against those that the original's `preprocess_*` functions gave (data/*masks.json)."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ def test_tokens_and_labels_equal_the_originals(kind: str) -> None:
     cases = [case for case in load_masks() if case["template"] == kind]
     assert cases
     for case in cases:
-        ids, labels = encode_conversation(tokenizer, case["conversation"], kind.split("-")[0])
+        limit = case.get("max_length", 2048)
+        ids, labels = encode_conversation(tokenizer, case["conversation"], kind.split("-")[0], max_length=limit)
         assert ids == [image if token == -200 else token for token in case["input_ids"]], case["case"]
         assert labels == [IGNORE_INDEX if label == -200 else label for label in case["labels"]], case["case"]
 

@@ -26,6 +26,7 @@ from pipelines.mgm.modeling import MGMForConditionalGeneration
 from pipelines.mgm.names import from_openclip, to_hf, to_original
 from pipelines.mgm.processing import MGMProcessor
 from pipelines.mgm.tensorfiles import find_files, read_file
+from ray_jobs import cli
 
 from .conftest import chat, noise_image
 from .mgm_tokenizers import tokenizer_for
@@ -255,6 +256,35 @@ def test_every_language_model_goes_there_and_back(
     assert torch.equal(expected["input_ids"], actual["input_ids"])
     with torch.no_grad():
         assert torch.equal(model(**expected).logits, again.eval()(**actual).logits)
+
+
+@pytest.mark.parametrize("kind", ["linear", "identity", "mlp1x_gelu", "mlp3x_gelu"])
+def test_every_projector_goes_there_and_back(
+    make_model: Callable[..., MGMForConditionalGeneration], tmp_path: Path, kind: str
+) -> None:
+    model = make_model(mm_projector_type=kind)
+    model.save_pretrained(tmp_path / "hf")
+    model.config.vision_config.save_pretrained(tmp_path / "openai-clip")
+    export_original(tmp_path / "hf", tmp_path / "original")
+    names = {name for name in tensors(tmp_path / "original") if ".mm_projector." in name}
+    places = {"linear": [""], "identity": [], "mlp1x_gelu": ["0."], "mlp3x_gelu": ["0.", "2.", "4."]}[kind]
+    assert names == {f"model.mm_projector.{place}{part}" for place in places for part in ("weight", "bias")}
+    convert_checkpoint(tmp_path / "original", tmp_path / "again", clip=tmp_path / "openai-clip")
+    same(tensors(tmp_path / "hf"), tensors(tmp_path / "again"))
+
+
+def test_the_commands(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """There and back from the shell; another architecture ends with status 2 and the file's name."""
+    hf, back, alone = (str(tmp_path / name) for name in ("hf", "back", "alone"))
+    assert cli.main(["convert", "--checkpoint", str(checkpoint), "--output", hf, "--remote-code"]) == 0
+    assert "16 tokens an image" in capsys.readouterr().err
+    assert "auto_map" in json.loads((tmp_path / "hf" / "config.json").read_text())
+    assert cli.main(["export-original", "--model", hf, "--output", back]) == 0
+    same(tensors(checkpoint), tensors(tmp_path / "back"))
+    assert cli.main(["export-original", "--model", hf, "--output", alone, "--towers", "false"]) == 0
+    assert not any("vision_tower" in name for name in tensors(tmp_path / "alone"))
+    assert cli.main(["convert", "--checkpoint", hf, "--output", str(tmp_path / "no")]) == 2
+    assert f"{hf}/config.json: not an original MGM checkpoint" in capsys.readouterr().err
 
 
 def test_names_undo_each_other(converted: Path, data: Path) -> None:

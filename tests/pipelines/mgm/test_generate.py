@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import CompileConfig
 
 from pipelines.mgm.modeling import MGMForConditionalGeneration
 from pipelines.mgm.processing import MGMProcessor
@@ -99,6 +100,26 @@ def test_decode_step_compiles_without_graph_breaks(model: MGMForConditionalGener
     torch.testing.assert_close(decoded, full, atol=1e-4, rtol=1e-4)
 
 
+def test_static_cache_decodes_with_one_compiled_graph(
+    model: MGMForConditionalGeneration, processor: MGMProcessor
+) -> None:
+    """As `generate` does it on a GPU: no graph break (`fullgraph`), and every step after the first reuses its graph."""
+    graphs: list[Any] = []
+
+    def backend(graph: torch.fx.GraphModule, example: list[Any]) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    settings = CompileConfig(fullgraph=True, dynamic=False, backend=backend, mode=None)
+    settings._compile_all_devices = True
+    batch = inputs(processor, CONVERSATIONS)
+    static = {"cache_implementation": "static"}
+    assert answers(model, batch, **static, compile_config=settings) == answers(model, batch)
+    assert len(graphs) == 1
+    answers(model, batch, **static, compile_config=settings)
+    assert len(graphs) == 1
+
+
 def test_precomputed_image_features_stand_for_pixels(
     model: MGMForConditionalGeneration, processor: MGMProcessor
 ) -> None:
@@ -119,3 +140,19 @@ def test_too_few_and_too_many_images_are_errors(model: MGMForConditionalGenerati
         model(**batch)
     with pytest.raises(ValueError, match="pixel_values_aux must be"):
         model(**inputs(processor, CONVERSATIONS[:1]) | {"pixel_values_aux": torch.zeros(1, 3, 60, 60)})
+
+
+def test_prompts_over_the_context_length_are_errors(
+    model: MGMForConditionalGeneration, processor: MGMProcessor
+) -> None:
+    """Inputs made without the processor: the model knows its limit, before and during generation."""
+    batch = inputs(processor, CONVERSATIONS[:1])
+    length = batch["input_ids"].shape[1]
+    model.config.text_config.max_position_embeddings = length
+    assert model(**batch).logits.shape[1] == length
+    model.config.text_config.max_position_embeddings = length - 1
+    message = f"prompt is {length} tokens long with its images, over the model's context of {length - 1}"
+    with pytest.raises(ValueError, match=message):
+        model(**batch)
+    with pytest.raises(ValueError, match=message):
+        model.generate(**batch, max_new_tokens=1)

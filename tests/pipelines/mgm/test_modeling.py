@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,16 @@ import torch
 import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
     AutoModelForImageTextToText,
     LlamaConfig,
     MixtralConfig,
     PreTrainedConfig,
     PreTrainedTokenizerFast,
 )
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 from pipelines.mgm.configuration import MGMConfig
 from pipelines.mgm.image_processing import MGMImageProcessor
@@ -81,6 +86,16 @@ def test_image_features_equal_the_definition(make_model: MakeModel, grid: int, w
     assert torch.isfinite(model(**batch(model)).loss)
 
 
+@pytest.mark.parametrize("layer", [-1, -2, -4, 0, 2, 3])
+@torch.no_grad()
+def test_the_selected_clip_layer_is_counted_as_in_the_original(make_model: MakeModel, layer: int) -> None:
+    """Layers that come after it are not run, which must not change the count: 0 is what enters the first of three."""
+    model = make_model(vision_select_layer=layer)
+    pixels = images(model)["pixel_values"]
+    states = model.model.vision_tower(pixels, output_hidden_states=True).hidden_states
+    torch.testing.assert_close(model.model.encode_views(pixels), states[layer][:, 1:])
+
+
 def test_folded_mining_equals_the_definition_and_its_gradients(model: MGMForConditionalGeneration) -> None:
     core = model.model
     queries, positions = torch.randn(2, 4, 32), torch.randn(2, 4, 9, 80)
@@ -128,7 +143,13 @@ def test_gradients_reach_projector_and_uni_modules_with_checkpointing(model: MGM
     model.zero_grad()
     model.train()
     model.activation_checkpointing_enable()
-    model(**data).loss.backward()
+    passes: list[str] = []
+    for layer in model.model.language_model.layers:
+        layer.mlp.register_forward_pre_hook(lambda *_: passes.append("mlp"))
+    loss = model(**data).loss
+    assert len(passes) == 2
+    loss.backward()
+    assert len(passes) == 4  # computed again instead of kept
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             assert parameter.grad is not None, name
@@ -230,6 +251,55 @@ def test_attention_implementation_reaches_tower_and_language_model(make_model: M
 def test_impossible_configurations_name_the_key(make_model: MakeModel, wrong: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make_model(**wrong)
+
+
+def test_every_attention_goes_through_the_selected_function(model: MGMForConditionalGeneration) -> None:
+    """What FlashAttention-2 and any other kernel needs: CLIP's used layers and all of the language model's ask for it."""
+    calls: list[str] = []
+
+    def spy(module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+        calls.append(type(module).__name__)
+        return sdpa_attention_forward(module, *args, **kwargs)
+
+    AttentionInterface.register("spy", spy)
+    AttentionMaskInterface.register("spy", sdpa_mask)
+    data = batch(model)
+    expected = model(**data).logits
+    model.set_attn_implementation("spy")
+    torch.testing.assert_close(model(**data).logits, expected, atol=1e-5, rtol=1e-5)
+    assert calls == ["CLIPAttention"] * 2 + ["GemmaAttention"] * 2
+
+
+@pytest.mark.skipif(importlib.util.find_spec("flash_attn") is not None, reason="FlashAttention is installed")
+def test_flash_attention_is_selectable_and_asks_for_its_package(make_model: MakeModel, tmp_path: Path) -> None:
+    """Not "MGM does not support it": the package is all that is missing."""
+    make_model().save_pretrained(tmp_path)
+    with pytest.raises(ImportError, match="package for FlashAttention2 doesn't seem to be installed"):
+        AutoModelForImageTextToText.from_pretrained(
+            tmp_path, attn_implementation="flash_attention_2", dtype=torch.bfloat16
+        )
+
+
+@torch.no_grad()
+def test_parts_offloaded_to_disk_give_the_same_numbers(model: MGMForConditionalGeneration, tmp_path: Path) -> None:
+    """`device_map="auto"` under a memory limit: whole blocks stay together, weights come when their module is called."""
+    model.save_pretrained(tmp_path / "model")
+    size = sum(p.numel() * p.element_size() for p in model.parameters())
+    placed = AutoModelForImageTextToText.from_pretrained(
+        tmp_path / "model", device_map="auto", max_memory={"cpu": size // 3}, offload_folder=tmp_path / "disk"
+    ).eval()
+    places = placed.hf_device_map
+    assert set(places.values()) == {"cpu", "disk"}
+    assert not any(f"{name}." in place for place in places for name in ("uni_key", "layers.0", "blocks.0"))
+    data = batch(model)
+    torch.testing.assert_close(placed(**data).logits, model(**data).logits, atol=1e-5, rtol=1e-5)
+    parts = dict.fromkeys(["lm_head", *(f"model.{name}" for name, _ in model.model.named_children())], "cpu")
+    parts |= {"model.uni_key": "disk", "model.uni_value": "disk"}  # mining reads their weights without calling them
+    placed = AutoModelForImageTextToText.from_pretrained(
+        tmp_path / "model", device_map=parts, offload_folder=tmp_path / "disk2"
+    ).eval()
+    assert placed.model.uni_key.proj.weight.is_meta and not placed.model.uni_key.foldable_on(torch.device("cpu"))
+    torch.testing.assert_close(placed(**data).logits, model(**data).logits, atol=1e-4, rtol=1e-4)
 
 
 def test_device_map_places_every_part(model: MGMForConditionalGeneration, tmp_path: Path) -> None:

@@ -135,6 +135,33 @@ def test_image_token_in_user_text_is_not_an_image(processor: MGMProcessor) -> No
         processor.apply_chat_template(chat("say <image>"), tokenize=False)
 
 
+def test_prompts_over_the_context_length_are_refused(
+    model: MGMForConditionalGeneration, processor: MGMProcessor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever sees the prompt first says how long it is and what the limit is; nothing is cut off unasked."""
+    assert processor.tokenizer.model_max_length == min(2048, model.config.text_config.max_position_embeddings)
+    monkeypatch.setattr(processor.tokenizer, "model_max_length", 12)
+    fits, long = chat("Hi"), chat("What is written on the sign?", IMAGES[0])
+    length = processor.apply_chat_template(fits, tokenize=True, return_dict=True)["input_ids"]
+    assert len(length[0]) <= 12
+    kwargs = {"tokenize": True, "return_dict": True, "processor_kwargs": {"padding": True}}
+    with pytest.raises(ValueError, match=r"prompt 1 is \d\d tokens long with its images, over the context of 12"):
+        processor.apply_chat_template([fits, long], **kwargs)
+
+
+def test_truncation_cuts_text_but_never_an_image(processor: MGMProcessor, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = "What is written on the sign? " * 5
+    whole = processor(text=f"<image>{words}", images=[IMAGES[0]])["input_ids"][0]
+    monkeypatch.setattr(processor.tokenizer, "truncation_side", "right")
+    kwargs = {"truncation": True, "images": [IMAGES[0]]}
+    cut = processor(text=f"<image>{words}", max_length=12, **kwargs)["input_ids"][0]
+    assert cut == whole[:12] and cut.count(processor.image_token_id) == processor.num_image_tokens
+    with pytest.raises(ValueError, match="Mismatch in `image` token count"):
+        processor(text=f"{words}<image>", max_length=12, **kwargs)
+    with pytest.raises(ValueError, match="Mismatch in `image` token count"):
+        processor(text=f"<image>{words}", max_length=3, **kwargs)
+
+
 def test_wrong_pixels_are_errors(processor: MGMProcessor) -> None:
     with pytest.raises(ValueError, match="uint8"):
         processor.image_processor(np.zeros((4, 4, 3), dtype=np.float32))

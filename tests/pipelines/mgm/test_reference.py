@@ -6,13 +6,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
 from pipelines.mgm import register
+from pipelines.mgm.convert import convert_checkpoint, export_original
+from pipelines.mgm.image_processing import MGMImageProcessor
 from pipelines.mgm.modeling import MGMForConditionalGeneration
 
+from . import original_cases as cases
+from .original_cases import PLACEHOLDER, Case
+
 register()
-PLACEHOLDER = -200
 
 
 @pytest.fixture(scope="module")
@@ -84,3 +89,59 @@ def test_greedy_tokens(model: MGMForConditionalGeneration, reference: dict[str, 
             do_sample=False,
         )
         assert out[0, prompt.shape[1] :].tolist() == reference["generated"][row].tolist()
+
+
+@pytest.mark.parametrize("case", cases.CASES, ids=lambda case: case.name)
+@torch.no_grad()
+def test_variants_of_the_checkpoint(case: Case, reference: dict[str, torch.Tensor], tmp_path: Path) -> None:
+    """Several images a row, text-only rows, HD, Llama and Mixtral: as the original code gave them (record_original.py)."""
+    recorded = load_file(cases.DATA / "cases.safetensors")
+    expected = {
+        name.removeprefix(f"{case.name}."): t for name, t in recorded.items() if name.startswith(f"{case.name}.")
+    }
+    checkpoint = cases.write_checkpoint(case, tmp_path / "original")
+    convert_checkpoint(checkpoint, tmp_path / "hf")
+    model, info = AutoModelForImageTextToText.from_pretrained(tmp_path / "hf", output_loading_info=True)
+    assert not any(info.values()), info
+    model.eval()
+    image, tokens = model.config.image_token_id, model.config.num_image_tokens
+
+    def expand(row: list[int], values: list[int], visual: int) -> list[int]:
+        """`values`, one for each token of `row`, with `visual` as often as an image has tokens."""
+        pairs = zip(row, values, strict=True)
+        return [v for token, value in pairs for v in ([visual] * tokens if token == PLACEHOLDER else [value])]
+
+    aux = reference["pixel_values_aux"]
+    views = MGMImageProcessor.from_config(model.config).views(aux)
+    features = model.get_image_features(views, aux)
+    close(features, expected["image_features"])
+
+    ids = [expand(row, row, image) for row in cases.ROWS]
+    labels = [expand(row, own, -100) for row, own in zip(cases.ROWS, cases.labels_of(cases.ROWS), strict=True)]
+    batch, mask = cases.padded(ids), cases.padded([[1] * len(row) for row in ids])
+    out = model(
+        input_ids=batch,
+        attention_mask=mask,
+        pixel_values=views,
+        pixel_values_aux=aux,
+        labels=cases.padded(labels, -100),
+    )
+    close(out.logits[mask.bool()][::8], expected["logits"])
+    close(out.loss, expected["loss"][0])
+    places = batch == image
+    text = model.get_input_embeddings()(batch.masked_fill(places, 0))
+    merged = model.model.merge_image_features(text, places, features) / model.model.text_scale
+    close(merged[mask.bool()][::8], expected["inputs_embeds"])
+
+    for row, (start, end) in enumerate([(0, 2), (2, 3), (3, 3)]):
+        pixels = {"pixel_values": views[start:end], "pixel_values_aux": aux[start:end]} if end > start else {}
+        length = len(ids[row])
+        prompt = torch.tensor([ids[row]])
+        new = model.generate(
+            input_ids=prompt, **pixels, max_new_tokens=cases.NEW_TOKENS, do_sample=False, eos_token_id=None
+        )
+        assert new[0, length:].tolist() == expected["generated"][row].tolist()
+
+    export_original(tmp_path / "hf", tmp_path / "back")
+    before, after = (load_file(place / "model.safetensors") for place in (checkpoint, tmp_path / "back"))
+    assert before.keys() == after.keys() and all(torch.equal(tensor, after[name]) for name, tensor in before.items())

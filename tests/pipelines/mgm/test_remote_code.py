@@ -1,11 +1,13 @@
-"""A model directory with its own code loads where captune does not exist."""
+"""A model directory with its own code loads where captune does not exist: in a virtual environment without it."""
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
-import sys
+import sysconfig
+import venv
 from pathlib import Path
 
 import pytest
@@ -16,8 +18,8 @@ from pipelines.mgm.processing import MGMProcessor
 from pipelines.mgm.remote_code import add_remote_code
 
 SCRIPT = """
-import json, sys
-sys.modules["pipelines"] = None  # importing captune fails, as where it is not installed
+import importlib.util, json, sys
+assert not any(importlib.util.find_spec(name) for name in ("pipelines", "ray_jobs", "serve", "captune")), sys.path
 import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -36,17 +38,36 @@ print(json.dumps({"classes": [type(model).__module__, type(processor).__module__
 """
 
 
+@pytest.fixture
+def python(tmp_path: Path) -> Path:
+    """The interpreter of a new virtual environment that holds every installed package but captune's.
+
+    The packages are links: `.pth` files, which point to a checkout in an editable installation, are left out.
+    """
+    environment = tmp_path / "environment"
+    venv.create(environment, symlinks=True)
+    packages = next(environment.glob("lib/python*/site-packages"))
+    ours = ("pipelines", "ray_jobs", "serve", "captune", "__editable__")
+    for package in Path(sysconfig.get_path("purelib")).iterdir():
+        if not package.name.startswith(ours) and package.suffix != ".pth":
+            (packages / package.name).symlink_to(package)
+    return environment / "bin" / "python"
+
+
 @pytest.mark.heavy
-def test_loads_without_captune(model: MGMForConditionalGeneration, processor: MGMProcessor, tmp_path: Path) -> None:
+def test_loads_without_captune(
+    model: MGMForConditionalGeneration, processor: MGMProcessor, tmp_path: Path, python: Path
+) -> None:
     from PIL import Image
 
-    model.save_pretrained(tmp_path / "model")
-    processor.save_pretrained(tmp_path / "model")
-    add_remote_code(tmp_path / "model")
-    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    model.save_pretrained(tmp_path / "saved")
+    processor.save_pretrained(tmp_path / "saved")
+    add_remote_code(tmp_path / "saved")
+    shutil.move(tmp_path / "saved", tmp_path / "elsewhere")
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
     environment |= {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"}
     run = subprocess.run(
-        [sys.executable, "-c", SCRIPT, str(tmp_path / "model")],
+        [python, "-I", "-c", SCRIPT, str(tmp_path / "elsewhere")],  # -I: neither this folder nor variables count
         cwd=tmp_path,
         env=environment,
         capture_output=True,

@@ -1,0 +1,159 @@
+"""What runs in Ray's workers: decoding tasks, and the actor that holds one model replica."""
+
+from __future__ import annotations
+
+import io
+import json
+import random
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipelines.caption.config import CaptionConfig
+from pipelines.caption.pixels import PixelSpec
+from pipelines.caption.results import result_schema
+from pipelines.formats import error_kind
+from pipelines.images import BadImage, decode, read_bytes
+from pipelines.records import sample_id
+from pipelines.storage import is_remote
+
+if TYPE_CHECKING:
+    import numpy as np
+    import pyarrow as pa
+
+_FETCHERS = 16
+_EXAMPLES = 8
+"""Pictures of each batch that a person may see on the contact sheet."""
+
+
+class GuardTripped(Exception):
+    """A guard's limit is passed; ends the pass from inside, as only a failing task can."""
+
+
+def decode_batch(table: pa.Table, spec: PixelSpec, prompt_key: str = "") -> pa.Table:
+    """Index rows -> `sample_id`, `caption`, `prompt` and `pixels` (uint8 bytes of (3, H, W)), or `error` where there is no picture."""
+    import pyarrow as pa
+
+    rows = [row for row in table.to_pylist() if not row["skip"]]
+    if any(is_remote(row["image_uri"]) for row in rows):  # waiting for a far store is done together
+        with ThreadPoolExecutor(_FETCHERS) as pool:
+            decoded = list(pool.map(partial(_decoded, spec=spec, prompt_key=prompt_key), rows))
+    else:
+        decoded = [_decoded(row, spec, prompt_key) for row in rows]
+    return pa.Table.from_pylist(decoded, schema=_pixel_schema())
+
+
+def _decoded(row: dict[str, Any], spec: PixelSpec, prompt_key: str) -> dict[str, Any]:
+    found = {"sample_id": row["sample_id"], "caption": row["caption"]}
+    try:
+        found["prompt"] = _own_prompt(row, prompt_key)
+        picture = decode(_content(row), max_side=spec.draft_side)
+        return found | {"pixels": spec.pixels(picture).tobytes()}
+    except BadImage as problem:
+        return found | {"error": f"{problem} ({row['where']})"}
+
+
+def _content(row: dict[str, Any]) -> bytes:
+    """Encoded bytes of an index row; a file that changed since the index was made must not get its old content's key."""
+    if row["image"] is not None:
+        return bytes(row["image"])
+    data = read_bytes(row["image_uri"])
+    if sample_id(data, None, row["caption"]) != row["result_of"]:
+        raise BadImage(f"changed file: {row['image_uri']} is another picture than when this run began")
+    return data
+
+
+def _own_prompt(row: dict[str, Any], key: str) -> str | None:
+    prompt = json.loads(row["meta"]).get(key) if key else None
+    if prompt is None or isinstance(prompt, str):
+        return prompt
+    raise BadImage(f"bad row: its prompt '{key}' is a {type(prompt).__name__}, not a text")
+
+
+def _pixel_schema() -> pa.Schema:
+    import pyarrow as pa
+
+    texts = [(name, pa.string()) for name in ("sample_id", "caption", "prompt", "error")]
+    return pa.schema([*texts, ("pixels", pa.large_binary())])
+
+
+class Captioner:
+    """One model replica in a Ray actor.
+
+    Args:
+        tally: handle of the `Tally` actor that counts this run.
+    """
+
+    def __init__(self, model: Path, spec: PixelSpec, config: CaptionConfig, tally: Any) -> None:
+        import torch
+        from transformers.utils import logging as transformers_logging
+
+        from pipelines.caption.engine import BlipCaptioner
+
+        transformers_logging.disable_progress_bar()
+        on_gpu = config.gpus_per_actor > 0
+        if not on_gpu:
+            torch.set_num_threads(max(1, round(config.cpus_per_actor)))
+        self._engine = BlipCaptioner(model, config, "cuda" if on_gpu else "cpu")
+        self._shape = (3, spec.height, spec.width)
+        self._tally, self._verdict = tally, None
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        """`decode_batch`'s table -> results.
+
+        Raises:
+            GuardTripped: what this run has seen so far passes a limit of the recipe.
+        """
+        import pyarrow as pa
+
+        self._heed()
+        rows = table.drop_columns("pixels").to_pylist()
+        pixels = self._pixels(table)
+        good = [row for row in rows if row["error"] is None]
+        captioned = self._engine.caption(
+            pixels,
+            [row["sample_id"] for row in good],
+            [row["prompt"] for row in good],
+            [row["caption"] for row in good],
+        )
+        for row, said in zip(good, captioned, strict=True):
+            row |= {"candidates": said.candidates, "scores": said.scores, "recaption": said.chosen, "error": said.error}
+        self._report(rows, good, pixels)
+        return pa.Table.from_pylist(rows, schema=result_schema())
+
+    def _pixels(self, table: pa.Table) -> np.ndarray:
+        """uint8 (B, 3, H, W) of the rows that have any."""
+        import numpy as np
+
+        found = [data for data in table.column("pixels").to_pylist() if data is not None]
+        return np.frombuffer(bytearray(b"".join(found)), np.uint8).reshape(-1, *self._shape)
+
+    def _report(self, rows: list[dict[str, Any]], good: list[dict[str, Any]], pixels: np.ndarray) -> None:
+        """Tell the tally; its answer is read before the next batch, so that nothing waits for it here."""
+        shown = random.sample(range(len(good)), min(_EXAMPLES, len(good)))
+        examples = [(_thumbnail(pixels[i]), good[i]["caption"], good[i].get("recaption")) for i in shown]
+        errors = [(error_kind(row["error"]), row["error"]) for row in rows if row["error"] is not None]
+        texts = [row["recaption"] for row in good if row.get("recaption") is not None]
+        self._verdict = self._tally.add.remote(texts, errors, examples)
+
+    def _heed(self) -> None:
+        import ray
+
+        if self._verdict is None:
+            return
+        try:
+            reason = ray.get(self._verdict)
+        except ray.exceptions.RayActorError:
+            return  # the tally's process died; it is started again, and captions matter more than counts
+        if reason:
+            raise GuardTripped(reason)
+
+
+def _thumbnail(pixels: np.ndarray) -> bytes:
+    """uint8 (3, H, W) -> JPEG."""
+    from PIL import Image
+
+    stream = io.BytesIO()
+    Image.fromarray(pixels.transpose(1, 2, 0)).save(stream, "JPEG", quality=80)
+    return stream.getvalue()
