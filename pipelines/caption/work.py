@@ -53,7 +53,8 @@ def caption_index(
         return  # nothing left: no need to load a model to learn that
     cluster = _largest_cluster()
     sizing = size_pass(config, cluster.get("CPU", 0.0), cluster.get("GPU", 0.0))
-    rows = rows_per_batch(config, spec.row_bytes, ray.cluster_resources().get("object_store_memory", 0.0))
+    store = ray.cluster_resources().get("object_store_memory", 0.0)
+    rows = rows_per_batch(config, total - done, sizing.max_actors, spec.row_bytes, store)
     tally = _beside_this_driver(total - done, config)
     progress = Progress(total, "caption", "images")
     with _quiet_data_context(results), Watch(tally, progress, done, sheet) as watch:

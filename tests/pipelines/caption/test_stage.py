@@ -19,7 +19,7 @@ from PIL import Image, UnidentifiedImageError
 
 from pipelines.caption import stage
 from pipelines.caption.config import CaptionConfig
-from pipelines.caption.sizing import size_pass
+from pipelines.caption.sizing import rows_per_batch, size_pass
 from pipelines.errors import UserError
 from pipelines.records import Record, iter_records
 
@@ -219,6 +219,16 @@ def test_every_wish_is_fitted_into_two_cpus(blip2: Path) -> None:
         size_pass(CaptionConfig(gpus_per_actor=1), 16, 0)
     with pytest.raises(UserError, match="at least 2 CPUs"):
         size_pass(CaptionConfig(), 1, 0)
+
+
+def test_batches_are_large_shared_and_small_enough() -> None:
+    """Eight decode batches travel together, unless rows are few, replicas many or the object store small."""
+    config = CaptionConfig(batch_size=32)
+    assert rows_per_batch(config, 1_000_000, 8, 150_528, 8e9) == 256
+    assert rows_per_batch(config, 1200, 2, 150_528, 8e9) == 150
+    assert rows_per_batch(config, 40, 2, 150_528, 8e9) == 32
+    assert rows_per_batch(config, 1_000_000, 2, 150_528, 200e6) == 83
+    assert rows_per_batch(config, 1_000_000, 2, 10**9, 200e6) == 1
 
 
 @pytest.fixture(scope="module")
