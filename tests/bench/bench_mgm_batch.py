@@ -1,6 +1,6 @@
 """One batch of 16 questions against 16 single calls of the same model: seconds and their ratio, measured in turn.
 
-python tests/bench/bench_mgm_batch.py [--model DIR] [--threads 2]
+python tests/bench/bench_mgm_batch.py [--model DIR] [--threads 2] [--tokens 8]
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=MODELS / "mgm")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--tokens", type=int, default=8, help="new tokens of every answer")
     parser.add_argument("--rounds", type=int, default=7)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -44,7 +45,7 @@ def main() -> None:
             processor_kwargs={"padding": True},
         )  # fmt: skip
         with torch.inference_mode():
-            return model.generate(**inputs, max_new_tokens=8, min_new_tokens=8, do_sample=False)
+            return model.generate(**inputs, max_new_tokens=args.tokens, min_new_tokens=args.tokens, do_sample=False)
 
     def seconds(work: Callable[[], object]) -> float:
         start = time.perf_counter()
@@ -59,7 +60,8 @@ def main() -> None:
     ratio = statistics.median(single / batch for single, batch in pairs)
     single, batch = (statistics.median(values) for values in zip(*pairs, strict=True))
     print(
-        f"{args.batch} single calls {single:.3f} s, one batch {batch:.3f} s: {ratio:.1f} times as fast ({args.threads} threads)"
+        f"{args.batch} single calls {single:.3f} s, one batch {batch:.3f} s: {ratio:.1f} times as fast "
+        f"({args.tokens} new tokens, {args.threads} threads)"
     )
 
 

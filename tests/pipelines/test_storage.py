@@ -123,7 +123,11 @@ def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[object]:
         monkeypatch.setenv(key, value)
     while socket.socket().connect_ex(("127.0.0.1", port)) and process.poll() is None:
         time.sleep(0.1)
-    yield fs.S3FileSystem(endpoint_override=os.environ["AWS_ENDPOINT_URL"], allow_bucket_creation=True)
+    yield fs.S3FileSystem(
+        endpoint_override=os.environ["AWS_ENDPOINT_URL"],
+        allow_bucket_creation=True,
+        allow_delayed_open=True,  # small files in one request: not every moto can put parts together
+    )
     process.kill()
 
 

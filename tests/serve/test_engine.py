@@ -73,7 +73,7 @@ def test_one_bad_request_does_not_hurt_the_batch(engine: Engine, picture: Pictur
     greedy = request("what does it say?", max_tokens=510)
     answers = engine.answer([good[0], request("long " * 200), request("<image>"), lost, good[1], greedy])
     assert [answers[0], answers[4]] == engine.answer(good)
-    assert "context length of 512" in str(answers[1].error)
+    assert "over the context of 512" in str(answers[1].error)
     assert "max_tokens 510 it exceeds the model's context of 512" in str(answers[5].error)
     assert "<image>" in str(answers[2].error)
     assert answers[3].error is not None
