@@ -1,6 +1,6 @@
 """One batch of 16 questions against 16 single calls of the same model: seconds and their ratio, measured in turn.
 
-python tests/bench/bench_mgm_batch.py [--model DIR] [--threads 2] [--tokens 8]
+python tests/bench/bench_mgm_batch.py [--model DIR] [--threads 2] [--tokens 16]
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=MODELS / "mgm")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--tokens", type=int, default=8, help="new tokens of every answer")
+    parser.add_argument("--tokens", type=int, default=16, help="new tokens of every answer")
     parser.add_argument("--rounds", type=int, default=7)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
