@@ -1,3 +1,5 @@
+"""A tiny random MGM and builders of what trains on it, for the tests of training and of adapters."""
+
 from __future__ import annotations
 
 import importlib.util
@@ -23,7 +25,7 @@ def _load(path: Path) -> ModuleType:
 @pytest.fixture(scope="session")
 def tiny() -> Any:
     """Builders of tiny models and data sets."""
-    return _load(Path(__file__).parent.parent / "train" / "tiny_mgm.py")
+    return _load(Path(__file__).parent / "train" / "tiny_mgm.py")
 
 
 @pytest.fixture(scope="session")
