@@ -176,8 +176,11 @@ def measure(root: Path, options: argparse.Namespace) -> None:
 
 def snapshot_at_half(output: Path, copy: Path, driver: subprocess.Popen[bytes]) -> None:
     while driver.poll() is None:
+        done = len(
+            list(output.glob("_work/checkpoint-*/*.parquet"))
+        )  # of which there are none before the index is whole
         files = len(list(output.glob("_work/index-*/*.parquet")))
-        if files and 2 * len(list(output.glob("_work/checkpoint-*/*.parquet"))) >= committed_files(output, files):
+        if done and 2 * done >= committed_files(output, files):
             return snapshot(output, copy)
         time.sleep(0.5)
     return None
