@@ -10,6 +10,7 @@ from typing import Any
 from pipelines.caption import checkpoint
 from pipelines.caption.config import CaptionConfig
 from pipelines.caption.pixels import PixelSpec
+from pipelines.caption.replica import load_engine
 from pipelines.formats import Dataset, Row, open_dataset
 from pipelines.images import BadImage, decode, read_bytes
 from pipelines.progress import clock
@@ -117,15 +118,9 @@ def _caption(model: Path, config: CaptionConfig, pixels: Any) -> dict[str, Any]:
     """Time and memory of the real model on the sample, after a first batch that warms it up."""
     import psutil
     import torch
-    from transformers.utils import logging as transformers_logging
 
-    from pipelines.caption.engine import BlipCaptioner
-
-    transformers_logging.disable_progress_bar()
     on_gpu = config.gpus_per_actor > 0 and torch.cuda.is_available()
-    if not on_gpu:
-        torch.set_num_threads(max(1, round(config.cpus_per_actor)))
-    engine = BlipCaptioner(model, config, "cuda" if on_gpu else "cpu")
+    engine = load_engine(model, config, on_gpu=on_gpu)
     engine.caption(pixels[: config.batch_size])
     started = time.perf_counter()
     engine.caption(pixels)

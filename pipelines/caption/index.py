@@ -27,10 +27,8 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 SMALLEST, LARGEST = 64, 1024
-_READERS, _REMOTE_READERS = (
-    4,
-    32,
-)  # reading and hashing both release the interpreter lock; far away, waiting is all there is
+# Reading and hashing both release the interpreter lock; far away, waiting is all there is.
+_READERS, _REMOTE_READERS = 4, 32
 _MAX_BYTES = 256 << 20
 
 

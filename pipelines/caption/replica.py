@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     import numpy as np
     import pyarrow as pa
 
+    from pipelines.caption.engine import BlipCaptioner
+
 _FETCHERS = 16
 _EXAMPLES = 8
 """Pictures of each batch that a person may see on the contact sheet."""
@@ -78,6 +80,19 @@ def _pixel_schema() -> pa.Schema:
     return pa.schema([*texts, ("pixels", pa.large_binary())])
 
 
+def load_engine(model: Path, config: CaptionConfig, *, on_gpu: bool) -> BlipCaptioner:
+    """The engine as a replica runs it: on the GPU that it sees, or with the threads that the recipe gives it."""
+    import torch
+    from transformers.utils import logging as transformers_logging
+
+    from pipelines.caption.engine import BlipCaptioner
+
+    transformers_logging.disable_progress_bar()
+    if not on_gpu:
+        torch.set_num_threads(max(1, round(config.cpus_per_actor)))
+    return BlipCaptioner(model, config, "cuda" if on_gpu else "cpu")
+
+
 class Captioner:
     """One model replica in a Ray actor.
 
@@ -86,16 +101,7 @@ class Captioner:
     """
 
     def __init__(self, model: Path, spec: PixelSpec, config: CaptionConfig, tally: Any) -> None:
-        import torch
-        from transformers.utils import logging as transformers_logging
-
-        from pipelines.caption.engine import BlipCaptioner
-
-        transformers_logging.disable_progress_bar()
-        on_gpu = config.gpus_per_actor > 0
-        if not on_gpu:
-            torch.set_num_threads(max(1, round(config.cpus_per_actor)))
-        self._engine = BlipCaptioner(model, config, "cuda" if on_gpu else "cpu")
+        self._engine = load_engine(model, config, on_gpu=config.gpus_per_actor > 0)
         self._shape = (3, spec.height, spec.width)
         self._tally, self._verdict = tally, None
 

@@ -104,9 +104,9 @@ class MGMModel(MGMPreTrainedModel):
         self.uni_value = MGMUniProjector(width_aux, width)
         self.multi_modal_projector = build_projector(config)
         self.language_model = AutoModel.from_config(config.text_config)
+        _keep_freed_memory()
         # Old Gemma multiplied *all* inputs_embeds by sqrt(hidden_size), so the original's image features were trained
         # to be scaled too. Today the embedding layer scales only what it looks up. Read once: PEFT may wrap the layer.
-        _keep_freed_memory()
         self.text_scale = float(getattr(self.language_model.get_input_embeddings(), "scalar_embed_scale", 1.0))
         self.post_init()
 
@@ -147,9 +147,8 @@ class MGMModel(MGMPreTrainedModel):
 
     def _slice_features(self, pixel_values: torch.Tensor, pixel_values_aux: torch.Tensor) -> torch.Tensor:
         tokens, positions = self.encode_images(pixel_values, pixel_values_aux)
-        here = (
-            positions.device
-        )  # with a device map the modules may lie apart, or on disk, where only calling them helps
+        # With a device map the modules may lie apart, or on disk, where only calling them helps.
+        here = positions.device
         fold = all(module.foldable_on(here) for module in (self.uni_key, self.uni_value))
         mine = mine_patch_info_folded if fold else mine_patch_info
         mined = mine(self.uni_query(tokens).to(here), positions, self.uni_key, self.uni_value)
