@@ -18,6 +18,8 @@ def ray_cluster() -> Iterator[None]:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "0")
     os.environ.setdefault("RAY_DATA_LOG_LEVEL", "WARNING")
+    # A local cluster ends a worker process that was idle for a second, and the next short task waits for a new Python to start.
+    os.environ.setdefault("RAY_idle_worker_killing_time_threshold_ms", "30000")
     import ray
 
     quiet_libraries()

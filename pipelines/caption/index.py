@@ -1,7 +1,8 @@
 """First pass: every row of the dataset once, with its content key, as Parquet that the captioning pass reads and resumes from.
 
-One index file is one unit of work: what is in flight when a run is killed is captioned again. Files start small, so that a small dataset still
-resumes finely, and grow with the dataset, so that a large one does not drown in files.
+One index file is one unit of work: what is in flight when a run is killed is captioned again. Files grow with the dataset, so that a
+large one does not drown in files, and are captioned last ones first: the small ones at the end leave no replica waiting long for
+another (guided self-scheduling, Polychronopoulos and Kuck 1987).
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ from pipelines.storage import is_remote
 if TYPE_CHECKING:
     import pyarrow as pa
 
-SMALLEST, LARGEST = 64, 1024
+SMALLEST, LARGEST = 32, 512
+_PART = 16  # a file holds this part of the rows before it
 # Reading and hashing both release the interpreter lock; far away, waiting is all there is.
 _READERS, _REMOTE_READERS = 4, 32
 _MAX_BYTES = 256 << 20
@@ -64,7 +66,7 @@ def build_index(dataset: Dataset, directory: Path) -> None:
     with progress, ThreadPoolExecutor(threads) as readers:
         rows = dataset.rows()
         number = 0
-        while chunk := _next_chunk(rows, min(max(SMALLEST, progress.done // 64), LARGEST)):
+        while chunk := _next_chunk(rows, min(max(SMALLEST, progress.done // _PART), LARGEST)):
             entries = [
                 _entry(row, record, seen) for row, record in zip(chunk, readers.map(to_record, chunk), strict=True)
             ]

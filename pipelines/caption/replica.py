@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import random
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from pipelines.caption.config import CaptionConfig
 from pipelines.caption.pixels import PixelSpec
 from pipelines.caption.results import result_schema
+from pipelines.caption.shared import SharedEngine
 from pipelines.formats import error_kind
 from pipelines.images import BadImage, decode, read_bytes
 from pipelines.records import sample_id
@@ -35,25 +37,50 @@ class GuardTripped(Exception):
 
 def decode_batch(table: pa.Table, spec: PixelSpec, prompt_key: str = "") -> pa.Table:
     """Index rows -> `sample_id`, `caption`, `prompt` and `pixels` (uint8 bytes of (3, H, W)), or `error` where there is no picture."""
-    import pyarrow as pa
+    import numpy as np
 
     rows = [row for row in table.to_pylist() if not row["skip"]]
+    pixels = np.zeros((len(rows), 3, spec.height, spec.width), np.uint8)
+    decode_row = partial(_decode_row, spec=spec, prompt_key=prompt_key)
     if any(is_remote(row["image_uri"]) for row in rows):  # waiting for a far store is done together
         with ThreadPoolExecutor(_FETCHERS) as pool:
-            decoded = list(pool.map(partial(_decoded, spec=spec, prompt_key=prompt_key), rows))
+            decoded = list(pool.map(decode_row, rows, pixels))
     else:
-        decoded = [_decoded(row, spec, prompt_key) for row in rows]
-    return pa.Table.from_pylist(decoded, schema=_pixel_schema())
+        decoded = list(map(decode_row, rows, pixels))
+    return _pixel_table(decoded, pixels)
 
 
-def _decoded(row: dict[str, Any], spec: PixelSpec, prompt_key: str) -> dict[str, Any]:
+def _decode_row(row: dict[str, Any], pixels: np.ndarray, spec: PixelSpec, prompt_key: str) -> dict[str, Any]:
+    """Fill in `pixels`, uint8 (3, H, W), and say the rest."""
     found = {"sample_id": row["sample_id"], "caption": row["caption"]}
     try:
         found["prompt"] = _own_prompt(row, prompt_key)
-        picture = decode(_content(row), max_side=spec.draft_side)
-        return found | {"pixels": spec.pixels(picture).tobytes()}
+        pixels[:] = spec.pixels(decode(_content(row), max_side=spec.draft_side))
+        return found
     except BadImage as problem:
         return found | {"error": f"{problem} ({row['where']})"}
+
+
+def _pixel_table(rows: list[dict[str, Any]], pixels: np.ndarray) -> pa.Table:
+    """Rows beside their pixels, which are not copied; null where a row has an error."""
+    import pyarrow as pa
+
+    columns = ("sample_id", "caption", "prompt", "error")
+    table = pa.Table.from_pylist(rows, schema=pa.schema([(name, pa.string()) for name in columns]))
+    valid = pa.array([row.get("error") is None for row in rows], pa.bool_()).buffers()[1]
+    cells = pa.FixedSizeBinaryArray.from_buffers(
+        pa.binary(math.prod(pixels.shape[1:])), len(rows), [valid, pa.py_buffer(pixels)]
+    )
+    return table.append_column("pixels", cells)
+
+
+def _pixels_of(table: pa.Table, spec: PixelSpec) -> np.ndarray:
+    """uint8 (B, 3, H, W) of a `_pixel_table`, not copied either."""
+    import numpy as np
+
+    column = table["pixels"].combine_chunks()
+    flat = np.frombuffer(column.buffers()[1], np.uint8, len(column) * spec.row_bytes, column.offset * spec.row_bytes)
+    return flat.reshape(len(column), 3, spec.height, spec.width)
 
 
 def _content(row: dict[str, Any]) -> bytes:
@@ -73,13 +100,6 @@ def _own_prompt(row: dict[str, Any], key: str) -> str | None:
     raise BadImage(f"bad row: its prompt '{key}' is a {type(prompt).__name__}, not a text")
 
 
-def _pixel_schema() -> pa.Schema:
-    import pyarrow as pa
-
-    texts = [(name, pa.string()) for name in ("sample_id", "caption", "prompt", "error")]
-    return pa.schema([*texts, ("pixels", pa.large_binary())])
-
-
 def load_engine(model: Path, config: CaptionConfig, *, on_gpu: bool) -> BlipCaptioner:
     """The engine as a replica runs it: on the GPU that it sees, or with the threads that the recipe gives it."""
     import torch
@@ -96,13 +116,16 @@ def load_engine(model: Path, config: CaptionConfig, *, on_gpu: bool) -> BlipCapt
 class Captioner:
     """One model replica in a Ray actor.
 
+    Several calls run at once, in threads of their own, and share the engine: while one batch is decoded, awaited or handed on, the
+    images of another are in the slots.
+
     Args:
         tally: handle of the `Tally` actor that counts this run.
     """
 
     def __init__(self, model: Path, spec: PixelSpec, config: CaptionConfig, tally: Any) -> None:
-        self._engine = load_engine(model, config, on_gpu=config.gpus_per_actor > 0)
-        self._shape = (3, spec.height, spec.width)
+        self._engine = SharedEngine(load_engine(model, config, on_gpu=config.gpus_per_actor > 0))
+        self._spec = spec
         self._tally, self._verdict = tally, None
 
     def __call__(self, table: pa.Table) -> pa.Table:
@@ -113,34 +136,27 @@ class Captioner:
         """
         import pyarrow as pa
 
+        from pipelines.caption.engine import Request
+
         self._heed()
         rows = table.drop_columns("pixels").to_pylist()
-        pixels = self._pixels(table)
-        good = [row for row in rows if row["error"] is None]
+        good = [
+            (row, image) for row, image in zip(rows, _pixels_of(table, self._spec), strict=True) if row["error"] is None
+        ]
         captioned = self._engine.caption(
-            pixels,
-            [row["sample_id"] for row in good],
-            [row["prompt"] for row in good],
-            [row["caption"] for row in good],
+            [Request(image, row["sample_id"], row["prompt"], row["caption"]) for row, image in good]
         )
-        for row, said in zip(good, captioned, strict=True):
+        for (row, _), said in zip(good, captioned, strict=True):
             row |= {"candidates": said.candidates, "scores": said.scores, "recaption": said.chosen, "error": said.error}
-        self._report(rows, good, pixels)
+        self._report(rows, good)
         return pa.Table.from_pylist(rows, schema=result_schema())
 
-    def _pixels(self, table: pa.Table) -> np.ndarray:
-        """uint8 (B, 3, H, W) of the rows that have any."""
-        import numpy as np
-
-        found = [data for data in table.column("pixels").to_pylist() if data is not None]
-        return np.frombuffer(bytearray(b"".join(found)), np.uint8).reshape(-1, *self._shape)
-
-    def _report(self, rows: list[dict[str, Any]], good: list[dict[str, Any]], pixels: np.ndarray) -> None:
+    def _report(self, rows: list[dict[str, Any]], good: list[tuple[dict[str, Any], np.ndarray]]) -> None:
         """Tell the tally; its answer is read before the next batch, so that nothing waits for it here."""
-        shown = random.sample(range(len(good)), min(_EXAMPLES, len(good)))
-        examples = [(_thumbnail(pixels[i]), good[i]["caption"], good[i].get("recaption")) for i in shown]
+        shown = random.sample(good, min(_EXAMPLES, len(good)))
+        examples = [(_thumbnail(image), row["caption"], row["recaption"]) for row, image in shown]
         errors = [(error_kind(row["error"]), row["error"]) for row in rows if row["error"] is not None]
-        texts = [row["recaption"] for row in good if row.get("recaption") is not None]
+        texts = [row["recaption"] for row, _ in good if row["recaption"] is not None]
         self._verdict = self._tally.add.remote(texts, errors, examples)
 
     def _heed(self) -> None:

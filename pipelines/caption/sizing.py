@@ -13,10 +13,8 @@ from pipelines.errors import UserError
 from pipelines.progress import say
 
 _FILTER = 1.0  # Ray Data's own checkpoint filter; not configurable there
-_REFILL = 8
-"""Batches that travel together: the engine fills a finished row's slot with the next image, so it wants more images than slots."""
-_SHARES = 4
-"""Batches for each replica at least, when rows are few."""
+_REFILL = 2
+"""Decode batches that are handed to the engine together."""
 _MAX_BATCH_BYTES = 256 << 20
 
 
@@ -61,16 +59,12 @@ def size_pass(config: CaptionConfig, cpus: float, gpus: float) -> Sizing:
     return Sizing(min(config.actors, most), most, min(config.cpus_per_actor, room / most), task_cpus)
 
 
-def rows_per_batch(config: CaptionConfig, rows: int, actors: int, row_bytes: int, store_bytes: float) -> int:
-    """Rows of pixels that travel to a replica together: several decode batches, as long as some such blocks fit the object store and
-    every replica gets some, so that they end together.
+def rows_per_batch(config: CaptionConfig, row_bytes: int, store_bytes: float) -> int:
+    """Rows of pixels that a replica takes together: whole decode batches, as long as some such blocks fit the object store.
 
     Args:
-        rows: rows to do.
-        actors: most replicas.
         row_bytes: of one image's pixels.
         store_bytes: object store of the whole cluster.
     """
     most = int(min(_MAX_BATCH_BYTES, store_bytes / 16) / row_bytes)
-    shared = max(config.batch_size, rows // (_SHARES * actors))
-    return max(min(_REFILL * config.batch_size, shared, most), 1)
+    return max(min(_REFILL * config.batch_size, most), 1)

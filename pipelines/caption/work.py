@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from ray.data import DataContext
 
 _READ = ["sample_id", "image", "image_uri", "caption", "meta", "where", "result_of", "skip"]
-_IN_FLIGHT = 2
-"""Batches sent to a replica: one that it works on and one that waits in its memory."""
+_AT_ONCE, _IN_FLIGHT = 3, 4
+"""Index files that a replica works on at once, so that its slots never wait for one's images; and with those that lie ready there."""
 _NAMED = re.compile(r"[\w.]*(Error|Exception|Tripped)\b.*:")
 _PATIENCE_SECONDS = 7200.0
 """A cluster that scales by itself may take long to find a GPU; a run without any progress for so long is a failed one."""
@@ -54,11 +54,11 @@ def caption_index(
     cluster = _largest_cluster()
     sizing = size_pass(config, cluster.get("CPU", 0.0), cluster.get("GPU", 0.0))
     store = ray.cluster_resources().get("object_store_memory", 0.0)
-    rows = rows_per_batch(config, total - done, sizing.max_actors, spec.row_bytes, store)
+    rows = rows_per_batch(config, spec.row_bytes, store)
     tally = _beside_this_driver(total - done, config)
     progress = Progress(total, "caption", "images")
     with _quiet_data_context(results), Watch(tally, progress, done, sheet) as watch:
-        files = [str(file) for file in index_files(index)]
+        files = [str(file) for file in reversed(index_files(index))]
         read = ray.data.read_parquet(files, columns=_READ, num_cpus=sizing.task_cpus, override_num_blocks=len(files))
         pixels = read.map_batches(
             decode_batch,  # type: ignore[arg-type]
@@ -75,7 +75,11 @@ def caption_index(
             num_cpus=sizing.actor_cpus,
             num_gpus=config.gpus_per_actor,
             compute=ActorPoolStrategy(
-                min_size=sizing.actors, max_size=sizing.max_actors, max_tasks_in_flight_per_actor=_IN_FLIGHT
+                min_size=sizing.actors,
+                max_size=sizing.max_actors,
+                max_tasks_in_flight_per_actor=_IN_FLIGHT,
+                max_concurrent_calls_per_actor=_AT_ONCE,
+                enable_true_multi_threading=True,
             ),
         )
         try:

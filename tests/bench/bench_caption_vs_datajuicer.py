@@ -132,7 +132,11 @@ def rate_of(side: str, work: Path, args: argparse.Namespace) -> float:
 
 def _run(side: str, work: Path, count: int, batch_size: int) -> float:
     command = [sys.executable, __file__, "--side", side, "--images", str(count), "--work", str(work)]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "RAY_worker_niceness": "0"}
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join(sys.path),
+        "RAY_worker_niceness": "0",  # the bare loop has none
+        "RAY_idle_worker_killing_time_threshold_ms": "30000",  # as `captune` sets it
+    }
     done = subprocess.run([*command, "--batch-size", str(batch_size)], capture_output=True, text=True, env=environment)
     if done.returncode:
         sys.exit(f"{side} failed:\n{done.stderr[-4000:]}")

@@ -53,7 +53,7 @@ def work(tmp_path: Path) -> Path:
 def test_index_is_small_files_in_order(work: Path) -> None:
     """One index file is one unit of work; the missing picture and the duplicate are not work."""
     tables = [pq.read_table(file) for file in index_files(work / "index")]
-    assert [len(table) for table in tables] == [64, 64, 23]
+    assert [len(table) for table in tables] == [32, 32, 32, 32, 23]
     rows = [row for table in tables for row in table.to_pylist()]
     assert [row["caption"] for row in rows] == [f"c{i}" for i in range(70)] + ["c3"] + [f"c{i}" for i in range(70, 150)]
     assert count_work(work / "index", Results(work, "f")) == (149, 0)

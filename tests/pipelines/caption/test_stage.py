@@ -221,14 +221,12 @@ def test_every_wish_is_fitted_into_two_cpus(blip2: Path) -> None:
         size_pass(CaptionConfig(), 1, 0)
 
 
-def test_batches_are_large_shared_and_small_enough() -> None:
-    """Eight decode batches travel together, unless rows are few, replicas many or the object store small."""
+def test_batches_are_whole_and_small_enough() -> None:
+    """Two decode batches go to the engine together, unless the object store is small."""
     config = CaptionConfig(batch_size=32)
-    assert rows_per_batch(config, 1_000_000, 8, 150_528, 8e9) == 256
-    assert rows_per_batch(config, 1200, 2, 150_528, 8e9) == 150
-    assert rows_per_batch(config, 40, 2, 150_528, 8e9) == 32
-    assert rows_per_batch(config, 1_000_000, 2, 150_528, 200e6) == 83
-    assert rows_per_batch(config, 1_000_000, 2, 10**9, 200e6) == 1
+    assert rows_per_batch(config, 150_528, 8e9) == 64
+    assert rows_per_batch(config, 150_528, 100e6) == 41
+    assert rows_per_batch(config, 10**9, 200e6) == 1
 
 
 @pytest.fixture(scope="module")

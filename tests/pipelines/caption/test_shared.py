@@ -1,0 +1,50 @@
+"""Callers in several threads share one engine: each gets its own captions, and an error ends its call and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pipelines.caption.config import CaptionConfig, DecodingConfig
+from pipelines.caption.engine import BlipCaptioner, Captioned, Request
+from pipelines.caption.shared import SharedEngine
+from pipelines.errors import WorkFailed
+
+
+def test_each_caller_gets_its_own_captions(blip2: Path) -> None:
+    """Twelve calls of different lengths from four threads, sampled: what the engine says of the same images in one go, in each caller's order."""
+    config = CaptionConfig(batch_size=4, max_new_tokens=8, decoding=DecodingConfig(method="sample"))
+    engine = BlipCaptioner(blip2, config)
+    noise = np.random.default_rng(7).integers(0, 256, (66, 3, 32, 32), dtype=np.uint8)
+    requests = [Request(pixels, f"id{row}") for row, pixels in enumerate(noise)]
+    found = dict(engine.captions(requests))
+    expected = [found[row] for row in range(len(requests))]
+    assert len({said.chosen for said in expected}) > 20
+
+    ends = np.cumsum(range(12))
+    shared = SharedEngine(engine)
+    with ThreadPoolExecutor(4) as callers:
+        answers = callers.map(shared.caption, [requests[end - size : end] for size, end in enumerate(ends)])
+    assert [said for answer in answers for said in answer] == expected
+
+
+def test_an_error_reaches_its_callers_and_the_next_call_is_served() -> None:
+    """A caller waiting for an engine that broke would wait for ever."""
+
+    class Fragile:
+        def captions(self, requests: Iterable[Request]) -> Iterator[tuple[int, Captioned]]:
+            for row, request in enumerate(requests):
+                if request.sample_id == "poison":
+                    raise WorkFailed("out of memory with a single image at once")
+                yield row, Captioned([], None, request.sample_id)
+
+    shared = SharedEngine(Fragile())  # type: ignore[arg-type]
+    pixels = np.zeros((3, 2, 2), np.uint8)
+    with pytest.raises(WorkFailed, match="single image"):
+        shared.caption([Request(pixels, "fine"), Request(pixels, "poison"), Request(pixels, "behind it")])
+    assert [said.chosen for said in shared.caption([Request(pixels, "later")])] == ["later"]
+    assert shared.caption([]) == []
