@@ -26,13 +26,19 @@ class Sizing:
         actors: model replicas at the start, and the fewest.
         max_actors: the most.
         actor_cpus: CPUs reserved by each; its thread count comes from the recipe. More threads than cores are far slower than one each.
-        task_cpus: CPUs reserved by each task that reads, decodes or writes.
+        task_cpus: CPUs reserved by each task that reads or writes.
+        decode_cpus: CPUs reserved by each task that decodes. Without GPUs they are a replica's, which tells Ray Data to make one
+            of both: pixels then never leave the process that captions them.
+        readers: most reading tasks at once; None for as many as fit. On few cores those of a resumed run, which have thousands
+            of finished files to pass over, would hold every core that a writer needs, and nothing would be committed before the end.
     """
 
     actors: int
     max_actors: int
     actor_cpus: float
     task_cpus: float
+    decode_cpus: float
+    readers: int | None
 
 
 def size_pass(config: CaptionConfig, cpus: float, gpus: float) -> Sizing:
@@ -56,7 +62,15 @@ def size_pass(config: CaptionConfig, cpus: float, gpus: float) -> Sizing:
         most = max(1, min(most, int(room / config.cpus_per_actor)))
     if most < wish:
         say(f"caption: {wish} actors do not fit {cpus:g} CPUs and {gpus:g} GPUs beside their feeders; using {most}")
-    return Sizing(min(config.actors, most), most, min(config.cpus_per_actor, room / most), task_cpus)
+    actor_cpus = min(config.cpus_per_actor, room / most)
+    return Sizing(
+        actors=min(config.actors, most),
+        max_actors=most,
+        actor_cpus=actor_cpus,
+        task_cpus=task_cpus,
+        decode_cpus=task_cpus if config.gpus_per_actor else actor_cpus,
+        readers=1 if task_cpus < 1 else None,
+    )
 
 
 def rows_per_batch(config: CaptionConfig, row_bytes: int, store_bytes: float) -> int:

@@ -59,12 +59,18 @@ def caption_index(
     progress = Progress(total, "caption", "images")
     with _quiet_data_context(results), Watch(tally, progress, done, sheet) as watch:
         files = [str(file) for file in reversed(index_files(index))]
-        read = ray.data.read_parquet(files, columns=_READ, num_cpus=sizing.task_cpus, override_num_blocks=len(files))
+        read = ray.data.read_parquet(
+            files,
+            columns=_READ,
+            num_cpus=sizing.task_cpus,
+            override_num_blocks=len(files),
+            concurrency=sizing.readers,
+        )
         pixels = read.map_batches(
             decode_batch,  # type: ignore[arg-type]
             batch_format="pyarrow",
             batch_size=config.batch_size,
-            num_cpus=sizing.task_cpus,
+            num_cpus=sizing.decode_cpus,
             fn_kwargs={"spec": spec, "prompt_key": config.prompt_key},
         )
         captions = pixels.map_batches(

@@ -59,14 +59,14 @@ def drive(data: str, output: str, model: str, cpus: int, log: str) -> None:
     over = threading.Event()
 
     def sample() -> None:
-        me, work = psutil.Process(), Path(output) / "_work"
+        me, committed = psutil.Process(), Committed(Path(output))
         with open(log, "w") as stream:
             while not over.wait(SAMPLE_SECONDS):
                 row = {
                     "time": time.time(),
                     "driver": me.memory_info().rss,
                     "store": object_store_bytes(),
-                    "files": sum(1 for _ in work.glob("checkpoint-*/*.parquet")),
+                    "rows": committed.rows(),
                 }
                 print(json.dumps(row), file=stream, flush=True)
 
@@ -77,6 +77,21 @@ def drive(data: str, output: str, model: str, cpus: int, log: str) -> None:
     run(data, Path(output), config)
     over.set()
     thread.join()
+
+
+class Committed:
+    """Rows that a run has committed; each of its checkpoint files is looked into once."""
+
+    def __init__(self, output: Path) -> None:
+        self._output, self._rows = output, dict[str, int]()
+
+    def rows(self) -> int:
+        import pyarrow.parquet as pq
+
+        for file in self._output.glob("_work/checkpoint-*/*.parquet"):
+            if file.name not in self._rows and not file.name.endswith(".pending.parquet"):
+                self._rows[file.name] = pq.read_metadata(file).num_rows
+        return sum(self._rows.values())
 
 
 def object_store_bytes() -> int:
@@ -107,8 +122,8 @@ def halves(log: Path, key: str) -> tuple[float, float]:
 
 def pass_of(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """From the first block on disk to the last: not the start of Ray and the model, and not the writing of records at the end."""
-    last = next(n for n, row in enumerate(rows) if row["files"] == max(row["files"] for row in rows))
-    return [row for row in rows[: last + 1] if row["files"]]
+    last = next(n for n, row in enumerate(rows) if row["rows"] == max(row["rows"] for row in rows))
+    return [row for row in rows[: last + 1] if row["rows"]]
 
 
 def snapshot(output: Path, copy: Path) -> None:
@@ -145,16 +160,16 @@ def measure(root: Path, options: argparse.Namespace) -> None:
         output, began = root / f"out-{label}", time.time()
         driver = start(root / label, output, model, options.cpus, root / f"{label}.jsonl")
         if label == "large":
-            snapshot_at_half(output, root / "half", driver)
+            snapshot_at_half(output, root / "half", rows, driver)
         assert driver.wait() == 0
         manifest = json.loads((output / "MANIFEST.json").read_text())
         assert manifest["captioned"] == manifest["rows_out"] == rows
         log = samples(root / f"{label}.jsonl")
-        captioning = [row["time"] for row in pass_of(log)]
+        first, *_, last = pass_of(log)
         per_row[label] = {
             "all": (time.time() - began) / rows,
             # from the first committed block on: without the start of Ray and the model, which no row pays for
-            "steady": (captioning[-1] - captioning[0]) / rows,
+            "steady": (last["time"] - first["time"]) / (last["rows"] - first["rows"]),
             "pass": manifest["caption_seconds"] / rows,
         }
         seconds = manifest["caption_seconds"]
@@ -174,24 +189,13 @@ def measure(root: Path, options: argparse.Namespace) -> None:
     resume(root, model, options)
 
 
-def snapshot_at_half(output: Path, copy: Path, driver: subprocess.Popen[bytes]) -> None:
+def snapshot_at_half(output: Path, copy: Path, rows: int, driver: subprocess.Popen[bytes]) -> None:
+    committed = Committed(output)
     while driver.poll() is None:
-        done = len(
-            list(output.glob("_work/checkpoint-*/*.parquet"))
-        )  # of which there are none before the index is whole
-        files = len(list(output.glob("_work/index-*/*.parquet")))
-        if done and 2 * done >= committed_files(output, files):
+        if 2 * committed.rows() >= rows:
             return snapshot(output, copy)
-        time.sleep(0.5)
+        time.sleep(SAMPLE_SECONDS)
     return None
-
-
-def committed_files(output: Path, index_files: int) -> int:
-    """Checkpoint files that the whole run will have, about: blocks of the index, joined into batches of 512 rows."""
-    import pyarrow.parquet as pq
-
-    rows = sum(pq.read_metadata(file).num_rows for file in output.glob("_work/index-*/*.parquet"))
-    return max(1, min(index_files, rows // 512))
 
 
 def resume(root: Path, model: Path, options: argparse.Namespace) -> None:
@@ -200,12 +204,12 @@ def resume(root: Path, model: Path, options: argparse.Namespace) -> None:
     if not half.exists():
         print("resume: the run was over before half of it could be seen")
         return
-    before = len(list(half.glob("_work/checkpoint-*/*.parquet")))
-    began = time.time()
+    committed = Committed(half)
+    before, began = committed.rows(), time.time()
     driver = start(root / "large", half, model, options.cpus, root / "half.jsonl")
-    while driver.poll() is None and len(list(half.glob("_work/checkpoint-*/*.parquet"))) <= before:
+    while driver.poll() is None and committed.rows() <= before:
         time.sleep(0.05)
-    print(f"resume with {before} blocks done: {time.time() - began:.1f} s until new captions are on disk")
+    print(f"resume with {before:,} rows done: {time.time() - began:.1f} s until new captions are on disk")
     assert driver.wait() == 0
     manifest = json.loads((half / "MANIFEST.json").read_text())
     assert manifest["captioned"] == options.rows, "the resumed run lost or doubled rows"

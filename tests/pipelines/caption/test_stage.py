@@ -213,7 +213,10 @@ def test_every_wish_is_fitted_into_two_cpus(blip2: Path) -> None:
     ):
         sizing = size_pass(wish, 2, 0)
         assert sizing.actors >= 1 and sizing.actors * sizing.actor_cpus + 1 + 2 * sizing.task_cpus <= 2
+        assert sizing.readers == 1, "reading tasks of a resumed run would leave the writers no core"
+        assert sizing.decode_cpus == sizing.actor_cpus, "Ray Data makes one of both only then"
     assert size_pass(CaptionConfig(actors=4), 16, 0).actors == 4
+    assert size_pass(CaptionConfig(gpus_per_actor=1), 16, 1).decode_cpus == 1
     assert size_pass(CaptionConfig(actors=4, gpus_per_actor=1), 16, 2).actors == 2
     with pytest.raises(UserError, match="gpus_per_actor"):
         size_pass(CaptionConfig(gpus_per_actor=1), 16, 0)
