@@ -27,10 +27,11 @@ class Sizing:
         max_actors: the most.
         actor_cpus: CPUs reserved by each; its thread count comes from the recipe. More threads than cores are far slower than one each.
         task_cpus: CPUs reserved by each task that reads or writes.
-        decode_cpus: CPUs reserved by each task that decodes. Without GPUs they are a replica's, which tells Ray Data to make one
-            of both: pixels then never leave the process that captions them.
-        readers: most reading tasks at once; None for as many as fit. On few cores those of a resumed run, which have thousands
-            of finished files to pass over, would hold every core that a writer needs, and nothing would be committed before the end.
+        decode_cpus: CPUs reserved by each task that decodes. Those of a replica, where several replicas share the cores, tell Ray Data to
+            make one of both: pixels then never leave the process that captions them. A single replica on the CPU is better fed
+            from outside, where decoding takes nothing from its interpreter.
+        feeders: most tasks that read, and most that decode, at once; None for as many as fit. On few cores those of a resumed run, which have
+            thousands of finished files to pass over, would hold every core that a writer needs, and nothing would be committed before the end.
     """
 
     actors: int
@@ -38,7 +39,7 @@ class Sizing:
     actor_cpus: float
     task_cpus: float
     decode_cpus: float
-    readers: int | None
+    feeders: int | None
 
 
 def size_pass(config: CaptionConfig, cpus: float, gpus: float) -> Sizing:
@@ -53,8 +54,8 @@ def size_pass(config: CaptionConfig, cpus: float, gpus: float) -> Sizing:
         raise UserError(
             f"caption.gpus_per_actor: a replica asks for {config.gpus_per_actor:g} GPU(s), the Ray cluster has {gpus:g}"
         )
-    task_cpus = 1.0 if cpus >= 8 else 0.25
-    room = cpus - _FILTER - 2 * task_cpus
+    task_cpus = 1.0 if cpus >= 8 else 0.125
+    room = cpus - _FILTER - 3 * task_cpus
     wish = most = max(config.actors, config.max_actors)
     if config.gpus_per_actor > 0:
         most = min(most, int(gpus / config.gpus_per_actor))
@@ -68,8 +69,8 @@ def size_pass(config: CaptionConfig, cpus: float, gpus: float) -> Sizing:
         max_actors=most,
         actor_cpus=actor_cpus,
         task_cpus=task_cpus,
-        decode_cpus=task_cpus if config.gpus_per_actor else actor_cpus,
-        readers=1 if task_cpus < 1 else None,
+        decode_cpus=actor_cpus if most > 1 and not config.gpus_per_actor else task_cpus,
+        feeders=1 if task_cpus < 1 else None,
     )
 
 

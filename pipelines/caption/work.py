@@ -46,7 +46,7 @@ def caption_index(
         WorkFailed: the pass broke off for good, or a guard stopped it; what is done is kept, and the same command continues.
     """
     import ray
-    from ray.data import ActorPoolStrategy
+    from ray.data import ActorPoolStrategy, TaskPoolStrategy
 
     total, done = count_work(index, results)
     if done >= total:
@@ -64,13 +64,14 @@ def caption_index(
             columns=_READ,
             num_cpus=sizing.task_cpus,
             override_num_blocks=len(files),
-            concurrency=sizing.readers,
+            concurrency=sizing.feeders,
         )
         pixels = read.map_batches(
             decode_batch,  # type: ignore[arg-type]
             batch_format="pyarrow",
             batch_size=config.batch_size,
             num_cpus=sizing.decode_cpus,
+            compute=TaskPoolStrategy(sizing.feeders) if sizing.decode_cpus < sizing.actor_cpus else None,
             fn_kwargs={"spec": spec, "prompt_key": config.prompt_key},
         )
         captions = pixels.map_batches(
