@@ -71,7 +71,8 @@ def decode(data: bytes, *, max_side: int | None = None) -> Image:
             if max_side is not None:
                 picture.draft("RGB", (max_side, max_side))
             picture.load()
-            return _to_rgb(ImageOps.exif_transpose(picture))
+            ImageOps.exif_transpose(picture, in_place=True)  # it would copy upright pictures too
+            return _to_rgb(picture)
     except BadImage:
         raise
     except UnidentifiedImageError:

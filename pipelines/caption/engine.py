@@ -14,7 +14,7 @@ import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import chain, islice
+from itertools import chain, islice, takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -163,10 +163,11 @@ class BlipCaptioner:
         return [found[row] for row in range(len(pixels))]
 
     @torch.inference_mode()
-    def captions(self, requests: Iterable[Request]) -> Iterator[tuple[int, Captioned]]:
+    def captions(self, requests: Iterable[Request | None]) -> Iterator[tuple[int, Captioned]]:
         """Caption a stream: `(position in the stream, result)` as each is finished, which is not the stream's order.
 
-        Slots stay full as long as the stream has more; at most `batch_size` requests are read ahead of those being decoded.
+        Slots stay full as long as the stream has more; at most `batch_size` requests are read ahead of those being decoded. A stream
+        that has nothing at the moment gives None: what is in the slots goes on, and the stream is asked again while anything does.
 
         Raises:
             WorkFailed: not even one image fits into the device's memory.
@@ -207,7 +208,7 @@ class BlipCaptioner:
             ).last_hidden_state
         return model.language_projection(queries.to(states.dtype))
 
-    def _finished(self, requests: Iterable[Request]) -> Iterator[tuple[int, _Open]]:
+    def _finished(self, requests: Iterable[Request | None]) -> Iterator[tuple[int, _Open]]:
         """Every request with all its candidates' tokens, or with an error; on out-of-memory, what is unfinished is taken up again."""
         opened: dict[int, _Open] = {}
         source = enumerate(requests)
@@ -220,7 +221,9 @@ class BlipCaptioner:
                     raise WorkFailed("caption: out of memory with a single image at once") from error
             self._halve()  # after the handler, whose exception keeps tensors alive
 
-    def _attempt(self, opened: dict[int, _Open], source: Iterator[tuple[int, Request]]) -> Iterator[tuple[int, _Open]]:
+    def _attempt(
+        self, opened: dict[int, _Open], source: Iterator[tuple[int, Request | None]]
+    ) -> Iterator[tuple[int, _Open]]:
         refused: list[int] = []
         rows = chain(list(opened), self._open(opened, source))
         batches = self._prefixes(opened, rows, refused)
@@ -236,18 +239,26 @@ class BlipCaptioner:
             yield row, opened.pop(row)
 
     @staticmethod
-    def _open(opened: dict[int, _Open], source: Iterator[tuple[int, Request]]) -> Iterator[int]:
+    def _open(opened: dict[int, _Open], source: Iterator[tuple[int, Request | None]]) -> Iterator[int | None]:
         for row, request in source:
+            if request is None:
+                yield None
+                continue
             identity = request.sample_id
             if identity is None:
                 identity = hashlib.blake2b(request.pixels.tobytes(), digest_size=16).hexdigest()
             opened[row] = _Open(request, identity)
             yield row
 
-    def _prefixes(self, opened: dict[int, _Open], rows: Iterator[int], refused: list[int]) -> Iterator[list[Prefix]]:
-        """Batches of images through the towers; a prompt that leaves no room for a caption is refused instead."""
+    def _prefixes(
+        self, opened: dict[int, _Open], rows: Iterator[int | None], refused: list[int]
+    ) -> Iterator[list[Prefix]]:
+        """Batches of images through the towers, empty ones where the stream has none; a prompt that leaves no room for a caption is refused instead."""
         queries = self.model.config.num_query_tokens
-        while batch := list(islice(rows, self.batch_size)):
+        for batch in _batches(rows, self.batch_size):
+            if not batch:
+                yield []
+                continue
             requests = [opened[row].request for row in batch]
             prompts = self._prompt_ids(
                 [self.config.prompt if each.prompt is None else each.prompt for each in requests]
@@ -273,14 +284,14 @@ class BlipCaptioner:
     def _decode(self, batches: Iterator[list[Prefix]], opened: dict[int, _Open]) -> Iterator[tuple[Job, list[int]]]:
         """Greedy decoding and sampling in slots; they are emptied and made longer when a longer prompt comes."""
         batch = next(batches, None)
-        while batch is not None:
+        while batch:
             slots = self._slots_for(max(prefix.length for prefix in batch))
             jobs = _Jobs(batch, batches, slots.prefix, self.config.candidates.count, opened)
             yield from slots.run(jobs)
             batch = jobs.left
 
     def _search(self, batches: Iterator[list[Prefix]], opened: dict[int, _Open]) -> Iterator[tuple[Job, list[int]]]:
-        for batch in batches:
+        for batch in takewhile(bool, batches):
             yield from beams.search(self.model, batch, self.config.decoding, self.config.candidates.count, self._ends)
 
     def _slots_for(self, prefix: int) -> Slots:
@@ -338,19 +349,34 @@ class _Jobs:
         self.left: list[Prefix] | None = None
         self._jobs = self._walk(batch, more, longest, count, opened)
 
-    def __iter__(self) -> Iterator[Job]:
+    def __iter__(self) -> Iterator[Job | None]:
         return self._jobs
 
     def _walk(
         self, batch: list[Prefix], more: Iterator[list[Prefix]], longest: int, count: int, opened: dict[int, _Open]
-    ) -> Iterator[Job]:
+    ) -> Iterator[Job | None]:
         for prefixes in chain([batch], more):
-            if max(prefix.length for prefix in prefixes) > longest:
+            if max((prefix.length for prefix in prefixes), default=0) > longest:
                 self.left = prefixes
                 return
+            if not prefixes:
+                yield None
             for prefix in prefixes:
                 done = opened[prefix.row].tokens  # of an attempt that ran out of memory
                 yield from (Job(prefix, candidate) for candidate in range(count) if candidate not in done)
+
+
+def _batches(rows: Iterator[int | None], size: int) -> Iterator[list[int]]:
+    """Rows in lists of `size`; shorter, even empty, where a None among them says that there are no more at the moment."""
+    batch: list[int] = []
+    for row in rows:
+        if row is not None:
+            batch.append(row)
+        if row is None or len(batch) == size:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
 
 
 @contextmanager

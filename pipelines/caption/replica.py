@@ -6,6 +6,8 @@ import io
 import json
 import math
 import random
+from collections import deque
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -24,11 +26,11 @@ if TYPE_CHECKING:
     import numpy as np
     import pyarrow as pa
 
-    from pipelines.caption.engine import BlipCaptioner
+    from pipelines.caption.engine import BlipCaptioner, Captioned
 
 _FETCHERS = 16
-_EXAMPLES = 8
-"""Pictures of each batch that a person may see on the contact sheet."""
+_EXAMPLES = 5
+"""Pictures of each batch that a person may see on the contact sheet; no more, as encoding them takes the engine's cores."""
 
 
 class GuardTripped(Exception):
@@ -125,7 +127,7 @@ class Captioner:
 
     def __init__(self, model: Path, spec: PixelSpec, config: CaptionConfig, tally: Any) -> None:
         self._engine = SharedEngine(load_engine(model, config, on_gpu=config.gpus_per_actor > 0))
-        self._spec = spec
+        self._spec, self._prompt_key, self._rows = spec, config.prompt_key, config.batch_size
         self._tally, self._verdict = tally, None
 
     def __call__(self, table: pa.Table) -> pa.Table:
@@ -134,8 +136,10 @@ class Captioner:
         Raises:
             GuardTripped: what this run has seen so far passes a limit of the recipe.
         """
-        import pyarrow as pa
+        return self._begin(table)()
 
+    def _begin(self, table: pa.Table) -> Callable[[], pa.Table]:
+        """Hand `decode_batch`'s table to the engine; the function that waits for its results."""
         from pipelines.caption.engine import Request
 
         self._heed()
@@ -143,9 +147,16 @@ class Captioner:
         good = [
             (row, image) for row, image in zip(rows, _pixels_of(table, self._spec), strict=True) if row["error"] is None
         ]
-        captioned = self._engine.caption(
+        coming = self._engine.submit(
             [Request(image, row["sample_id"], row["prompt"], row["caption"]) for row, image in good]
         )
+        return lambda: self._end(rows, good, coming.result())
+
+    def _end(
+        self, rows: list[dict[str, Any]], good: list[tuple[dict[str, Any], np.ndarray]], captioned: list[Captioned]
+    ) -> pa.Table:
+        import pyarrow as pa
+
         for (row, _), said in zip(good, captioned, strict=True):
             row |= {"candidates": said.candidates, "scores": said.scores, "recaption": said.chosen, "error": said.error}
         self._report(rows, good)
@@ -170,6 +181,21 @@ class Captioner:
             return  # the tally's process died; it is started again, and captions matter more than counts
         if reason:
             raise GuardTripped(reason)
+
+
+class DecodingCaptioner(Captioner):
+    """A replica that decodes too, where it shares its cores with whoever else would: pixels never leave its process."""
+
+    def __call__(self, table: pa.Table) -> Iterator[pa.Table]:  # type: ignore[override]
+        """Index rows -> results; the next images are decoded while those before them are captioned."""
+        begun: deque[Callable[[], pa.Table]] = deque()
+        for first in range(0, len(table), self._rows):
+            rows = table.slice(first, self._rows)
+            begun.append(self._begin(decode_batch(rows, self._spec, self._prompt_key)))
+            if len(begun) > 1:
+                yield begun.popleft()()
+        for end in begun:
+            yield end()
 
 
 def _thumbnail(pixels: np.ndarray) -> bytes:

@@ -48,6 +48,10 @@ class Results:
         self.shards.mkdir(parents=True, exist_ok=True)
         self.checkpoint.mkdir(parents=True, exist_ok=True)
 
+    def any(self) -> bool:
+        """Whether anything is committed."""
+        return bool(self._checkpoints())
+
     def ids(self) -> pa.ChunkedArray:
         """Ids with a committed result, an id perhaps more than once."""
         return self.table(["sample_id"])["sample_id"]

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
+from itertools import count
 from queue import Empty, SimpleQueue
 from threading import Thread
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from pipelines.caption.engine import BlipCaptioner, Captioned, Request
@@ -15,25 +16,19 @@ if TYPE_CHECKING:
 class _Call:
     """One caller's images, answered once the last of them is captioned."""
 
-    def __init__(self, count: int) -> None:
+    def __init__(self, requests: Sequence[Request]) -> None:
+        self.requests = requests
         self.answer: Future[list[Captioned]] = Future()
         self._found: dict[int, Captioned] = {}
-        self._count = count
 
     def deliver(self, place: int, said: Captioned) -> None:
         self._found[place] = said
-        if len(self._found) == self._count and not self.answer.done():
-            self.answer.set_result([self._found[place] for place in range(self._count)])
+        if len(self._found) == len(self.requests) and not self.answer.done():
+            self.answer.set_result([self._found[place] for place in range(len(self.requests))])
 
     def fail(self, error: BaseException) -> None:
         if not self.answer.done():
             self.answer.set_exception(error)
-
-
-class _Item(NamedTuple):
-    call: _Call
-    place: int
-    request: Request
 
 
 class SharedEngine:
@@ -45,42 +40,48 @@ class SharedEngine:
 
     def __init__(self, engine: BlipCaptioner) -> None:
         self._engine = engine
-        self._inbox: SimpleQueue[_Item] = SimpleQueue()
+        self._inbox: SimpleQueue[_Call] = SimpleQueue()
         Thread(target=self._serve, name="engine", daemon=True).start()
 
-    def caption(self, requests: Sequence[Request]) -> list[Captioned]:
-        """Captions of the requests, in their order; waits for them. Safe to call from several threads at once.
+    def submit(self, requests: Sequence[Request]) -> Future[list[Captioned]]:
+        """Captions of the requests to come, in their order. Safe to call from several threads at once.
 
-        Raises:
-            WorkFailed: not even one image fits into the device's memory; whatever else the engine raises, every caller it was working for gets.
+        The future's exceptions: `WorkFailed` when not even one image fits into the device's memory; whatever else the engine raises,
+        every caller it was working for gets.
         """
-        if not requests:
-            return []
-        call = _Call(len(requests))
-        for place, request in enumerate(requests):
-            self._inbox.put(_Item(call, place, request))
-        return call.answer.result()
+        call = _Call(requests)
+        if requests:
+            self._inbox.put(call)
+        else:
+            call.answer.set_result([])
+        return call.answer
 
     def _serve(self) -> None:
         while True:
-            taken: dict[int, _Item] = {}
+            taken: dict[int, tuple[_Call, int]] = {}
             first = self._inbox.get()
             try:
                 for number, said in self._engine.captions(self._stream(first, taken)):
-                    item = taken.pop(number)
-                    item.call.deliver(item.place, said)
+                    call, place = taken.pop(number)
+                    call.deliver(place, said)
             except BaseException as error:  # a thread that died would leave its callers waiting for ever
-                for item in taken.values():
-                    item.call.fail(error)
+                for call, _ in taken.values():
+                    call.fail(error)
 
-    def _stream(self, first: _Item, taken: dict[int, _Item]) -> Iterator[Request]:
-        """Requests as long as there are any; then the engine empties its slots, and the next stream begins."""
-        number, item = 0, first
+    def _stream(self, call: _Call, taken: dict[int, tuple[_Call, int]]) -> Iterator[Request | None]:
+        """Requests as they come in, None while there are none. The engine asks no more once its slots are empty; then the next stream begins."""
+        numbers = count()
         while True:
-            taken[number] = item
-            yield item.request
-            number += 1
-            try:
-                item = self._inbox.get_nowait()
-            except Empty:
-                return
+            for place, request in enumerate(call.requests):
+                taken[next(numbers)] = call, place
+                yield request
+            while (later := self._waiting()) is None:
+                next(numbers)
+                yield None
+            call = later
+
+    def _waiting(self) -> _Call | None:
+        try:
+            return self._inbox.get_nowait()
+        except Empty:
+            return None

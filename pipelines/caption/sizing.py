@@ -26,20 +26,21 @@ class Sizing:
         actors: model replicas at the start, and the fewest.
         max_actors: the most.
         actor_cpus: CPUs reserved by each; its thread count comes from the recipe. More threads than cores are far slower than one each.
-        task_cpus: CPUs reserved by each task that reads or writes.
-        decode_cpus: CPUs reserved by each task that decodes. Those of a replica, where several replicas share the cores, tell Ray Data to
-            make one of both: pixels then never leave the process that captions them. A single replica on the CPU is better fed
-            from outside, where decoding takes nothing from its interpreter.
+        task_cpus: CPUs reserved by each task that reads, decodes or writes.
+        decode_inside: decode in the replicas, where several of them share the cores: pixels then never leave the process that captions
+            them. A single replica on the CPU is better fed from outside, where decoding takes nothing from its interpreter, and so is a GPU.
         feeders: most tasks that read, and most that decode, at once; None for as many as fit. On few cores those of a resumed run, which have
             thousands of finished files to pass over, would hold every core that a writer needs, and nothing would be committed before the end.
+        writers: most tasks that write at once. Each of them is a process that takes a second of a core to start.
     """
 
     actors: int
     max_actors: int
     actor_cpus: float
     task_cpus: float
-    decode_cpus: float
+    decode_inside: bool
     feeders: int | None
+    writers: int | None
 
 
 def size_pass(config: CaptionConfig, cpus: float, gpus: float) -> Sizing:
@@ -69,8 +70,9 @@ def size_pass(config: CaptionConfig, cpus: float, gpus: float) -> Sizing:
         max_actors=most,
         actor_cpus=actor_cpus,
         task_cpus=task_cpus,
-        decode_cpus=actor_cpus if most > 1 and not config.gpus_per_actor else task_cpus,
+        decode_inside=most > 1 and not config.gpus_per_actor,
         feeders=1 if task_cpus < 1 else None,
+        writers=2 if task_cpus < 1 else None,
     )
 
 

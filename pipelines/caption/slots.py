@@ -1,7 +1,7 @@
 """Continuous batching: a fixed set of slots, each decoding one caption; a finished caption leaves and the next one takes its slot.
 
 So a short caption never waits for the longest of its batch (Yu et al. 2022, Orca). Shapes stay fixed, which lets a GPU replay one
-CUDA graph per step in place of thousands of launches; on a CPU the same code runs eagerly. When nothing is left to admit, the rest
+CUDA graph per step in place of thousands of launches; on a CPU the same code runs eagerly. While nothing is there to admit, the rest
 is moved together and the step shrinks with it.
 
 Shape legend: S slots, R slots of a step (the first R), T new tokens, Q query tokens, d hidden size.
@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any, Protocol
 
 import numpy as np
@@ -115,16 +114,22 @@ class Slots:
         self._reached = np.full(count, _IDLE)
         self._step = _Graphs(self._advance, device) if device.type == "cuda" else self._advance
 
-    def run(self, jobs: Iterable[Job]) -> Iterator[tuple[Job, list[int]]]:
-        """Decode every job; each comes back as it ends, with its tokens (the end token among them, if it came to one)."""
+    def run(self, jobs: Iterable[Job | None]) -> Iterator[tuple[Job, list[int]]]:
+        """Decode every job; each comes back as it ends, with its tokens (the end token among them, if it came to one).
+
+        None among the jobs says that there is none at the moment: the others go on, and jobs are asked for again while any does.
+        """
         self._jobs = [None] * self.count
         self._reached[:] = _IDLE
         waiting, more = iter(jobs), True
         while True:
-            if more:
-                more = self._refill(waiting)
-            else:
-                self._compact()
+            free = np.flatnonzero(self._reached < 0)
+            if len(free) >= self._granule:
+                new, more = self._next(waiting, len(free)) if more else ([], False)
+                if new:
+                    self._admit(new, free[: len(new)])
+                if len(new) < len(free):
+                    self._compact()
             rows = int(np.flatnonzero(self._reached >= 0).max(initial=-1)) + 1
             if not rows:
                 return
@@ -133,15 +138,19 @@ class Slots:
             self._reached += self._reached >= 0
             yield from self._finished(rows)
 
-    def _refill(self, jobs: Iterator[Job]) -> bool:
-        """Admit jobs once a group of slots is free; False when there are none left."""
-        free = np.flatnonzero(self._reached < 0)
-        if len(free) < self._granule:
-            return True
-        new = list(islice(jobs, len(free)))
-        if new:
-            self._admit(new, free[: len(new)])
-        return len(new) == len(free)
+    @staticmethod
+    def _next(jobs: Iterator[Job | None], most: int) -> tuple[list[Job], bool]:
+        """As many jobs as there are at the moment, and whether more may come."""
+        new: list[Job] = []
+        while len(new) < most:
+            try:
+                job = next(jobs)
+            except StopIteration:
+                return new, False
+            if job is None:
+                break
+            new.append(job)
+        return new, True
 
     def _admit(self, jobs: list[Job], slots: np.ndarray) -> None:
         prefixes = list({job.prefix.row: job.prefix for job in jobs}.values())

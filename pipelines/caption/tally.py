@@ -60,7 +60,7 @@ class Tally:
     def __init__(self, remaining: int, guards: GuardConfig) -> None:
         self._guards, self._remaining = guards, remaining
         self.rows, self.failed = 0, Counter[str]()
-        self._recent: deque[tuple[str | None, float]] = deque(maxlen=guards.window)  # caption and its repetition
+        self._recent = _Window(guards.window)
         self._moments: deque[tuple[float, int]] = deque([(time.monotonic(), 0)])
         self._last_error = ""
         self._stop = ""
@@ -73,10 +73,10 @@ class Tally:
         kinds = Counter(kind for kind, _ in errors)
         self.rows += len(texts) + len(errors)
         self.failed += kinds
-        mixed: list[tuple[str | None, float]] = [(text, repetition(text)) for text in texts]
-        mixed += [(None, 0.0)] * len(errors)
+        mixed = [*texts, *[None] * len(errors)]
         random.shuffle(mixed)  # a window that ends inside a batch must not hold its errors only
-        self._recent.extend(mixed)
+        for text in mixed:
+            self._recent.add(text)
         if errors:
             self._last_error = errors[-1][1]
         for example in examples:
@@ -89,8 +89,7 @@ class Tally:
 
     def live(self) -> Live:
         """How the run stands."""
-        texts = [text for text, _ in self._recent if text is not None]
-        words = [word for text in texts for word in text.lower().split()]
+        recent = self._recent
         while len(self._moments) > 2 and self._moments[-1][0] - self._moments[0][0] > _SPEED_SECONDS:
             self._moments.popleft()
         (since, before), now = self._moments[0], time.monotonic()
@@ -98,10 +97,10 @@ class Tally:
             rows=self.rows,
             failed=self.failed.total(),
             images_per_second=(self.rows - before) / max(now - since, 1e-9),
-            error_share=1 - len(texts) / len(self._recent) if self._recent else 0.0,
-            mean_words=len(words) / len(texts) if texts else 0.0,
-            lexical_diversity=len(set(words)) / len(words) if words else 0.0,
-            repetition=sum(share for _, share in self._recent) / len(texts) if texts else 0.0,
+            error_share=recent.failed / max(recent.rows, 1),
+            mean_words=recent.words / max(recent.captions, 1),
+            lexical_diversity=recent.unique_words / max(recent.words, 1),
+            repetition=recent.repetition / max(recent.captions, 1),
             stop=self._stop,
         )
 
@@ -118,18 +117,62 @@ class Tally:
             self._sheet[place] = example
 
     def _judge(self, live: Live) -> str:
-        guards, seen = self._guards, len(self._recent)
+        guards, seen = self._guards, self._recent.rows
         if seen < guards.min_rows:
             return ""
         if live.error_share > guards.max_error_share:
             return too_many_errors(live.error_share, seen, guards, self.failed, self._last_error)
         if live.repetition > guards.max_repetition:
-            text = max(self._recent, key=lambda pair: pair[1])[0]
             return (
                 f"the last {seen} captions repeat themselves: {live.repetition:.2f} of their two-word sequences, and "
-                f"caption.guards.max_repetition is {guards.max_repetition:g}; e.g. '{(text or '')[:120]}'"
+                f"caption.guards.max_repetition is {guards.max_repetition:g}; e.g. '{self._recent.most_repetitive()[:120]}'"
             )
         return ""
+
+
+class _Window:
+    """The last `size` rows. Sums go along with what enters and leaves, since every batch of every replica asks for them."""
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._rows: deque[tuple[str | None, list[str], float]] = (
+            deque()
+        )  # caption (None: failed), its words and repetition
+        self._words: Counter[str] = Counter()
+        self.captions = self.words = 0
+        self.repetition = 0.0
+
+    @property
+    def rows(self) -> int:
+        return len(self._rows)
+
+    @property
+    def failed(self) -> int:
+        return self.rows - self.captions
+
+    @property
+    def unique_words(self) -> int:
+        return len(self._words)
+
+    def add(self, text: str | None) -> None:
+        words = (text or "").lower().split()
+        self._rows.append((text, words, _repetition(words)))
+        self._count(self._rows[-1], 1)
+        if len(self._rows) > self._size:
+            self._count(self._rows.popleft(), -1)
+
+    def most_repetitive(self) -> str:
+        return max(self._rows, key=lambda row: row[2])[0] or ""
+
+    def _count(self, row: tuple[str | None, list[str], float], sign: int) -> None:
+        text, words, repeated = row
+        self.captions += sign * (text is not None)
+        self.words += sign * len(words)
+        self.repetition += sign * repeated
+        for word in words:
+            self._words[word] += sign
+            if not self._words[word]:
+                del self._words[word]
 
 
 def too_many_errors(share: float, rows: int, guards: GuardConfig, kinds: Counter[str], example: str) -> str:
@@ -143,7 +186,10 @@ def too_many_errors(share: float, rows: int, guards: GuardConfig, kinds: Counter
 
 def repetition(text: str) -> float:
     """Share of two-word sequences in a text that stand there more than once; Data-Juicer's `word_rep_ratio` at `rep_len` 2."""
-    words = text.lower().split()
+    return _repetition(text.lower().split())
+
+
+def _repetition(words: list[str]) -> float:
     pairs = Counter(zip(words, words[1:], strict=False))
     return sum(count for count in pairs.values() if count > 1) / max(pairs.total(), 1)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +14,7 @@ from pipelines.caption.config import CaptionConfig
 from pipelines.caption.finish import count_work
 from pipelines.caption.index import index_files
 from pipelines.caption.pixels import PixelSpec
-from pipelines.caption.replica import Captioner, decode_batch
+from pipelines.caption.replica import Captioner, DecodingCaptioner, decode_batch
 from pipelines.caption.results import Results
 from pipelines.caption.sizing import rows_per_batch, size_pass
 from pipelines.caption.tally import Tally
@@ -59,38 +60,53 @@ def caption_index(
     progress = Progress(total, "caption", "images")
     with _quiet_data_context(results), Watch(tally, progress, done, sheet) as watch:
         files = [str(file) for file in reversed(index_files(index))]
+        fused = sizing.decode_inside and not results.any()
         read = ray.data.read_parquet(
             files,
             columns=_READ,
-            num_cpus=sizing.task_cpus,
+            # with as many CPUs as a replica Ray Data reads inside it; its checkpoint filter, on a resumed run, would stand between
+            num_cpus=sizing.actor_cpus if fused else sizing.task_cpus,
             override_num_blocks=len(files),
-            concurrency=sizing.feeders,
+            concurrency=None if fused else sizing.feeders,
         )
-        pixels = read.map_batches(
-            decode_batch,  # type: ignore[arg-type]
-            batch_format="pyarrow",
-            batch_size=config.batch_size,
-            num_cpus=sizing.decode_cpus,
-            compute=TaskPoolStrategy(sizing.feeders) if sizing.decode_cpus < sizing.actor_cpus else None,
-            fn_kwargs={"spec": spec, "prompt_key": config.prompt_key},
+        pool = ActorPoolStrategy(
+            min_size=sizing.actors,
+            max_size=sizing.max_actors,
+            max_tasks_in_flight_per_actor=_IN_FLIGHT,
+            max_concurrent_calls_per_actor=_AT_ONCE,
+            enable_true_multi_threading=True,
         )
-        captions = pixels.map_batches(
-            Captioner,
-            fn_constructor_args=(model, spec, config, tally),
-            batch_format="pyarrow",
-            batch_size=rows,
-            num_cpus=sizing.actor_cpus,
-            num_gpus=config.gpus_per_actor,
-            compute=ActorPoolStrategy(
-                min_size=sizing.actors,
-                max_size=sizing.max_actors,
-                max_tasks_in_flight_per_actor=_IN_FLIGHT,
-                max_concurrent_calls_per_actor=_AT_ONCE,
-                enable_true_multi_threading=True,
-            ),
-        )
+        if sizing.decode_inside:
+            captions = read.map_batches(
+                DecodingCaptioner,
+                fn_constructor_args=(model, spec, config, tally),
+                batch_format="pyarrow",
+                batch_size=None,
+                num_cpus=sizing.actor_cpus,
+                compute=pool,
+            )
+        else:
+            pixels = read.map_batches(
+                decode_batch,  # type: ignore[arg-type]
+                batch_format="pyarrow",
+                batch_size=config.batch_size,
+                num_cpus=sizing.task_cpus,
+                compute=TaskPoolStrategy(sizing.feeders),
+                fn_kwargs={"spec": spec, "prompt_key": config.prompt_key},
+            )
+            captions = pixels.map_batches(
+                Captioner,
+                fn_constructor_args=(model, spec, config, tally),
+                batch_format="pyarrow",
+                batch_size=rows,
+                num_cpus=sizing.actor_cpus,
+                num_gpus=config.gpus_per_actor,
+                compute=pool,
+            )
         try:
-            captions.write_parquet(str(results.shards), ray_remote_args={"num_cpus": sizing.task_cpus})
+            captions.write_parquet(
+                str(results.shards), ray_remote_args={"num_cpus": sizing.task_cpus}, concurrency=sizing.writers
+            )
         except ray.exceptions.RayError as error:
             if not watch.stopped():
                 raise WorkFailed(
@@ -143,7 +159,9 @@ def _quiet_data_context(results: Results) -> Iterator[DataContext]:
     level = logger.level
     logger.setLevel(logging.WARNING)
     try:
-        with DataContext.current(context):
+        with DataContext.current(context), warnings.catch_warnings():
+            # a pass over one file cannot have two writers, and need not
+            warnings.filterwarnings("ignore", "The maximum number of concurrent tasks")
             yield context
     finally:
         logger.setLevel(level)

@@ -212,6 +212,11 @@ def test_tally_judges_the_window(ray_cluster: None) -> None:
     assert (live.rows, live.repetition, live.error_share, live.mean_words) == (300, 0, 0, 7)
     assert live.lexical_diversity == pytest.approx(6 / 700)
     assert "max_repetition is 0.6; e.g. 'the the the the'" in tally.add(["the the the the"] * 80, [], [])
+    live = tally.live()
+    assert (live.repetition, live.mean_words) == pytest.approx((0.8, 0.8 * 4 + 0.2 * 7)), (
+        "what left the window counts no longer"
+    )
+    assert live.lexical_diversity == pytest.approx(7 / (80 * 4 + 20 * 7))
     few = Tally(1000, GuardConfig(min_rows=50, window=100))
     assert few.add([], [("missing file", "missing file: x")] * 49, []) == ""
     assert "most by 'missing file'" in few.add([], [("missing file", "missing file: x")], [])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -83,6 +84,32 @@ def test_slots_come_and_go_without_a_trace(ending: Path) -> None:
         expected = expected or [reference(engine, request)[0] for request in stream]
         assert [tokens[0] for tokens in engine.generate(stream)] == expected
     assert len({len(tokens) for tokens in expected}) > 5, "captions of one length would prove nothing"
+
+
+@pytest.mark.parametrize("method", ["sample", "beam"])
+def test_a_stream_may_pause(ending: Path, method: str) -> None:
+    """Where a stream has nothing at the moment, slots go on with what is in them; the stream ends for the engine when they are empty."""
+    config = CaptionConfig(max_new_tokens=16, batch_size=4, decoding=DecodingConfig(method=method))
+    engine = BlipCaptioner(ending, config)
+    wanted = requests(12, PROMPTS)
+    expected = engine.caption(
+        np.stack([request.pixels for request in wanted]), [f"id{n}" for n in range(12)], PROMPTS * 3
+    )
+    asked = []
+
+    def slowly() -> Iterator[Request | None]:
+        yield from [*wanted[:3], None, None, *wanted[3:10], None, wanted[10]]
+        while True:
+            asked.append(len(asked))
+            yield None
+
+    found = dict(engine.captions(slowly()))
+    taken = [found[place].chosen for place in sorted(found)]
+    if method == "sample":
+        assert sorted(found) == [0, 1, 2, *range(5, 12), 13] and 1 < len(asked) <= 17
+        assert taken == [said.chosen for said in expected[:11]]
+    else:  # a batch is searched as a whole, so nothing goes on while the stream pauses
+        assert taken == [said.chosen for said in expected[: len(taken)]] and len(taken) >= 3
 
 
 def test_minimum_and_own_limits(ending: Path) -> None:

@@ -28,16 +28,18 @@ def test_each_caller_gets_its_own_captions(blip2: Path) -> None:
     ends = np.cumsum(range(12))
     shared = SharedEngine(engine)
     with ThreadPoolExecutor(4) as callers:
-        answers = callers.map(shared.caption, [requests[end - size : end] for size, end in enumerate(ends)])
-    assert [said for answer in answers for said in answer] == expected
+        answers = callers.map(shared.submit, [requests[end - size : end] for size, end in enumerate(ends)])
+    assert [said for answer in answers for said in answer.result()] == expected
 
 
 def test_an_error_reaches_its_callers_and_the_next_call_is_served() -> None:
     """A caller waiting for an engine that broke would wait for ever."""
 
     class Fragile:
-        def captions(self, requests: Iterable[Request]) -> Iterator[tuple[int, Captioned]]:
+        def captions(self, requests: Iterable[Request | None]) -> Iterator[tuple[int, Captioned]]:
             for row, request in enumerate(requests):
+                if request is None:
+                    return
                 if request.sample_id == "poison":
                     raise WorkFailed("out of memory with a single image at once")
                 yield row, Captioned([], None, request.sample_id)
@@ -45,6 +47,6 @@ def test_an_error_reaches_its_callers_and_the_next_call_is_served() -> None:
     shared = SharedEngine(Fragile())  # type: ignore[arg-type]
     pixels = np.zeros((3, 2, 2), np.uint8)
     with pytest.raises(WorkFailed, match="single image"):
-        shared.caption([Request(pixels, "fine"), Request(pixels, "poison"), Request(pixels, "behind it")])
-    assert [said.chosen for said in shared.caption([Request(pixels, "later")])] == ["later"]
-    assert shared.caption([]) == []
+        shared.submit([Request(pixels, "fine"), Request(pixels, "poison"), Request(pixels, "behind it")]).result(10)
+    assert [said.chosen for said in shared.submit([Request(pixels, "later")]).result(10)] == ["later"]
+    assert shared.submit([]).result(10) == []

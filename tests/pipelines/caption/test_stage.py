@@ -216,9 +216,11 @@ def test_every_wish_is_fitted_into_two_cpus(blip2: Path) -> None:
         assert sizing.actors >= 1 and sizing.actors * sizing.actor_cpus + 1 + 3 * sizing.task_cpus <= 2
         assert sizing.feeders == 1, "the reading tasks of a resumed run would leave the writers no core"
     two = size_pass(CaptionConfig(actors=2, cpus_per_actor=0.25), 2, 0)
-    assert (two.actors, two.decode_cpus) == (2, two.actor_cpus), "replicas that share cores decode for themselves"
+    assert two.actors == 2 and two.decode_inside, "replicas that share cores decode for themselves"
     assert size_pass(CaptionConfig(actors=4), 16, 0).actors == 4
-    assert size_pass(CaptionConfig(gpus_per_actor=1), 16, 1).decode_cpus == 1
+    assert not size_pass(CaptionConfig(actors=2, gpus_per_actor=0.5), 16, 1).decode_inside, (
+        "a GPU must not wait for its own decoding"
+    )
     assert size_pass(CaptionConfig(actors=4, gpus_per_actor=1), 16, 2).actors == 2
     with pytest.raises(UserError, match="gpus_per_actor"):
         size_pass(CaptionConfig(gpus_per_actor=1), 16, 0)
