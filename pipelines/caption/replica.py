@@ -127,7 +127,7 @@ class Captioner:
 
     def __init__(self, model: Path, spec: PixelSpec, config: CaptionConfig, tally: Any) -> None:
         self._engine = SharedEngine(load_engine(model, config, on_gpu=config.gpus_per_actor > 0))
-        self._spec, self._prompt_key, self._rows = spec, config.prompt_key, config.batch_size
+        self._spec = spec
         self._tally, self._verdict = tally, None
 
     def __call__(self, table: pa.Table) -> pa.Table:
@@ -185,6 +185,10 @@ class Captioner:
 
 class DecodingCaptioner(Captioner):
     """A replica that decodes too, where it shares its cores with whoever else would: pixels never leave its process."""
+
+    def __init__(self, model: Path, spec: PixelSpec, config: CaptionConfig, tally: Any) -> None:
+        super().__init__(model, spec, config, tally)
+        self._prompt_key, self._rows = config.prompt_key, config.batch_size
 
     def __call__(self, table: pa.Table) -> Iterator[pa.Table]:  # type: ignore[override]
         """Index rows -> results; the next images are decoded while those before them are captioned."""

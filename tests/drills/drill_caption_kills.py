@@ -1,10 +1,11 @@
 """Captioning under fire: -9 to replicas, worker processes, whole nodes and the driver, at random moments, then a count of ids.
 
-    python tests/drills/drill_caption_kills.py [--rows 20000] [--every 12] [--minutes 6] [--seed 0] [--record FILE]
+    python tests/drills/drill_caption_kills.py [--rows 20000] [--every 12] [--minutes 6] [--candidates 4] [--seed 0] [--record FILE]
 
-A real cluster of a head and two worker nodes on this machine captions `--rows` distinct JPEGs twice with the tests' tiny BLIP-2: once in
-peace, once while something is killed every `--every` seconds on average, until the work is done or `--minutes` are over. Held against each other: every id exactly
-once, no row lost, every caption the same. Prints what was killed and when; exit status 1 when a row differs.
+A real cluster of a head and two worker nodes on this machine captions `--rows` distinct JPEGs twice with the tests' tiny BLIP-2, which samples
+`--candidates` captions of each: once in peace, once while something is killed every `--every` seconds on average, until the work is done or
+`--minutes` are over. Held against each other: every id exactly once, no row lost, every caption and candidate the same. Prints what was killed
+and when; exit status 1 when a row differs.
 """
 
 from __future__ import annotations
@@ -39,10 +40,12 @@ os.environ |= {
 DRIVER = """
 import sys, ray, logging
 from pathlib import Path
-from pipelines.caption.config import CaptionConfig
+from pipelines.caption.config import CandidateConfig, CaptionConfig, DecodingConfig
 from pipelines.caption.stage import run
 ray.init(address=sys.argv[1], logging_level=logging.ERROR, log_to_driver=False)
 config = CaptionConfig(model=sys.argv[4], batch_size=16, max_new_tokens=16, actors=1, max_actors=2, cpus_per_actor=0.5)
+config.decoding = DecodingConfig(method="sample")
+config.candidates = CandidateConfig(count=int(sys.argv[5]), choose="random_any")
 config.guards.max_repetition = 1.0
 run(sys.argv[2], Path(sys.argv[3]), config)
 """
@@ -57,10 +60,10 @@ class Hunt:
         place: folder of dataset, model and outputs.
     """
 
-    def __init__(self, place: Path, seed: int) -> None:
+    def __init__(self, place: Path, candidates: int, seed: int) -> None:
         from ray.cluster_utils import Cluster
 
-        self.place, self.choose = place, random.Random(seed)
+        self.place, self.candidates, self.choose = place, candidates, random.Random(seed)
         head = {"num_cpus": 1, "object_store_memory": 150 << 20, "include_dashboard": False}
         self.cluster = Cluster(initialize_head=True, head_node_args=head)
         self.nodes = [self.cluster.add_node(**NODE) for _ in range(2)]
@@ -70,7 +73,8 @@ class Hunt:
 
     def start(self, output: str) -> subprocess.Popen[bytes]:
         """The command, as often as it takes."""
-        words = [self.cluster.address, str(self.place / "data"), str(self.place / output), str(self.place / "blip2")]
+        paths = [str(self.place / name) for name in ("data", output, "blip2")]
+        words = [self.cluster.address, *paths, str(self.candidates)]
         self.driver = subprocess.Popen(
             [sys.executable, "-c", DRIVER, *words],
             env={**os.environ, "PYTHONPATH": str(ROOT)},
@@ -165,6 +169,7 @@ def main() -> int:
     parser.add_argument("--rows", type=int, default=20_000)
     parser.add_argument("--every", type=float, default=12.0, help="seconds between kills, on average")
     parser.add_argument("--minutes", type=float, default=6.0, help="no more kills after so long")
+    parser.add_argument("--candidates", type=int, default=4, help="captions sampled of each image: how much work it is")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--record", type=Path, help="where to write what was killed and what came out, as JSON")
     options = parser.parse_args()
@@ -175,7 +180,7 @@ def main() -> int:
         place = Path(name)
         make_blip2(place / "blip2")
         write_rows(place / "data", options.rows, shard=2000)
-        hunt = Hunt(place, options.seed)
+        hunt = Hunt(place, options.candidates, options.seed)
         try:
             hunt.until_done("peace", lambda: time.sleep(0.2))
             peace = time.monotonic() - hunt.began
