@@ -136,9 +136,9 @@ class Captioner:
         Raises:
             GuardTripped: what this run has seen so far passes a limit of the recipe.
         """
-        return self._begin(table)()
+        return self._begin(table, self._engine.ticket())()
 
-    def _begin(self, table: pa.Table) -> Callable[[], pa.Table]:
+    def _begin(self, table: pa.Table, ticket: int) -> Callable[[], pa.Table]:
         """Hand `decode_batch`'s table to the engine; the function that waits for its results."""
         from pipelines.caption.engine import Request
 
@@ -148,7 +148,7 @@ class Captioner:
             (row, image) for row, image in zip(rows, _pixels_of(table, self._spec), strict=True) if row["error"] is None
         ]
         coming = self._engine.submit(
-            [Request(image, row["sample_id"], row["prompt"], row["caption"]) for row, image in good]
+            [Request(image, row["sample_id"], row["prompt"], row["caption"]) for row, image in good], ticket
         )
         return lambda: self._end(rows, good, coming.result())
 
@@ -191,11 +191,15 @@ class DecodingCaptioner(Captioner):
         self._prompt_key, self._rows = config.prompt_key, config.batch_size
 
     def __call__(self, table: pa.Table) -> Iterator[pa.Table]:  # type: ignore[override]
-        """Index rows -> results; the next images are decoded while those before them are captioned."""
+        """Index rows -> results; the next images are decoded while those before them are captioned.
+
+        Calls that came earlier go first, so that a file is committed, and safe from a kill, as soon as can be.
+        """
+        ticket = self._engine.ticket()
         begun: deque[Callable[[], pa.Table]] = deque()
         for first in range(0, len(table), self._rows):
             rows = table.slice(first, self._rows)
-            begun.append(self._begin(decode_batch(rows, self._spec, self._prompt_key)))
+            begun.append(self._begin(decode_batch(rows, self._spec, self._prompt_key), ticket))
             if len(begun) > 1:
                 yield begun.popleft()()
         for end in begun:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from itertools import count
-from queue import Empty, SimpleQueue
+from queue import Empty, PriorityQueue
 from threading import Thread
 from typing import TYPE_CHECKING
 
@@ -32,7 +32,7 @@ class _Call:
 
 
 class SharedEngine:
-    """A thread that captions whatever callers hand in, first come, first served.
+    """A thread that captions whatever callers hand in, the lowest ticket first and, of one ticket, first come, first served.
 
     Args:
         engine: nobody else may use it from now on.
@@ -40,10 +40,15 @@ class SharedEngine:
 
     def __init__(self, engine: BlipCaptioner) -> None:
         self._engine = engine
-        self._inbox: SimpleQueue[_Call] = SimpleQueue()
+        self._inbox: PriorityQueue[tuple[int, int, _Call]] = PriorityQueue()
+        self._tickets, self._order = count(), count()
         Thread(target=self._serve, name="engine", daemon=True).start()
 
-    def submit(self, requests: Sequence[Request]) -> Future[list[Captioned]]:
+    def ticket(self) -> int:
+        """A place in the queue, behind all that were given before."""
+        return next(self._tickets)
+
+    def submit(self, requests: Sequence[Request], ticket: int) -> Future[list[Captioned]]:
         """Captions of the requests to come, in their order. Safe to call from several threads at once.
 
         The future's exceptions: `WorkFailed` when not even one image fits into the device's memory; whatever else the engine raises,
@@ -51,7 +56,7 @@ class SharedEngine:
         """
         call = _Call(requests)
         if requests:
-            self._inbox.put(call)
+            self._inbox.put((ticket, next(self._order), call))
         else:
             call.answer.set_result([])
         return call.answer
@@ -59,7 +64,7 @@ class SharedEngine:
     def _serve(self) -> None:
         while True:
             taken: dict[int, tuple[_Call, int]] = {}
-            first = self._inbox.get()
+            first = self._inbox.get()[-1]
             try:
                 for number, said in self._engine.captions(self._stream(first, taken)):
                     call, place = taken.pop(number)
@@ -82,6 +87,6 @@ class SharedEngine:
 
     def _waiting(self) -> _Call | None:
         try:
-            return self._inbox.get_nowait()
+            return self._inbox.get_nowait()[-1]
         except Empty:
             return None

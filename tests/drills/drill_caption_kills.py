@@ -119,7 +119,10 @@ class Hunt:
         return self._kill_process(lambda name: "Captioner" in name)
 
     def _kill_worker(self) -> str:
-        return self._kill_process(lambda name: name.startswith("ray::") and "Captioner" not in name)
+        # a raylet dies with its agents, and nobody would replace that node: nodes die as nodes
+        return self._kill_process(
+            lambda name: name.startswith("ray::") and not ("Captioner" in name or "Agent" in name)
+        )
 
     def _kill_process(self, fits: Callable[[str], bool]) -> str:
         import psutil

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Event
 
 import numpy as np
 import pytest
@@ -28,7 +29,7 @@ def test_each_caller_gets_its_own_captions(blip2: Path) -> None:
     ends = np.cumsum(range(12))
     shared = SharedEngine(engine)
     with ThreadPoolExecutor(4) as callers:
-        answers = callers.map(shared.submit, [requests[end - size : end] for size, end in enumerate(ends)])
+        answers = callers.map(shared.submit, [requests[end - size : end] for size, end in enumerate(ends)], range(12))
     assert [said for answer in answers for said in answer.result()] == expected
 
 
@@ -47,6 +48,31 @@ def test_an_error_reaches_its_callers_and_the_next_call_is_served() -> None:
     shared = SharedEngine(Fragile())  # type: ignore[arg-type]
     pixels = np.zeros((3, 2, 2), np.uint8)
     with pytest.raises(WorkFailed, match="single image"):
-        shared.submit([Request(pixels, "fine"), Request(pixels, "poison"), Request(pixels, "behind it")]).result(10)
-    assert [said.chosen for said in shared.submit([Request(pixels, "later")]).result(10)] == ["later"]
-    assert shared.submit([]).result(10) == []
+        shared.submit([Request(pixels, "fine"), Request(pixels, "poison"), Request(pixels, "behind it")], 0).result(10)
+    assert [said.chosen for said in shared.submit([Request(pixels, "later")], 1).result(10)] == ["later"]
+    assert shared.submit([], 2).result(10) == []
+
+
+def test_earlier_tickets_go_first() -> None:
+    """A file's later images overtake those of files begun after it, or several files would all end, and be committed, late."""
+    seen: list[str | None] = []
+    begin = Event()
+
+    class Slow:
+        def captions(self, requests: Iterable[Request | None]) -> Iterator[tuple[int, Captioned]]:
+            begin.wait(10)
+            for row, request in enumerate(requests):
+                if request is None:
+                    return
+                seen.append(request.sample_id)
+                yield row, Captioned([], None, request.sample_id)
+
+    shared = SharedEngine(Slow())  # type: ignore[arg-type]
+    pixels = np.zeros((3, 2, 2), np.uint8)
+    first, second = shared.ticket(), shared.ticket()
+    coming = [shared.submit([Request(pixels, "first file")], first)]
+    coming += [shared.submit([Request(pixels, f"second file {n}")], second) for n in range(2)]
+    coming += [shared.submit([Request(pixels, f"first file {n}")], first) for n in range(2)]
+    begin.set()
+    assert all(answer.result(10) for answer in coming)
+    assert seen == ["first file", "first file 0", "first file 1", "second file 0", "second file 1"]
