@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 import warnings
 from collections.abc import Iterator
@@ -28,6 +29,9 @@ if TYPE_CHECKING:
 _READ = ["sample_id", "image", "image_uri", "caption", "meta", "where", "result_of", "skip"]
 _AT_ONCE, _IN_FLIGHT = 3, 4
 """Index files that a replica works on at once, so that its slots never wait for one's images; and with those that lie ready there."""
+# A driver that was killed keeps its share of the cluster until its request expires, and Ray Data divides whole CPUs among all requests: after
+# a few kills nothing would be left for the writers of the run that continues. Requests are renewed every ten seconds. Ray reads this on import.
+os.environ.setdefault("RAY_DATA_AUTOSCALING_REQUEST_EXPIRE_TIME_S", "30")
 _NAMED = re.compile(r"[\w.]*(Error|Exception|Tripped)\b.*:")
 _PATIENCE_SECONDS = 7200.0
 """A cluster that scales by itself may take long to find a GPU; a run without any progress for so long is a failed one."""
