@@ -17,14 +17,14 @@ from pipelines.caption.index import index_files
 from pipelines.caption.pixels import PixelSpec
 from pipelines.caption.replica import Captioner, DecodingCaptioner, decode_batch
 from pipelines.caption.results import Results
-from pipelines.caption.sizing import rows_per_batch, size_pass
+from pipelines.caption.sizing import Sizing, rows_per_batch, size_pass
 from pipelines.caption.tally import Tally
 from pipelines.caption.watch import Watch
 from pipelines.errors import WorkFailed
 from pipelines.progress import Progress
 
 if TYPE_CHECKING:
-    from ray.data import DataContext
+    from ray.data import DataContext, Dataset
 
 _READ = ["sample_id", "image", "image_uri", "caption", "meta", "where", "result_of", "skip"]
 _AT_ONCE, _IN_FLIGHT = 3, 4
@@ -51,15 +51,13 @@ def caption_index(
         WorkFailed: the pass broke off for good, or a guard stopped it; what is done is kept, and the same command continues.
     """
     import ray
-    from ray.data import ActorPoolStrategy, TaskPoolStrategy
+    from ray.data import ActorPoolStrategy
 
     total, done = count_work(index, results)
     if done >= total:
         return  # nothing left: no need to load a model to learn that
     cluster = _largest_cluster()
     sizing = size_pass(config, cluster.get("CPU", 0.0), cluster.get("GPU", 0.0))
-    store = ray.cluster_resources().get("object_store_memory", 0.0)
-    rows = rows_per_batch(config, spec.row_bytes, store)
     tally = _beside_this_driver(total - done, config)
     progress = Progress(total, "caption", "images")
     with _quiet_data_context(results), Watch(tally, progress, done, sheet) as watch:
@@ -80,33 +78,19 @@ def caption_index(
             max_concurrent_calls_per_actor=_AT_ONCE,
             enable_true_multi_threading=True,
         )
-        if sizing.decode_inside:
-            captions = read.map_batches(
-                DecodingCaptioner,
-                fn_constructor_args=(model, spec, config, tally),
-                batch_format="pyarrow",
-                batch_size=None,
-                num_cpus=sizing.actor_cpus,
-                compute=pool,
-            )
-        else:
-            pixels = read.map_batches(
-                decode_batch,  # type: ignore[arg-type]
-                batch_format="pyarrow",
-                batch_size=config.batch_size,
-                num_cpus=sizing.task_cpus,
-                compute=TaskPoolStrategy(sizing.feeders),
-                fn_kwargs={"spec": spec, "prompt_key": config.prompt_key},
-            )
-            captions = pixels.map_batches(
-                Captioner,
-                fn_constructor_args=(model, spec, config, tally),
-                batch_format="pyarrow",
-                batch_size=rows,
-                num_cpus=sizing.actor_cpus,
-                num_gpus=config.gpus_per_actor,
-                compute=pool,
-            )
+        source, batch = read, None
+        if not sizing.decode_inside:
+            source = _decoded(read, sizing, spec, config)
+            batch = rows_per_batch(config, spec.row_bytes, ray.cluster_resources().get("object_store_memory", 0.0))
+        captions = source.map_batches(
+            DecodingCaptioner if sizing.decode_inside else Captioner,
+            fn_constructor_args=(model, spec, config, tally),
+            batch_format="pyarrow",
+            batch_size=batch,
+            num_cpus=sizing.actor_cpus,
+            num_gpus=config.gpus_per_actor,
+            compute=pool,
+        )
         try:
             captions.write_parquet(
                 str(results.shards), ray_remote_args={"num_cpus": sizing.task_cpus}, concurrency=sizing.writers
@@ -120,6 +104,20 @@ def caption_index(
         raise WorkFailed(
             f"captioning stopped itself: {reason}. What is done is kept; put it right and the same command continues"
         )
+
+
+def _decoded(read: Dataset, sizing: Sizing, spec: PixelSpec, config: CaptionConfig) -> Dataset:
+    """Index rows -> pixels, in tasks beside the replicas."""
+    from ray.data import TaskPoolStrategy
+
+    return read.map_batches(
+        decode_batch,  # type: ignore[arg-type]
+        batch_format="pyarrow",
+        batch_size=config.batch_size,
+        num_cpus=sizing.task_cpus,
+        compute=TaskPoolStrategy(sizing.feeders),
+        fn_kwargs={"spec": spec, "prompt_key": config.prompt_key},
+    )
 
 
 def _largest_cluster() -> dict[str, float]:
