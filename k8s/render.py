@@ -11,8 +11,7 @@ import yaml
 
 from k8s import kustomize, needs
 from pipelines.errors import UserError
-from ray_jobs._options import recipe_yaml
-from ray_jobs.recipe import RECIPES, Recipe
+from ray_jobs.recipe import RECIPES, Recipe, recipe_yaml
 from serve.config import ServeConfig
 
 FOLDER = Path(__file__).parent

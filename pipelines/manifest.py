@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import platform
 import shutil
 import time
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.errors import UserError
+from pipelines.files import write_text
 
 MANIFEST = "MANIFEST.json"
 CLAIM = ".stage.json"
@@ -164,13 +164,7 @@ def read_json(path: Path) -> Any:
 
 def write_json(path: Path, value: Any) -> None:
     """Write JSON so that a reader sees the old file or the new one, never half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    with part.open("w") as stream:
-        stream.write(json.dumps(value, indent=1, default=_jsonable, ensure_ascii=False) + "\n")
-        stream.flush()
-        os.fsync(stream.fileno())
-    part.replace(path)
+    write_text(path, json.dumps(value, indent=1, default=_jsonable, ensure_ascii=False) + "\n")
 
 
 def _jsonable(value: Any) -> Any:
@@ -199,3 +193,17 @@ def _versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             continue  # an extra that this machine does not need
     return found
+
+
+def training_text(directory: Path) -> str:
+    """The column that the directory's own manifest names as training text; `recaption` after captune caption."""
+    if not (directory / MANIFEST).exists():
+        if (directory / CLAIM).exists():
+            raise UserError(
+                f"{directory}: its stage has not finished (there is no {MANIFEST}); run that stage again first"
+            )
+        return "caption"
+    manifest = read_json(directory / MANIFEST)
+    inputs = manifest.get("inputs", {})
+    named = manifest.get("text") or inputs.get("text") or inputs.get("config", {}).get("text")
+    return str(named) if named else ("recaption" if manifest.get("stage") == "caption" else "caption")

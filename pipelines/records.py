@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
 from pipelines.errors import UserError
+from pipelines.files import replacing
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -152,7 +153,5 @@ def write_shard(path: Path, records: list[Record]) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".parquet.part")
-    pq.write_table(pa.Table.from_pylist(list(records), schema=schema()), part, compression="zstd")
-    part.replace(path)
+    with replacing(path) as part:
+        pq.write_table(pa.Table.from_pylist(list(records), schema=schema()), part, compression="zstd")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import jsonargparse
 
 from pipelines.errors import UserError
-from ray_jobs.recipe import RECIPES, Recipe
+from ray_jobs.recipe import Recipe, recipe_chain, recipe_path
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
@@ -43,15 +43,6 @@ def parse(
     return Recipe(**{field.name: values[field.name] for field in fields(Recipe)}), values
 
 
-def recipe_yaml(recipe: Recipe) -> str:
-    """The resolved recipe, every default spelled out."""
-    from dataclasses import asdict
-
-    import yaml
-
-    return yaml.safe_dump(asdict(recipe), sort_keys=False, allow_unicode=True)
-
-
 def _with_recipe_path(argv: list[str]) -> list[str]:
     """Replace the name of a shipped recipe after `--config` by its path, preceded by the recipe that it is based on."""
     resolved: list[str] = []
@@ -61,40 +52,9 @@ def _with_recipe_path(argv: list[str]) -> list[str]:
         if option != "--config":
             resolved.append(word)
             continue
-        for path in _recipe_chain(recipe_path(name or next(words, ""))):
+        for path in recipe_chain(recipe_path(name or next(words, ""))):
             resolved += ["--config", str(path)]
     return resolved
-
-
-def _recipe_chain(path: Path) -> list[Path]:
-    """A recipe preceded by its `base`, and that one's: the keys of the later win."""
-    import yaml
-
-    chain = [path]
-    while True:
-        try:
-            content = yaml.safe_load(chain[0].read_text())
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise UserError(f"{chain[0]}: not valid YAML ({error})") from error
-        base = content.get("base") if isinstance(content, dict) else None
-        if base is None:
-            return chain
-        beside = chain[0].parent / base
-        found = beside if beside.is_file() else recipe_path(base)
-        if found in chain:
-            raise UserError(f"{path}: its `base` leads back to itself")
-        chain.insert(0, found)
-
-
-def recipe_path(name: str) -> Path:
-    """A recipe's file: a path as it is, or the name of a recipe that comes with captune."""
-    if Path(name).is_file():
-        return Path(name)
-    shipped = RECIPES / f"{name.removesuffix('.yaml')}.yaml"
-    if Path(name).name == name and shipped.is_file():
-        return shipped
-    known = ", ".join(sorted(path.stem for path in RECIPES.glob("*.yaml")))
-    raise UserError(f"{name}: no such recipe file (recipes that come with captune: {known})")
 
 
 def _plain(error: ValueError) -> str:

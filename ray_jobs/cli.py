@@ -51,7 +51,8 @@ def main(argv: list[str] | None = None) -> int:
         hint = f"; did you mean '{near[0]}'?" if near else ""
         print(f"captune: error: there is no command '{argv[0]}'{hint} (captune --help lists them)", file=sys.stderr)
         return 2
-    module = importlib.import_module(f"ray_jobs.{argv[0].replace('-', '_')}")
+    room = "k8s.command" if argv[0] == "k8s" else f"ray_jobs.{argv[0].replace('-', '_')}"
+    module = importlib.import_module(room)
     return guarded(module.main, argv[1:])
 
 

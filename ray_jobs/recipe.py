@@ -87,3 +87,43 @@ def _shipped(recipe: str | None) -> str | None:
     if recipe is None or Path(recipe).is_file() or not (RECIPES / recipe).is_file():
         return recipe
     return str(RECIPES / recipe)
+
+
+def recipe_yaml(recipe: Recipe) -> str:
+    """The resolved recipe, every default spelled out."""
+    from dataclasses import asdict
+
+    import yaml
+
+    return yaml.safe_dump(asdict(recipe), sort_keys=False, allow_unicode=True)
+
+
+def recipe_path(name: str) -> Path:
+    """A recipe's file: a path as it is, or the name of a recipe that comes with captune."""
+    if Path(name).is_file():
+        return Path(name)
+    shipped = RECIPES / f"{name.removesuffix('.yaml')}.yaml"
+    if Path(name).name == name and shipped.is_file():
+        return shipped
+    known = ", ".join(sorted(path.stem for path in RECIPES.glob("*.yaml")))
+    raise UserError(f"{name}: no such recipe file (recipes that come with captune: {known})")
+
+
+def recipe_chain(path: Path) -> list[Path]:
+    """A recipe preceded by its `base`, and that one's: the keys of the later win."""
+    import yaml
+
+    chain = [path]
+    while True:
+        try:
+            content = yaml.safe_load(chain[0].read_text())
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise UserError(f"{chain[0]}: not valid YAML ({error})") from error
+        base = content.get("base") if isinstance(content, dict) else None
+        if base is None:
+            return chain
+        beside = chain[0].parent / base
+        found = beside if beside.is_file() else recipe_path(base)
+        if found in chain:
+            raise UserError(f"{path}: its `base` leads back to itself")
+        chain.insert(0, found)

@@ -15,7 +15,7 @@ from functools import partial
 from pipelines.errors import UserError
 from pipelines.progress import clock, say
 from ray_jobs import _options, _start, cli
-from ray_jobs.recipe import Recipe
+from ray_jobs.recipe import Recipe, recipe_yaml
 
 
 def main(argv: list[str]) -> int:
@@ -52,7 +52,7 @@ def run(recipe: Recipe, *, restart: bool = False) -> None:
     root.mkdir(parents=True, exist_ok=True)
     if recipe.sample.out:
         write_world(recipe.sample.out, recipe.sample, restart=restart)
-    (root / "recipe.yaml").write_text(_options.recipe_yaml(recipe))
+    (root / "recipe.yaml").write_text(recipe_yaml(recipe))
     captions = root / "captions"
     caption.run(recipe.dataset, captions, recipe.caption, restart=restart)
     for arm, config in recipe.arms.items():
@@ -69,7 +69,7 @@ def _train_and_compare(recipe: Recipe, root: Path, seed: int, restart: bool) -> 
     from pipelines.evaluate import compare
     from pipelines.evaluate import stage as evaluate
     from pipelines.manifest import identity
-    from pipelines.train import loop
+    from pipelines.train import stage as loop
     from ray_jobs.evaluate import served
 
     evaluations = {}

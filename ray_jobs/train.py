@@ -21,7 +21,7 @@ def main(argv: list[str]) -> int:
         argv,
         _add_options,
     )
-    from pipelines.train import loop
+    from pipelines.train import stage as loop
 
     with _start.ray_cluster():
         loop.run(

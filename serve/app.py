@@ -24,9 +24,9 @@ from ray.serve import Application
 from starlette.exceptions import HTTPException
 
 from pipelines.errors import UserError, WorkFailed
+from pipelines.mgm.directory import check_model_directory
 from serve.api import ApiError, ChatRequest, completion, models, parse
 from serve.config import ServeConfig
-from serve.directory import check_model_directory
 from serve.gate import BatchGate
 
 _HEALTHY_WITHIN_S = 60.0

@@ -17,7 +17,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, LogitsProce
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from pipelines.mgm import register
-from serve.directory import check_model_directory
+from pipelines.mgm.directory import check_model_directory
 
 _DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

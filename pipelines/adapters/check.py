@@ -14,9 +14,10 @@ from typing import Any
 import torch
 
 from pipelines.adapters import probe
-from pipelines.adapters.files import CONFIG, NON_LORA, WEIGHTS, read_weights, towers_trained
 from pipelines.errors import UserError
+from pipelines.mgm.adapter import CONFIG, NON_LORA, WEIGHTS, read_weights, towers_trained
 from pipelines.mgm.convert_config import expected_shapes
+from pipelines.mgm.load import load_processor, load_skeleton
 
 _SHOWN = 3
 _TOWERS = {"CLIP": "model.vision_tower.", "ConvNeXt": "model.vision_tower_aux."}
@@ -53,21 +54,7 @@ def check_adapter(adapter: Path | str, model: Path | str) -> list[Verdict]:
     for path in (adapter, model):
         if not path.is_dir():
             raise UserError(f"{path}: no such directory")
-    return list(_adapter_verdicts(adapter, _skeleton(model)))
-
-
-def _skeleton(model: Path) -> Any:
-    """The model without memory for its weights: names, shapes and modules only."""
-    from transformers import AutoConfig
-
-    from pipelines.mgm.modeling import MGMForConditionalGeneration
-
-    try:
-        config = AutoConfig.from_pretrained(model)
-        with torch.device("meta"):
-            return MGMForConditionalGeneration(config)
-    except (ValueError, OSError, TypeError, AttributeError) as error:
-        raise UserError(f"{model}: not the configuration of an MGM ({error})") from error
+    return list(_adapter_verdicts(adapter, load_skeleton(model)))
 
 
 def _verdict(name: str, bad: list[str], good: str) -> Verdict:
@@ -81,13 +68,13 @@ def _verdict(name: str, bad: list[str], good: str) -> Verdict:
 
 def _model_verdicts(model: Path) -> Iterator[Verdict]:
     try:
-        skeleton = _skeleton(model)
+        skeleton = load_skeleton(model)
         tensors: dict[str, torch.Tensor] = {}
         for file in sorted(model.glob("*.safetensors")):
             tensors.update(read_weights(file))
         if not tensors:
             raise UserError(f"{model}: a model directory without weights (no *.safetensors)")
-        processor = probe.load_processor(model)
+        processor = load_processor(model)
     except (UserError, ValueError, OSError) as error:
         yield Verdict("files", False, str(error))
         return
@@ -166,7 +153,7 @@ def _tokenizer(config: Any, processor: Any) -> Verdict:
 
 
 def _behaviour(model: Path, processor: Any) -> Iterator[Verdict]:
-    from pipelines.train.step import load_base, quiet
+    from pipelines.mgm.load import load_base, quiet
 
     quiet()
     loaded = load_base(model, "float32")

@@ -17,13 +17,12 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from pipelines.adapters import probe
 from pipelines.adapters.config import MergeConfig
-from pipelines.adapters.files import WEIGHTS, has_lora, read_non_lora, read_weights, towers_trained
 from pipelines.errors import UserError, WorkFailed
 from pipelines.manifest import CLAIM, MANIFEST, identity, open_stage
+from pipelines.mgm.adapter import WEIGHTS, has_lora, read_non_lora, read_weights, towers_trained
+from pipelines.mgm.load import load_base, load_processor, quiet
+from pipelines.mgm.names import TOWERS
 from pipelines.progress import say
-from pipelines.train.step import load_base, quiet
-
-TOWERS = ("model.vision_tower.", "model.vision_tower_aux.")
 
 
 def run(
@@ -61,7 +60,7 @@ def run(
 
 def _merge(model: Path, adapter: Path, output: Path, config: MergeConfig) -> dict[str, Any]:
     dtype = stored_dtype(model) if config.dtype == "auto" else getattr(torch, config.dtype)
-    processor = probe.load_processor(model)
+    processor = load_processor(model)
     inputs = probe.batch(processor)
     tuned = with_adapter(model, adapter)
     expected = probe.logits(tuned, inputs)

@@ -2,22 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
 
 QUESTION = "What does the sign say?"
-
-
-def load_processor(path: Path | str) -> Any:
-    """The processor of a model directory."""
-    from transformers import AutoProcessor
-
-    from pipelines.mgm import register
-
-    register()
-    return AutoProcessor.from_pretrained(path)
 
 
 def noise_image(seed: int, side: int = 96) -> Any:

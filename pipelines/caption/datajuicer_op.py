@@ -31,9 +31,10 @@ from data_juicer.utils.mm_utils import (
 from loguru import logger
 from pydantic import PositiveInt
 
-from pipelines.caption import checkpoint
-from pipelines.caption.config import CandidateConfig, CaptionConfig, DecodingConfig
-from pipelines.caption.engine import BlipCaptioner, Captioned, Request
+from pipelines.blip2 import checkpoint
+from pipelines.blip2.config import CandidateConfig, DecodingConfig
+from pipelines.blip2.engine import BlipCaptioner, Captioned, Request
+from pipelines.caption.config import CaptionConfig
 from pipelines.images import BadImage, decode, read_bytes
 from pipelines.manifest import read_json
 

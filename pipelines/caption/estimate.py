@@ -7,9 +7,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from pipelines.caption import checkpoint
+from pipelines.blip2 import checkpoint
+from pipelines.blip2.pixels import PixelSpec
 from pipelines.caption.config import CaptionConfig
-from pipelines.caption.pixels import PixelSpec
 from pipelines.caption.replica import load_engine
 from pipelines.formats import Dataset, Row, open_dataset
 from pipelines.images import BadImage, decode, read_bytes

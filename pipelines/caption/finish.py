@@ -10,27 +10,15 @@ from typing import TYPE_CHECKING, Any
 from pipelines.caption.index import index_files
 from pipelines.caption.results import SCORES, Results
 from pipelines.errors import WorkFailed
+from pipelines.files import replacing
 from pipelines.formats import error_kind
 from pipelines.records import COLUMNS, schema
+from pipelines.text import Words
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
 _MAX_SHARD_BYTES = 512 << 20
-
-
-def count_work(index: Path, results: Results) -> tuple[int, int]:
-    """Index rows that the model has to see, and how many of them have a committed result."""
-    import pyarrow as pa
-    import pyarrow.compute as pc
-    import pyarrow.parquet as pq
-
-    tables = [pq.read_table(file, columns=["sample_id", "skip"]) for file in index_files(index)]
-    table = pa.concat_tables(tables)
-    ids = table.filter(pc.invert(table["skip"]))["sample_id"]
-    # all ids at once: the set that they are looked up in is built anew for each call
-    done = pc.sum(pc.is_in(ids, value_set=results.ids().combine_chunks())).as_py()
-    return len(ids), int(done or 0)
 
 
 def write_records(index: Path, results: Results, output: Path, rows_per_shard: int) -> dict[str, Any]:
@@ -116,9 +104,8 @@ class _ShardWriter:
         import pyarrow.parquet as pq
 
         path = self._output / f"part-{len(self.paths):05d}.parquet"
-        part = path.with_suffix(".parquet.part")
-        pq.write_table(pa.concat_tables(self._held), part, compression="zstd")
-        part.replace(path)
+        with replacing(path) as part:
+            pq.write_table(pa.concat_tables(self._held), part, compression="zstd")
         self.paths.append(path)
         self._held, self._rows, self._bytes = [], 0, 0
 
@@ -140,7 +127,7 @@ class _Facts:
         self.vanished = vanished
         self.rows = self.captioned = self.duplicates = 0
         self.failed: Counter[str] = Counter()
-        self._words = {"caption": _Words(), "recaption": _Words()}
+        self._words = {"caption": Words(), "recaption": Words()}
 
     def add(self, records: pa.Table) -> None:
         import pyarrow.compute as pc
@@ -161,25 +148,4 @@ class _Facts:
             "duplicates": self.duplicates,
             "vanished": self.vanished,
             "metrics": {name: words.summary() for name, words in self._words.items()},
-        }
-
-
-class _Words:
-    """Mean words and lexical diversity (unique words / words) of one text column, over rows without an error."""
-
-    def __init__(self) -> None:
-        self.texts = self.words = 0
-        self.unique: set[str] = set()
-
-    def add(self, texts: list[str | None]) -> None:
-        for text in texts:
-            words = (text or "").lower().split()
-            self.texts += 1
-            self.words += len(words)
-            self.unique.update(words)
-
-    def summary(self) -> dict[str, float]:
-        return {
-            "mean_words": round(self.words / self.texts, 4) if self.texts else 0.0,
-            "lexical_diversity": round(len(self.unique) / self.words, 4) if self.words else 0.0,
         }

@@ -16,10 +16,8 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipelines.caption.config import GuardConfig
-from pipelines.caption.tally import too_many_errors
-from pipelines.errors import UserError, WorkFailed
-from pipelines.formats import Dataset, Row, error_kind, to_record
+from pipelines.errors import UserError
+from pipelines.formats import Dataset, Row, to_record
 from pipelines.progress import Progress
 from pipelines.records import schema
 from pipelines.storage import is_remote
@@ -79,22 +77,12 @@ def build_index(dataset: Dataset, directory: Path) -> None:
     part.rename(directory)
 
 
-def refuse_useless_index(directory: Path, guards: GuardConfig) -> None:
-    """Stop before any model loads when so many rows have no picture that the dataset must be in the wrong place; the index is made anew next time.
-
-    Raises:
-        WorkFailed: the share of failed rows passes `guards.max_error_share`.
-    """
+def errors_of(directory: Path) -> list[str | None]:
+    """Each row's error, None where there is none."""
     import pyarrow.parquet as pq
 
     tables = (pq.read_table(file, columns=["error"]) for file in index_files(directory))
-    errors = [error for table in tables for error in table["error"].to_pylist()]
-    failed = [error for error in errors if error is not None]
-    if len(errors) >= guards.min_rows and len(failed) > guards.max_error_share * len(errors):
-        shutil.rmtree(directory)
-        kinds = Counter(error_kind(error) for error in failed)
-        reason = too_many_errors(len(failed) / len(errors), len(errors), guards, kinds, failed[0])
-        raise WorkFailed(f"{reason}. Nothing was captioned; put it right and run the same command again")
+    return [error for table in tables for error in table["error"].to_pylist()]
 
 
 def _next_chunk(rows: Iterator[Row], size: int) -> list[Row]:

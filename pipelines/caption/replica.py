@@ -13,10 +13,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipelines.blip2.pixels import PixelSpec
+from pipelines.blip2.shared import SharedEngine
 from pipelines.caption.config import CaptionConfig
-from pipelines.caption.pixels import PixelSpec
 from pipelines.caption.results import result_schema
-from pipelines.caption.shared import SharedEngine
 from pipelines.formats import error_kind
 from pipelines.images import BadImage, decode, read_bytes
 from pipelines.records import sample_id
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     import numpy as np
     import pyarrow as pa
 
-    from pipelines.caption.engine import BlipCaptioner, Captioned
+    from pipelines.blip2.engine import BlipCaptioner, Captioned
 
 _FETCHERS = 16
 _EXAMPLES = 5
@@ -107,7 +107,7 @@ def load_engine(model: Path, config: CaptionConfig, *, on_gpu: bool) -> BlipCapt
     import torch
     from transformers.utils import logging as transformers_logging
 
-    from pipelines.caption.engine import BlipCaptioner
+    from pipelines.blip2.engine import BlipCaptioner
 
     transformers_logging.disable_progress_bar()
     if not on_gpu:
@@ -140,7 +140,7 @@ class Captioner:
 
     def _begin(self, table: pa.Table, ticket: int) -> Callable[[], pa.Table]:
         """Hand `decode_batch`'s table to the engine; the function that waits for its results."""
-        from pipelines.caption.engine import Request
+        from pipelines.blip2.engine import Request
 
         self._heed()
         rows = table.drop_columns("pixels").to_pylist()

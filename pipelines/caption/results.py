@@ -7,6 +7,8 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipelines.caption.index import index_files
+from pipelines.files import replacing
 from pipelines.records import shard_paths
 
 if TYPE_CHECKING:
@@ -133,6 +135,19 @@ def _is_first_and_good(record: dict[str, Any]) -> bool:
 def _write(table: pa.Table, path: Path) -> None:
     import pyarrow.parquet as pq
 
-    part = path.with_suffix(".part")
-    pq.write_table(table, part)
-    part.replace(path)
+    with replacing(path) as part:
+        pq.write_table(table, part)
+
+
+def count_work(index: Path, results: Results) -> tuple[int, int]:
+    """Index rows that the model has to see, and how many of them have a committed result."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+    import pyarrow.parquet as pq
+
+    tables = [pq.read_table(file, columns=["sample_id", "skip"]) for file in index_files(index)]
+    table = pa.concat_tables(tables)
+    ids = table.filter(pc.invert(table["skip"]))["sample_id"]
+    # all ids at once: the set that they are looked up in is built anew for each call
+    done = pc.sum(pc.is_in(ids, value_set=results.ids().combine_chunks())).as_py()
+    return len(ids), int(done or 0)

@@ -19,13 +19,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from pipelines.caption import checkpoint
+from pipelines.blip2 import checkpoint
 from pipelines.caption.config import CaptionConfig
-from pipelines.caption.finish import count_work, write_records
-from pipelines.caption.index import build_index, refuse_useless_index
-from pipelines.caption.results import Results
-from pipelines.caption.sheet import SHEET
-from pipelines.caption.work import caption_index
+from pipelines.caption.dataflow import caption_index
+from pipelines.caption.finish import write_records
+from pipelines.caption.guards import refuse_useless
+from pipelines.caption.index import build_index, errors_of
+from pipelines.caption.results import Results, count_work
+from pipelines.caption.watch import SHEET
 from pipelines.errors import WorkFailed
 from pipelines.formats import Dataset, open_dataset
 from pipelines.manifest import StageOutput, fingerprint, identity, open_stage
@@ -82,7 +83,11 @@ def _caption(
         shutil.rmtree(stale)
     if not index.exists():
         build_index(dataset, index)
-        refuse_useless_index(index, config.guards)
+        try:
+            refuse_useless(errors_of(index), config.guards)
+        except WorkFailed:
+            shutil.rmtree(index)  # made anew when the files are where they should be
+            raise
     resumed = count_work(index, results)[1]
     started = time.monotonic()
     sheet = index.parent / SHEET

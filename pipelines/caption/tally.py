@@ -21,7 +21,8 @@ from collections import Counter, deque
 from dataclasses import dataclass
 from typing import Any
 
-from pipelines.caption.config import GuardConfig
+from pipelines.caption.guards import GuardConfig, too_many_errors
+from pipelines.text import _repetition
 
 _SHEET = 24
 _SPEED_SECONDS = 30.0
@@ -173,25 +174,6 @@ class _Window:
             self._words[word] += sign
             if not self._words[word]:
                 del self._words[word]
-
-
-def too_many_errors(share: float, rows: int, guards: GuardConfig, kinds: Counter[str], example: str) -> str:
-    """The guard's sentence."""
-    kind = kinds.most_common(1)[0][0]
-    return (
-        f"{100 * share:.0f} % of the last {rows} rows failed, most by '{kind}', and caption.guards.max_error_share is "
-        f"{guards.max_error_share:g}; e.g. {example[:200]}"
-    )
-
-
-def repetition(text: str) -> float:
-    """Share of two-word sequences in a text that stand there more than once; Data-Juicer's `word_rep_ratio` at `rep_len` 2."""
-    return _repetition(text.lower().split())
-
-
-def _repetition(words: list[str]) -> float:
-    pairs = Counter(zip(words, words[1:], strict=False))
-    return sum(count for count in pairs.values() if count > 1) / max(pairs.total(), 1)
 
 
 class _Metrics:

@@ -2,18 +2,35 @@
 
 from __future__ import annotations
 
+import base64
+import html
 import threading
 import time
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from pipelines.caption.sheet import write_sheet
-from pipelines.caption.tally import Live
+from pipelines.caption.tally import Example, Live
+from pipelines.files import write_text
 from pipelines.progress import Progress
 
+SHEET = "contact_sheet.html"
+"""The contact sheet: random pictures of a run with their old and new captions, in one HTML file that a browser refreshes by itself."""
 _POLL_SECONDS = 0.5
 _SHEET_SECONDS = 15.0
+
+_PAGE = """<!doctype html><meta charset="utf-8"><meta http-equiv="refresh" content="30"><title>captune: contact sheet</title>
+<style>
+body {{ font: 14px/1.4 system-ui, sans-serif; margin: 2rem; color: #222 }}
+main {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(220px, 1fr)); gap: 1.2rem }}
+figure {{ margin: 0 }} img {{ width: 100%; image-rendering: auto; border-radius: 4px }}
+del {{ color: #888; display: block }} .none {{ color: #b00 }}
+</style>
+<h1>{title}</h1><p>{notes}</p>
+<main>
+{figures}
+</main>
+"""
 
 
 class Watch:
@@ -80,3 +97,22 @@ class Watch:
             return ray.get(getattr(self._tally, what).remote(), timeout=30)
         except (ray.exceptions.RayError, TimeoutError):
             return None
+
+
+def write_sheet(path: Path, examples: list[Example], notes: str) -> None:
+    """Write the page; a reader sees the old one or the new one, never half of it."""
+    page = _PAGE.format(
+        title=f"{len(examples)} random captions, {time.strftime('%Y-%m-%d %H:%M:%S', time.gmtime())} UTC",
+        notes=html.escape(notes),
+        figures="\n".join(_figure(*example) for example in examples),
+    )
+    write_text(path, page)
+
+
+def _figure(jpeg: bytes, before: str, after: str | None) -> str:
+    text = html.escape(after) if after is not None else '<span class="none">no caption</span>'
+    picture = base64.b64encode(jpeg).decode()
+    return (
+        f'<figure><img src="data:image/jpeg;base64,{picture}" alt=""><figcaption>{text}'
+        f"<del>{html.escape(before)}</del></figcaption></figure>"
+    )

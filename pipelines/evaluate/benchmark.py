@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from types import ModuleType
-
-from pipelines.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -34,15 +31,3 @@ class Prediction:
     id: str
     text: str
     error: str | None = None
-
-
-BENCHMARKS = ("textvqa",)
-
-
-def open_benchmark(name: str) -> ModuleType:
-    """The module of a benchmark: `load`, `image_path`, `read_predictions`, `write_predictions`, `score_question`."""
-    if name == "textvqa":
-        from pipelines.evaluate import textvqa
-
-        return textvqa
-    raise UserError(f"evaluate.benchmark: there is no benchmark '{name}'; choose one of {', '.join(BENCHMARKS)}")

@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 from pipelines.errors import UserError, WorkFailed
 from pipelines.evaluate.benchmark import Prediction
 from pipelines.evaluate.config import EvaluateConfig
+from pipelines.files import write_text
 from pipelines.progress import Progress
 
 if TYPE_CHECKING:
@@ -74,9 +75,7 @@ def read_journal(journal: Path) -> dict[str, Prediction]:
 
 
 def _rewrite(journal: Path, done: dict[str, Prediction]) -> None:
-    part = journal.with_name(journal.name + ".part")
-    part.write_text("".join(map(_line, done.values())), encoding="utf-8")
-    part.replace(journal)
+    write_text(journal, "".join(map(_line, done.values())))
 
 
 def _line(prediction: Prediction) -> str:

@@ -12,8 +12,9 @@ from types import ModuleType
 from typing import Any
 
 from pipelines.errors import UserError, WorkFailed
-from pipelines.evaluate.benchmark import Prediction, Question, open_benchmark
+from pipelines.evaluate.benchmark import Prediction, Question
 from pipelines.evaluate.config import EvaluateConfig
+from pipelines.evaluate.registry import open_benchmark
 from pipelines.manifest import identity, open_stage, read_json, write_json
 
 JOURNAL = "journal.jsonl"

@@ -23,6 +23,7 @@ from typing import Any
 from pipelines.errors import UserError
 from pipelines.evaluate.benchmark import Prediction, Question
 from pipelines.evaluate.metrics import ANSWERS, soft_score
+from pipelines.files import write_text
 from pipelines.manifest import read_json, write_json
 
 INSTRUCTION = "Answer the question using a single word or phrase."
@@ -207,9 +208,7 @@ def _metadata_error(entry: dict[str, Any]) -> str | None:
 
 
 def _write_lines(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    part = path.with_name(path.name + ".part")
-    part.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    part.replace(path)
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def _number(key: str) -> int | str:

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import torch
 
-from pipelines.adapters.files import write_adapter
 from pipelines.errors import UserError
 from pipelines.mgm import names
+from pipelines.mgm.adapter import write_adapter
 from pipelines.mgm.configuration import MGMConfig
 from pipelines.mgm.convert_config import Shapes, expected_shapes
 from pipelines.mgm.tensorfiles import read_file, read_json

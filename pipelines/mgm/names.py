@@ -93,3 +93,16 @@ def from_openclip(name: str) -> str | None:
         if name.startswith(theirs):
             return to_hf("model.vision_tower_aux." + original + name.removeprefix(theirs))
     return "" if _OPENCLIP_REST.match(name) else None
+
+
+PROJECTOR = ("model.multi_modal_projector.", "model.uni_query.", "model.uni_key.", "model.uni_value.")
+
+
+WITHOUT_EFFECT = ("model.uni_key.norm.bias", "model.uni_key.proj.bias")
+"""They add one constant to all scores of a token, which softmax ignores: their gradient is zero, and folded mining skips them."""
+
+
+LANGUAGE_MODEL = "model.language_model."
+
+
+TOWERS = ("model.vision_tower.", "model.vision_tower_aux.")

@@ -6,7 +6,6 @@ says). Data-Juicer's own word count drops numbers, so `mean_words` can exceed th
 
 from __future__ import annotations
 
-import string
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 
 from pipelines.errors import UserError
 from pipelines.manifest import MANIFEST, read_json
+from pipelines.text import mattr, words_of
 
 MATTR_WINDOW = 500
 """Words per window. Some fifty captions: wide enough to see that captions repeat one another, small enough for a small dataset."""
@@ -22,12 +22,6 @@ CHAR_NGRAM = 10
 WORD_NGRAM = 2
 """Data-Juicer's default of 10 cannot repeat inside a caption of ten words."""
 _BATCH = 10_000
-
-
-def words_of(text: str) -> list[str]:
-    """Words of a text, see above."""
-    stripped = (token.strip(string.punctuation) for token in text.lower().split())
-    return [word for word in stripped if word]
 
 
 def text_metrics(texts: Sequence[str]) -> dict[str, Any]:
@@ -66,21 +60,6 @@ def text_metrics(texts: Sequence[str]) -> dict[str, Any]:
         "word_rep_ratio": _ratio(sum(word_rep), rows),
         "word_rep_len": WORD_NGRAM,
     }
-
-
-def mattr(stream: Sequence[int], window: int) -> float | None:
-    """Mean of distinct / `window` over all windows of consecutive word numbers, in one sweep; None when the stream is shorter."""
-    if len(stream) < window:
-        return None
-    inside: Counter[int] = Counter(stream[:window])
-    total = distinct = len(inside)
-    for leaving, entering in zip(stream, stream[window:], strict=False):
-        inside[leaving] -= 1
-        distinct -= inside[leaving] == 0
-        distinct += inside[entering] == 0
-        inside[entering] += 1
-        total += distinct
-    return round(total / (window * (len(stream) - window + 1)), 6)
 
 
 def repetition(texts: Sequence[str]) -> tuple[list[float], list[float]]:

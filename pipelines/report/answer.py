@@ -8,7 +8,7 @@ from typing import Any
 from markupsafe import Markup
 
 from pipelines.report import charts, numbers
-from pipelines.report.collect import Run
+from pipelines.rundir import Run
 
 BENCHMARKS = {"textvqa": "TextVQA", "vqav2": "VQAv2", "mmbench": "MMBench"}
 

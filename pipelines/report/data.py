@@ -8,7 +8,7 @@ from typing import Any
 from markupsafe import Markup
 
 from pipelines.report import charts, numbers
-from pipelines.report.collect import Run, Stage
+from pipelines.rundir import Run, Stage
 
 SCREEN = {
     "error": "image missing, broken or unreadable",

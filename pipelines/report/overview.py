@@ -8,7 +8,8 @@ from typing import Any
 
 from pipelines.report import numbers
 from pipelines.report.answer import BENCHMARKS
-from pipelines.report.collect import Run, Stage, Walk
+from pipelines.rundir import Run, Stage, Walk
+from pipelines.train.log import read_log
 
 
 @dataclass(frozen=True)
@@ -152,7 +153,8 @@ def _train(walk: Walk) -> Card:
     strategy = (walk.adapter.inputs.get("config") or {}).get("strategy")
     if manifest:
         facts.append(f"seed {manifest.get('seed')}" + (f", {strategy}" if strategy else ""))
-    figure = f"loss {numbers.figure_text(walk.log[-1]['loss'])}" if walk.log else ""
+    log = read_log(walk.adapter.directory)
+    figure = f"loss {numbers.figure_text(log[-1]['loss'])}" if log else ""
     return _card("train", walk.adapter, figure, facts, sum(manifest.get("training_seconds", {}).values()))
 
 

@@ -9,8 +9,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from pipelines.files import write_text
 from pipelines.report import answer, charts, data, examples, numbers, overview, training
-from pipelines.report.collect import Run, collect
+from pipelines.rundir import Run, collect
 
 REPORT = Path("report") / "index.html"
 QUESTIONS = 12
@@ -25,10 +26,7 @@ def run(run_dir: Path | str) -> Path:
     """
     found = collect(run_dir)
     path = Path(run_dir) / REPORT
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    part.write_text(render(found), encoding="utf-8")
-    part.replace(path)
+    write_text(path, render(found))
     return path
 
 
@@ -131,7 +129,7 @@ def _questions(run: Run, thumbnails: examples.Thumbnails) -> list[dict[str, Any]
     """Per arm against the baseline (first seed): questions won and lost, as cards."""
     if not run.seeds:
         return []
-    from pipelines.evaluate.benchmark import open_benchmark
+    from pipelines.evaluate.registry import open_benchmark
 
     seed, comparison = run.seeds[0]
     benchmark, images = open_benchmark(comparison["benchmark"]), Path(comparison.get("images") or "")

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipelines.report import charts, numbers
-from pipelines.report.collect import Run, Walk
+from pipelines.rundir import Run, Walk
+from pipelines.train.log import read_log
 
 CURVES = (
     ("loss", "Loss", "cross-entropy per token; pale: every logged step, solid: moving average"),
@@ -39,7 +40,7 @@ class PhaseRow:
 
 def curves(run: Run, styles: dict[str, int]) -> list[dict[str, Any]]:
     """One drawing per quantity, all models on the same axes; empty while nothing has been trained."""
-    walks = [walk for walk in run.walks if walk.log]
+    walks = [walk for walk in run.walks if read_log(walk.adapter.directory)]
     if not walks:
         return []
     spans = _spans(walks)
@@ -88,7 +89,7 @@ def _row(
 
 def _by_phase(walk: Walk) -> dict[str, list[dict[str, Any]]]:
     found: dict[str, list[dict[str, Any]]] = {}
-    for line in walk.log:
+    for line in read_log(walk.adapter.directory):
         found.setdefault(line["phase"], []).append(line)
     return found
 
@@ -97,7 +98,7 @@ def _spans(walks: Sequence[Walk]) -> list[tuple[str, float, float]]:
     """Phases one after the other; each as long as the longest that any model has logged."""
     longest: dict[str, int] = {}
     for walk in walks:
-        for line in walk.log:
+        for line in read_log(walk.adapter.directory):
             longest[line["phase"]] = max(line["step"], longest.get(line["phase"], 0))
     spans, start = [], 0
     for phase, steps in longest.items():

@@ -11,6 +11,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from pipelines.files import write_text
+
 LOG = "log.jsonl"
 TENSORBOARD = "tensorboard"
 CURVES = ("loss", "grad_norm", "learning_rate", "samples_per_second")
@@ -28,9 +30,7 @@ class TrainLog:
 
         self.path = directory / LOG
         kept = [line for line in read_log(directory) if line["step"] <= done.get(line["phase"], 0)]
-        part = self.path.with_name(LOG + ".part")
-        part.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        part.replace(self.path)
+        write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
         shutil.rmtree(directory / TENSORBOARD, ignore_errors=True)
         self.writer = SummaryWriter(str(directory / TENSORBOARD))
         for line in kept:

@@ -14,7 +14,7 @@ from typing import Any
 
 from pipelines.errors import UserError
 from pipelines.images import read_bytes
-from pipelines.manifest import CLAIM, MANIFEST, read_json
+from pipelines.manifest import training_text
 from pipelines.records import shard_paths
 
 IMAGE = "<image>"
@@ -98,7 +98,7 @@ def read_records(directory: Path) -> Rows:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    column = text_column(directory)
+    column = training_text(directory)
     wanted = ["sample_id", "image_uri", column, "keep", "error"]
     tables: list[Any] = []
     blobs: dict[str, tuple[int, int]] = {}
@@ -125,20 +125,6 @@ def read_records(directory: Path) -> Rows:
         else:
             found.rows.append(Row(name, (("assistant", text),), image))
     return found
-
-
-def text_column(directory: Path) -> str:
-    """The column that the directory's own manifest names as training text; `recaption` after captune caption."""
-    if not (directory / MANIFEST).exists():
-        if (directory / CLAIM).exists():
-            raise UserError(
-                f"{directory}: its stage has not finished (there is no {MANIFEST}); run that stage again first"
-            )
-        return "caption"
-    manifest = read_json(directory / MANIFEST)
-    inputs = manifest.get("inputs", {})
-    named = manifest.get("text") or inputs.get("text") or inputs.get("config", {}).get("text")
-    return str(named) if named else ("recaption" if manifest.get("stage") == "caption" else "caption")
 
 
 def _spool(batch: Any, blobs: dict[str, tuple[int, int]], spool: Any) -> None:

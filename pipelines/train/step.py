@@ -21,15 +21,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from pipelines.errors import UserError, WorkFailed
 from pipelines.mgm.modeling import MGMForConditionalGeneration
+from pipelines.mgm.names import LANGUAGE_MODEL, PROJECTOR, WITHOUT_EFFECT
 from pipelines.train.config import LoraSettings, PhaseConfig
 from pipelines.train.data import IGNORE, Batch
 from pipelines.train.features import image_features, tower_outputs
-
-PROJECTOR = ("model.multi_modal_projector.", "model.uni_query.", "model.uni_key.", "model.uni_value.")
-WITHOUT_EFFECT = ("model.uni_key.norm.bias", "model.uni_key.proj.bias")
-"""They add one constant to all scores of a token, which softmax ignores: their gradient is zero, and folded mining skips them."""
-
-LANGUAGE_MODEL = "model.language_model."
 
 
 @dataclass
@@ -60,30 +55,6 @@ class Engine(Protocol):
 
     def close(self) -> None:
         """Give back what the next phase needs."""
-
-
-def load_base(path: Path | str, precision: str) -> MGMForConditionalGeneration:
-    """The base model, frozen, in its own dtype (float32 when that is the training precision).
-
-    Raises:
-        UserError: no MGM there, or its weights are incomplete.
-    """
-    path = Path(path)
-    if not (path / "config.json").exists():
-        raise UserError(f"{path}: not a model directory (it has no config.json)")
-    if not any(path.glob("*.safetensors")):
-        raise UserError(f"{path}: a model directory without weights (no *.safetensors)")
-    dtype = torch.float32 if precision == "float32" else "auto"
-    try:
-        loaded: Any = MGMForConditionalGeneration.from_pretrained(path, dtype=dtype, output_loading_info=True)
-    except (ValueError, OSError, RuntimeError) as error:
-        raise UserError(f"{path}: cannot be loaded as an MGM ({error})") from error
-    model, info = loaded
-    if info["missing_keys"] or info["mismatched_keys"]:
-        names = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
-        raise UserError(f"{path}: {len(names)} tensors are missing or of another shape, e.g. {names[0]}")
-    frozen: MGMForConditionalGeneration = model.requires_grad_(False).eval()
-    return frozen
 
 
 def train_projector(model: MGMForConditionalGeneration) -> None:
@@ -228,20 +199,6 @@ def require_finite(loss: float, grad_norm: float) -> None:
     for what, value in (("training loss", loss), ("gradient norm", grad_norm)):
         if not math.isfinite(value):
             raise WorkFailed(f"the {what} became {value}; lower the learning rate or look at the data")
-
-
-def quiet() -> None:
-    """Keep the libraries' progress bars and deprecation notices about each other out of the person's log."""
-    import logging as std_logging
-    import warnings
-
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", message=".*gradient_checkpointing.* is deprecated", category=FutureWarning)
-    # Where bitsandbytes is installed, PEFT imports it and it asks for a kernel that only quantized models on a CPU would use.
-    std_logging.getLogger("bitsandbytes").setLevel(std_logging.ERROR)
 
 
 class TorchEngine:

@@ -19,8 +19,9 @@ from ray.train.torch import get_device
 from ray.train.v2._internal.execution import context as ray_train_context
 from transformers import AutoConfig, AutoProcessor
 
-from pipelines.adapters.files import is_lora, write_adapter
 from pipelines.errors import UserError, WorkFailed
+from pipelines.mgm.adapter import is_lora, write_adapter
+from pipelines.mgm.load import load_base, quiet
 from pipelines.mgm.modeling import MGMForConditionalGeneration
 from pipelines.progress import Progress
 from pipelines.train import features
@@ -36,10 +37,8 @@ from pipelines.train.step import (
     add_lora,
     autocast,
     learning_rate,
-    load_base,
     lora_targets,
     prepare,
-    quiet,
     train_projector,
 )
 

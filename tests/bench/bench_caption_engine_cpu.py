@@ -19,8 +19,9 @@ import numpy as np
 import torch
 from bench_caption_vs_datajuicer import prepare
 
-from pipelines.caption.config import CaptionConfig, DecodingConfig
-from pipelines.caption.engine import BlipCaptioner
+from pipelines.blip2.config import DecodingConfig
+from pipelines.blip2.engine import BlipCaptioner
+from pipelines.caption.config import CaptionConfig
 from pipelines.images import decode
 from pipelines.refine.operators import load_data_juicer
 from pipelines.sample.world import MODELS

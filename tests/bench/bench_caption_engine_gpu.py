@@ -27,9 +27,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import Blip2Config, Blip2ForConditionalGeneration, PreTrainedTokenizerFast, StoppingCriteria
 from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 
+from pipelines.blip2.engine import BlipCaptioner, Request
+from pipelines.blip2.pixels import spec_from_config
 from pipelines.caption.config import CaptionConfig
-from pipelines.caption.engine import BlipCaptioner, Request
-from pipelines.caption.pixels import spec_from_config
 from pipelines.images import decode
 
 LONGEST, SHORTEST = 20, 12

@@ -31,7 +31,7 @@ def write_rows(folder: Path, rows: int, shard: int = 10_000) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    from tests.pipelines.caption.conftest import picture
+    from tests.pipelines.tiny_blip2 import picture
 
     scenes = [picture(seed, (48, 40)) for seed in range(256)]
     folder.mkdir(parents=True)
@@ -151,7 +151,7 @@ def main() -> None:
 
 
 def measure(root: Path, options: argparse.Namespace) -> None:
-    from tests.pipelines.caption.conftest import make_blip2
+    from tests.pipelines.tiny_blip2 import make_blip2
 
     model = make_blip2(root / "blip2")
     per_row = {}

@@ -30,14 +30,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipelines.caption.config import CandidateConfig, CaptionConfig, DecodingConfig
+from pipelines.blip2.config import CandidateConfig, DecodingConfig
+from pipelines.caption.config import CaptionConfig
 from pipelines.sample.scene import draw_scenes, jpeg
 from pipelines.sample.world import MODELS
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from pipelines.caption.engine import BlipCaptioner
+    from pipelines.blip2.engine import BlipCaptioner
 
     Part = Callable[[BlipCaptioner, np.ndarray], list[str | None]]
 
@@ -211,7 +212,7 @@ def _on_all_cores(part: Part, work: Path, count: int, batch_size: int) -> tuple[
 def _core(part: Part, work: Path, share: list[int], batch_size: int, barrier: Any, results: Any) -> None:
     import torch
 
-    from pipelines.caption.engine import BlipCaptioner
+    from pipelines.blip2.engine import BlipCaptioner
     from pipelines.images import decode
 
     torch.set_num_threads(1)

@@ -11,7 +11,7 @@ import time
 import numpy as np
 from PIL import Image, ImageFilter
 
-from pipelines.caption.pixels import PixelSpec
+from pipelines.blip2.pixels import PixelSpec
 from pipelines.images import decode
 
 SPEC = PixelSpec(224, 224, Image.Resampling.BICUBIC, 1 / 255, (0.48, 0.46, 0.41), (0.27, 0.26, 0.28))

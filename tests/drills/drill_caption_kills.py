@@ -177,7 +177,7 @@ def main() -> int:
     parser.add_argument("--record", type=Path, help="where to write what was killed and what came out, as JSON")
     options = parser.parse_args()
     from tests.bench.bench_caption_scale import write_rows
-    from tests.pipelines.caption.conftest import make_blip2
+    from tests.pipelines.tiny_blip2 import make_blip2
 
     with tempfile.TemporaryDirectory(prefix="captune-drill-") as name:
         place = Path(name)

@@ -1,4 +1,4 @@
-"""A tiny random MGM and builders of what trains on it, for the tests of training and of adapters."""
+"""Tiny random models of both kinds, for the tests of every stage that loads one."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+
+from .tiny_blip2 import make_blip2
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -25,10 +27,22 @@ def _load(path: Path) -> ModuleType:
 @pytest.fixture(scope="session")
 def tiny() -> Any:
     """Builders of tiny models and data sets."""
-    return _load(Path(__file__).parent / "train" / "tiny_mgm.py")
+    return _load(Path(__file__).parent / "tiny_mgm.py")
 
 
 @pytest.fixture(scope="session")
 def model_dir(tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny random MGM on disk."""
     return tiny.write_model(tmp_path_factory.mktemp("mgm") / "model")
+
+
+@pytest.fixture(scope="session")
+def blip2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_blip2(tmp_path_factory.mktemp("blip2"))
+
+
+@pytest.fixture(scope="session", params=["opt", "t5"])
+def ending(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Both kinds of language model, with captions of many lengths."""
+    name = f"ending_{request.param}"
+    return make_blip2(tmp_path_factory.mktemp(name), language=request.param, ends=list(range(1, 300, 12)))

@@ -23,7 +23,7 @@ from pipelines.formats import open_dataset, to_record, webdataset
 from pipelines.images import BadImage, read_bytes
 from pipelines.storage import expand
 
-from .caption.conftest import make_blip2
+from .tiny_blip2 import make_blip2
 
 
 def jpeg(seed: int) -> bytes:

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from pipelines.errors import UserError
-from serve.directory import check_model_directory
+from pipelines.mgm.directory import check_model_directory
 from serve.engine import Answer, Engine, Request
 
 Picture = Callable[[int], bytes]

@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pipelines.adapters.check import check_adapter, check_model
-from pipelines.adapters.files import CONFIG, NON_LORA, WEIGHTS
 from pipelines.errors import UserError
+from pipelines.mgm.adapter import CONFIG, NON_LORA, WEIGHTS
 from ray_jobs import cli
 
 MODEL = "model.safetensors"

@@ -12,17 +12,17 @@ from safetensors.torch import load_file, save_file
 from pipelines.adapters import merge, probe
 from pipelines.adapters.check import check_adapter, check_model
 from pipelines.adapters.config import MergeConfig
-from pipelines.adapters.files import NON_LORA, WEIGHTS, write_adapter
 from pipelines.errors import UserError, WorkFailed
+from pipelines.mgm.adapter import NON_LORA, WEIGHTS, write_adapter
 from pipelines.mgm.convert_lora import convert_lora
-from pipelines.train.step import load_base
+from pipelines.mgm.load import load_base, load_processor
 
 
 def test_merged_model_gives_the_logits_of_base_and_adapter(model_dir: Path, adapter_dir: Path, tmp_path: Path) -> None:
     """A plain directory whose logits are those of base + adapter, not those of the base; towers and names are the base's."""
     manifest = merge.run(model_dir, adapter_dir, tmp_path / "merged", MergeConfig())
     assert manifest["max_logit_difference_as_written"] <= 1e-3 and manifest["lora"]
-    inputs = probe.batch(probe.load_processor(tmp_path / "merged"))
+    inputs = probe.batch(load_processor(tmp_path / "merged"))
     merged = probe.logits(load_base(tmp_path / "merged", "float32"), inputs)
     torch.testing.assert_close(
         merged, probe.logits(merge.with_adapter(model_dir, adapter_dir), inputs), rtol=0, atol=1e-3

@@ -17,20 +17,23 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from pipelines.blip2.config import CandidateConfig, DecodingConfig
+from pipelines.blip2.pixels import PixelSpec
 from pipelines.caption import stage
-from pipelines.caption.config import CandidateConfig, CaptionConfig, DecodingConfig, GuardConfig
+from pipelines.caption.config import CaptionConfig
 from pipelines.caption.estimate import describe, estimate
+from pipelines.caption.guards import GuardConfig
 from pipelines.caption.index import build_index
-from pipelines.caption.pixels import PixelSpec
 from pipelines.caption.replica import decode_batch
 from pipelines.caption.results import Results, result_schema
-from pipelines.caption.tally import Tally, repetition
+from pipelines.caption.tally import Tally
 from pipelines.errors import UserError, WorkFailed
 from pipelines.formats import open_dataset
 from pipelines.records import Record, iter_records, read_shards
+from pipelines.text import repetition
 from ray_jobs import cli
 
-from .conftest import picture
+from ..tiny_blip2 import picture
 
 SPEC = PixelSpec(32, 32, 3, 1 / 255, (0.5,) * 3, (0.5,) * 3)
 

@@ -11,14 +11,14 @@ import pytest
 
 from pipelines.caption import stage
 from pipelines.caption.config import CaptionConfig
-from pipelines.caption.finish import count_work, write_records
+from pipelines.caption.finish import write_records
 from pipelines.caption.index import build_index, index_files
-from pipelines.caption.results import Results, result_schema
+from pipelines.caption.results import Results, count_work, result_schema
 from pipelines.errors import UserError, WorkFailed
 from pipelines.formats import open_dataset
 from pipelines.records import iter_records
 
-from .conftest import picture
+from ..tiny_blip2 import picture
 
 
 def commit(

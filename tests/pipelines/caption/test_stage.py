@@ -23,7 +23,7 @@ from pipelines.caption.sizing import rows_per_batch, size_pass
 from pipelines.errors import UserError
 from pipelines.records import Record, iter_records
 
-from .conftest import picture
+from ..tiny_blip2 import picture
 
 DRIVER = """
 import sys, ray
@@ -153,7 +153,7 @@ def test_captions_are_the_engines_and_a_finished_run_returns_at_once(
     ray_cluster: None, blip2: Path, tmp_path: Path
 ) -> None:
     """A folder of ordinary photographs works; Ray, batching and order change no caption; the second call does nothing."""
-    from pipelines.caption.engine import BlipCaptioner
+    from pipelines.blip2.engine import BlipCaptioner
     from pipelines.images import decode
 
     (tmp_path / "photos" / "deep").mkdir(parents=True)

@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from pipelines.errors import UserError, WorkFailed
+from pipelines.mgm.load import load_base
 from pipelines.train import features
 from pipelines.train.config import LoraSettings, PhaseConfig
 from pipelines.train.log import TrainLog, read_log
-from pipelines.train.step import add_lora, learning_rate, load_base, prepare, train_projector
+from pipelines.train.step import add_lora, learning_rate, prepare, train_projector
 
 PHASE = PhaseConfig(steps=12, learning_rate=5e-3, warmup=0.0, max_grad_norm=1.0)
 
@@ -117,7 +118,7 @@ def test_cached_features_give_the_same_losses(tiny: Any, model_dir: Path, tmp_pa
 
 
 def _normalize(model_dir: Path) -> Any:
-    from pipelines.adapters.probe import load_processor
+    from pipelines.mgm.load import load_processor
 
     return load_processor(model_dir).image_processor.normalize
 

@@ -71,7 +71,7 @@ def test_parameters_that_are_given_away_come_back(tiny: Any, model_dir: Path, tm
     """
     pytest.importorskip("deepspeed")
     data = tiny.write_instructions(tmp_path / "instruct.json", rows=6)
-    builders = Path(__file__).with_name("tiny_mgm.py")
+    builders = Path(__file__).parents[1] / "tiny_mgm.py"
     done = subprocess.run(
         [sys.executable, "-c", _SCRIPT, str(builders), str(model_dir), str(data), str(tmp_path)],
         env=os.environ | {"OMP_NUM_THREADS": "1", "LOCAL_RANK": "0", "RANK": "0", "WORLD_SIZE": "1"},

@@ -22,9 +22,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pipelines.caption import checkpoint
-from pipelines.caption.config import CandidateConfig
-from pipelines.caption.sampling import uniforms
+from pipelines.blip2 import checkpoint
+from pipelines.blip2.config import CandidateConfig
+from pipelines.blip2.sampling import uniforms
 
 _FUNCTION_WORDS = (
     "a an the this that these those some any each and or but nor of in on at by to from for with without into onto over under above "

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from pipelines.caption.pixels import PixelSpec, spec_from_config
+from pipelines.blip2.pixels import PixelSpec, spec_from_config
 from pipelines.errors import UserError
 from pipelines.manifest import read_json
 

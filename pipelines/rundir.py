@@ -77,13 +77,6 @@ class Walk:
         """Benchmark -> evaluation."""
         return {path.name: Stage(path) for path in sorted((self.directory / "predictions").glob("*")) if path.is_dir()}
 
-    @cached_property
-    def log(self) -> list[dict[str, Any]]:
-        """Lines of the training log, also of a training that still runs."""
-        from pipelines.train.log import read_log
-
-        return read_log(self.adapter.directory)
-
 
 @dataclass(frozen=True)
 class Run:

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from pipelines.caption.candidates import Chooser, Generated, simhash
-from pipelines.caption.config import CHOICES, CandidateConfig, CaptionConfig, DecodingConfig
-from pipelines.caption.engine import BlipCaptioner
+from pipelines.blip2.candidates import Chooser, Generated, simhash
+from pipelines.blip2.config import CHOICES, CandidateConfig, DecodingConfig
+from pipelines.blip2.engine import BlipCaptioner
+from pipelines.caption.config import CaptionConfig
 from pipelines.errors import UserError
 
 PIXELS = np.zeros((3, 32, 32), np.uint8)

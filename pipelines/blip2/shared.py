@@ -10,7 +10,7 @@ from threading import Thread
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from pipelines.caption.engine import BlipCaptioner, Captioned, Request
+    from pipelines.blip2.engine import BlipCaptioner, Captioned, Request
 
 
 class _Call:

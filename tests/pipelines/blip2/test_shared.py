@@ -10,9 +10,10 @@ from threading import Event
 import numpy as np
 import pytest
 
-from pipelines.caption.config import CaptionConfig, DecodingConfig
-from pipelines.caption.engine import BlipCaptioner, Captioned, Request
-from pipelines.caption.shared import SharedEngine
+from pipelines.blip2.config import DecodingConfig
+from pipelines.blip2.engine import BlipCaptioner, Captioned, Request
+from pipelines.blip2.shared import SharedEngine
+from pipelines.caption.config import CaptionConfig
 from pipelines.errors import WorkFailed
 
 

@@ -9,9 +9,10 @@ import pytest
 import torch
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from pipelines.caption.config import CandidateConfig, CaptionConfig, DecodingConfig
-from pipelines.caption.engine import BlipCaptioner
-from pipelines.caption.sampling import choices, pick, uniforms
+from pipelines.blip2.config import CandidateConfig, DecodingConfig
+from pipelines.blip2.engine import BlipCaptioner
+from pipelines.blip2.sampling import choices, pick, uniforms
+from pipelines.caption.config import CaptionConfig
 
 
 def test_captions_belong_to_samples(ending: Path) -> None:

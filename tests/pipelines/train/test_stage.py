@@ -17,9 +17,9 @@ import torch
 from safetensors.torch import load_file
 
 from pipelines.adapters.check import check_adapter
-from pipelines.adapters.files import CONFIG, NON_LORA, WEIGHTS
 from pipelines.errors import UserError
-from pipelines.train import loop
+from pipelines.mgm.adapter import CONFIG, NON_LORA, WEIGHTS
+from pipelines.train import stage as loop
 from pipelines.train.config import LoraSettings, PhaseConfig, TrainConfig
 from pipelines.train.log import read_log
 
@@ -101,7 +101,7 @@ _DRIVER = """
 import sys
 from pathlib import Path
 import ray
-from pipelines.train import loop
+from pipelines.train import stage as loop
 from pipelines.train.config import LoraSettings, PhaseConfig, TrainConfig
 refined, instruct, model, output = sys.argv[1:]
 ray.init(num_cpus=2, include_dashboard=False, object_store_memory=200_000_000)

@@ -11,12 +11,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pipelines.blip2.pixels import PixelSpec
 from pipelines.caption.config import CaptionConfig
-from pipelines.caption.finish import count_work
 from pipelines.caption.index import index_files
-from pipelines.caption.pixels import PixelSpec
 from pipelines.caption.replica import Captioner, DecodingCaptioner, decode_batch
-from pipelines.caption.results import Results
+from pipelines.caption.results import Results, count_work
 from pipelines.caption.sizing import Sizing, rows_per_batch, size_pass
 from pipelines.caption.tally import Tally
 from pipelines.caption.watch import Watch

@@ -15,11 +15,12 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import Blip2ForConditionalGeneration, Blip2Processor
 
-from pipelines.caption.config import CandidateConfig, CaptionConfig, DecodingConfig
-from pipelines.caption.engine import BlipCaptioner, Request
+from pipelines.blip2.config import CandidateConfig, DecodingConfig
+from pipelines.blip2.engine import BlipCaptioner, Request
+from pipelines.caption.config import CaptionConfig
 from pipelines.errors import UserError, WorkFailed
 
-from .conftest import make_blip2, picture
+from ..tiny_blip2 import make_blip2, picture
 
 PROMPTS = ["", "a red", "two blue circles left of", "a"]
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pipelines.caption.slots import round_up
+from pipelines.blip2.slots import round_up
 
 
 class OptDecoder:

@@ -23,13 +23,13 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, Blip2ForConditionalGeneration
 
-from pipelines.caption import beams, checkpoint
-from pipelines.caption.candidates import Chooser, Generated
-from pipelines.caption.config import CaptionConfig
-from pipelines.caption.opt import OptDecoder
-from pipelines.caption.pixels import PixelSpec
-from pipelines.caption.slots import Decoder, Job, Prefix, Slots, round_up
-from pipelines.caption.t5 import T5Decoder
+from pipelines.blip2 import beams, checkpoint
+from pipelines.blip2.candidates import Chooser, Generated
+from pipelines.blip2.config import BlipConfig
+from pipelines.blip2.opt import OptDecoder
+from pipelines.blip2.pixels import PixelSpec
+from pipelines.blip2.slots import Decoder, Job, Prefix, Slots, round_up
+from pipelines.blip2.t5 import T5Decoder
 from pipelines.errors import UserError, WorkFailed
 from pipelines.progress import say
 
@@ -98,10 +98,10 @@ class BlipCaptioner:
     def __init__(
         self,
         model_dir: Path | str,
-        config: CaptionConfig | None = None,
+        config: BlipConfig | None = None,
         device: str = "cpu",
     ) -> None:
-        directory, config = Path(model_dir), config or CaptionConfig()
+        directory, config = Path(model_dir), config or BlipConfig()
         checkpoint.check(directory, config.prompt, config.max_new_tokens)
         spec, tokenizer = checkpoint.pixel_spec(directory), AutoTokenizer.from_pretrained(directory)
         model = _load_model(directory, getattr(torch, config.dtype)).to(device).eval()
@@ -111,13 +111,13 @@ class BlipCaptioner:
         self._assemble(model, tokenizer, spec, config, str(directory))
 
     @classmethod
-    def of(cls, model: Any, tokenizer: Any, spec: PixelSpec, config: CaptionConfig) -> BlipCaptioner:
+    def of(cls, model: Any, tokenizer: Any, spec: PixelSpec, config: BlipConfig) -> BlipCaptioner:
         """A captioner around a `Blip2ForConditionalGeneration` that is in memory already, on its device and in its dtype."""
         captioner = cls.__new__(cls)
         captioner._assemble(model.eval(), tokenizer, spec, config, "the model")
         return captioner
 
-    def _assemble(self, model: Any, tokenizer: Any, spec: PixelSpec, config: CaptionConfig, name: str) -> None:
+    def _assemble(self, model: Any, tokenizer: Any, spec: PixelSpec, config: BlipConfig, name: str) -> None:
         self.model, self.tokenizer, self.spec, self.config = model, tokenizer, spec, config
         self.device, self.dtype = model.device, model.vision_model.embeddings.patch_embedding.weight.dtype
         self.batch_size = config.batch_size

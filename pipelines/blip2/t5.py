@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pipelines.caption.opt import fuse
-from pipelines.caption.slots import round_up
+from pipelines.blip2.opt import fuse
+from pipelines.blip2.slots import round_up
 
 
 class T5Decoder:

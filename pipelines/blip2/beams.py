@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipelines.caption.config import DecodingConfig
-from pipelines.caption.slots import Job, Prefix
+from pipelines.blip2.config import DecodingConfig
+from pipelines.blip2.slots import Job, Prefix
 
 
 def search(

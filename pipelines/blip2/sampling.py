@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipelines.caption.config import DecodingConfig
+from pipelines.blip2.config import DecodingConfig
 
 _SORTED_AT_MOST = (
     4096  # a real vocabulary has fifty thousand tokens, and sorting it takes longer than the model's own step

@@ -3,13 +3,8 @@
 from __future__ import annotations
 
 import io
-import os
 import random
 from pathlib import Path
-
-import pytest
-
-os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def make_blip2(directory: Path, *, image_token: bool = True, language: str = "opt", ends: int | list[int] = 1) -> Path:
@@ -115,15 +110,3 @@ def picture(seed: int, size: tuple[int, int] = (80, 60)) -> bytes:
     stream = io.BytesIO()
     image.save(stream, "JPEG", quality=90)
     return stream.getvalue()
-
-
-@pytest.fixture(scope="session")
-def blip2(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_blip2(tmp_path_factory.mktemp("blip2"))
-
-
-@pytest.fixture(scope="session", params=["opt", "t5"])
-def ending(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Both kinds of language model, with captions of many lengths."""
-    name = f"ending_{request.param}"
-    return make_blip2(tmp_path_factory.mktemp(name), language=request.param, ends=list(range(1, 300, 12)))

@@ -140,7 +140,7 @@ def loader(
     model_dir: Path, data: Path, phase: str, *, micro_batch: int = 4, accumulation: int = 1, seed: int = 0
 ) -> Any:
     """The batches of one phase for a single worker."""
-    from pipelines.adapters.probe import load_processor
+    from pipelines.mgm.load import load_processor
     from pipelines.train.data import Loader, Sampler, Share, Templates
     from pipelines.train.rows import read_rows
 
@@ -160,7 +160,7 @@ def engine(model: Any, model_dir: Path, phase: Any, precision: str = "float32") 
     """A `TorchEngine` on the CPU for a model that is ready to train."""
     import torch
 
-    from pipelines.adapters.probe import load_processor
+    from pipelines.mgm.load import load_processor
     from pipelines.train.step import TorchEngine, TrainForward
 
     forward = TrainForward(model, load_processor(model_dir).image_processor.normalize)
@@ -169,9 +169,10 @@ def engine(model: Any, model_dir: Path, phase: Any, precision: str = "float32") 
 
 def train_adapter(model_dir: Path, data: Path, directory: Path, *, lora: bool = True, steps: int = 3) -> Path:
     """A trained adapter directory, made without Ray."""
-    from pipelines.adapters.files import write_adapter
+    from pipelines.mgm.adapter import write_adapter
+    from pipelines.mgm.load import load_base
     from pipelines.train.config import LoraSettings, PhaseConfig
-    from pipelines.train.step import add_lora, learning_rate, load_base, prepare, train_projector
+    from pipelines.train.step import add_lora, learning_rate, prepare, train_projector
 
     phase = PhaseConfig(steps=steps, learning_rate=1e-2, warmup=0.0)
     model = load_base(model_dir, "float32")

@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipelines.caption.config import DecodingConfig
-from pipelines.caption.sampling import pick, uniforms
+from pipelines.blip2.config import DecodingConfig
+from pipelines.blip2.sampling import pick, uniforms
 
 _IDLE = -(2**31)
 _COLUMNS = 16  # step widths are multiples of this: few graphs, aligned masks

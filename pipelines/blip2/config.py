@@ -1,0 +1,132 @@
+"""How BLIP-2 captions one image: prompt, decoding, candidates, dtype."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from pipelines.errors import UserError
+
+METHODS = ("greedy", "beam", "sample")
+
+
+CHOICES = (
+    "first",
+    "random_any",
+    "similar_one_simhash",
+    "all",
+    "clip_best",
+    "longest_clean",
+    "most_informative",
+)
+
+
+@dataclass
+class DecodingConfig:
+    """How tokens are picked.
+
+    Attributes:
+        method: greedy, beam (beam search) or sample (nucleus sampling, Holtzman et al. 2020, arXiv:1904.09751).
+        min_new_tokens: no caption ends before it has so many tokens.
+        beams: beams of beam search.
+        length_penalty: of beam search; above 0 it favours long captions.
+        temperature: sampling divides logits by it.
+        top_k: sampling keeps the k likeliest tokens; 0 keeps all.
+        top_p: sampling keeps the likeliest tokens that together have this probability; 1 keeps all.
+        seed: with a sample's id it decides what is sampled for that sample, whatever the batch around it.
+    """
+
+    method: str = "greedy"
+    min_new_tokens: int = 0
+    beams: int = 5
+    length_penalty: float = 1.0
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 0.9
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        name = "caption.decoding"
+        if self.method not in METHODS:
+            raise UserError(f"{name}.method must be one of {', '.join(METHODS)}, not '{self.method}'")
+        for key in ("min_new_tokens", "top_k", "seed"):
+            if getattr(self, key) < 0:
+                raise UserError(f"{name}.{key} cannot be negative")
+        if self.beams < 1:
+            raise UserError(f"{name}.beams must be at least 1, not {self.beams}")
+        if self.temperature <= 0:
+            raise UserError(
+                f"{name}.temperature must be positive, not {self.temperature:g}; greedy is a method of its own"
+            )
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"{name}.top_p is a probability above 0 and at most 1, not {self.top_p:g}")
+
+
+@dataclass
+class CandidateConfig:
+    """Several captions for one image, and which of them becomes its caption.
+
+    Attributes:
+        count: captions per image; more than one needs `sample` or `beam`. The image is encoded once.
+        choose: first, Data-Juicer's random_any, similar_one_simhash or all, or clip_best, longest_clean, most_informative; see
+            `pipelines/blip2/candidates.py`.
+        keep_original: the caption as found is kept beside the chosen one, as its first line (Data-Juicer's keep_original_sample).
+        clip_model: Hugging Face directory (or hub id) of the CLIP model that clip_best asks.
+    """
+
+    count: int = 1
+    choose: str = "first"
+    keep_original: bool = False
+    clip_model: str = ""
+
+    def __post_init__(self) -> None:
+        name = "caption.candidates"
+        if self.count < 1:
+            raise UserError(f"{name}.count must be at least 1, not {self.count}")
+        if self.choose not in CHOICES:
+            raise UserError(f"{name}.choose must be one of {', '.join(CHOICES)}, not '{self.choose}'")
+        if self.choose == "clip_best" and not self.clip_model:
+            raise UserError(f"{name}.clip_model is not set: clip_best needs a CLIP directory or hub id")
+        if self.clip_model and self.choose != "clip_best":
+            raise UserError(f"{name}.clip_model is set, but only choose: clip_best uses it, not '{self.choose}'")
+
+
+@dataclass
+class BlipConfig:
+    """How a BLIP-2 captions: what an engine needs to know, whoever feeds it.
+
+    Attributes:
+        model: Hugging Face directory (or hub id) of a BLIP-2 checkpoint.
+        prompt: text that every caption continues; empty for none.
+        batch_size: captions decoded at once.
+        max_new_tokens: longest caption, in tokens.
+        decoding: how tokens are picked.
+        candidates: how many captions an image gets, and which becomes its caption.
+        dtype: weights and activations of the model: float32, bfloat16 or float16.
+    """
+
+    model: str = ""
+    prompt: str = ""
+    batch_size: int = 32
+    max_new_tokens: int = 32
+    decoding: DecodingConfig = field(default_factory=DecodingConfig)
+    candidates: CandidateConfig = field(default_factory=CandidateConfig)
+    dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        for key in ("batch_size", "max_new_tokens"):
+            if getattr(self, key) < 1:
+                raise UserError(f"caption.{key} must be at least 1, not {getattr(self, key)}")
+        if self.dtype not in ("float32", "bfloat16", "float16"):
+            raise UserError(f"caption.dtype must be float32, bfloat16 or float16, not '{self.dtype}'")
+        count, decoding = self.candidates.count, self.decoding
+        if decoding.min_new_tokens > self.max_new_tokens:
+            raise UserError(
+                f"caption.decoding.min_new_tokens: {decoding.min_new_tokens} is more than max_new_tokens, "
+                f"{self.max_new_tokens}"
+            )
+        if count > 1 and decoding.method == "greedy":
+            raise UserError(
+                f"caption.candidates.count: greedy decoding has one caption, not {count}; use sample or beam"
+            )
+        if decoding.method == "beam" and count > decoding.beams:
+            raise UserError(f"caption.candidates.count: {count} captions do not come out of {decoding.beams} beams")

@@ -1,0 +1,61 @@
+"""When a captioning run must stop: before a model loads, and while it runs."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+from pipelines.errors import UserError, WorkFailed
+from pipelines.formats import error_kind
+
+
+@dataclass
+class GuardConfig:
+    """When to stop, resumably, since a broken model should not spend a night on a million captions.
+
+    Both limits look at the last `window` rows, once there are `min_rows` of them; 1 switches a limit off.
+
+    Attributes:
+        max_error_share: largest share of rows that may fail.
+        max_repetition: largest mean share of two-word sequences that a caption says more than once (Data-Juicer's word_rep_ratio at 2 words).
+        min_rows: no judgement on fewer rows.
+        window: rows looked back at.
+    """
+
+    max_error_share: float = 0.5
+    max_repetition: float = 0.7
+    min_rows: int = 500
+    window: int = 1000
+
+    def __post_init__(self) -> None:
+        name = "caption.guards"
+        for key in ("max_error_share", "max_repetition"):
+            if not 0 <= getattr(self, key) <= 1:
+                raise UserError(f"{name}.{key} is a share between 0 and 1, not {getattr(self, key):g}")
+        if not 1 <= self.min_rows <= self.window:
+            raise UserError(f"{name}.min_rows: {self.min_rows} is not between 1 and window, {self.window}")
+
+
+def refuse_useless(errors: list[str | None], guards: GuardConfig) -> None:
+    """Stop before any model loads when so many rows have no picture that the dataset must be in the wrong place.
+
+    Args:
+        errors: of each row of the dataset, None where there is none.
+
+    Raises:
+        WorkFailed: the share of failed rows passes `guards.max_error_share`.
+    """
+    failed = [error for error in errors if error is not None]
+    if len(errors) >= guards.min_rows and len(failed) > guards.max_error_share * len(errors):
+        kinds = Counter(error_kind(error) for error in failed)
+        reason = too_many_errors(len(failed) / len(errors), len(errors), guards, kinds, failed[0])
+        raise WorkFailed(f"{reason}. Nothing was captioned; put it right and run the same command again")
+
+
+def too_many_errors(share: float, rows: int, guards: GuardConfig, kinds: Counter[str], example: str) -> str:
+    """The guard's sentence."""
+    kind = kinds.most_common(1)[0][0]
+    return (
+        f"{100 * share:.0f} % of the last {rows} rows failed, most by '{kind}', and caption.guards.max_error_share is "
+        f"{guards.max_error_share:g}; e.g. {example[:200]}"
+    )
