@@ -16,10 +16,13 @@ from ray_jobs import _options, cli
 
 
 def main(argv: list[str]) -> int:
-    """`captune k8s render --recipe R --overlay O [--workload W] | kubectl apply -f -`; keys of the recipe may follow."""
+    """`captune k8s render --recipe R --overlay O [--workload W] | kubectl apply -f -`; keys of the recipe may
+    follow.
+    """
     if argv[:1] != ["render"] and not {"-h", "--help"} & set(argv):
         raise UserError("captune k8s has one command: captune k8s render --recipe RECIPE --overlay OVERLAY")
-    # A recipe comes in as every command's does; here, where a cluster's files are all configuration, it has the clearer name.
+    # A recipe comes in as every command's does; here, where a cluster's files are all configuration, it has the clearer
+    # name.
     words = [
         "--config" + word.removeprefix("--recipe") if word.split("=")[0] == "--recipe" else word for word in argv[1:]
     ]

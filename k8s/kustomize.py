@@ -1,8 +1,9 @@
 """As much of Kustomize as this folder uses, so that `captune k8s render` needs no other program.
 
-`kubectl kustomize k8s/overlays/NAME` gives the same objects; a test holds the two against each other. What is not known here is an
-error, never ignored: resources, components, namespace, labels (pairs), images, configMapGenerator (files, fixed names), patches (JSON
-6902, or merge patches of objects whose lists are replaced as a whole), replacements (by kind, name and path).
+`kubectl kustomize k8s/overlays/NAME` gives the same objects; a test holds the two against each other. What is not known
+here is an error, never ignored: resources, components, namespace, labels (pairs), images, configMapGenerator (files,
+fixed names), patches (JSON 6902, or merge patches of objects whose lists are replaced as a whole), replacements (by
+kind, name and path).
 """
 
 from __future__ import annotations
@@ -181,7 +182,9 @@ def _operate(document: Object, operation: Object) -> None:
 
 
 def _replace(objects: list[Object], entry: Object) -> None:
-    """Copy the value at one path to others. A path is dotted; `[key=value]` chooses from a list, and so does a number."""
+    """Copy the value at one path to others. A path is dotted; `[key=value]` chooses from a list, and so does a
+    number.
+    """
     source = entry["source"]
     found = [candidate for candidate in objects if _is(candidate, {k: source[k] for k in ("kind", "name")})]
     if len(found) != 1:

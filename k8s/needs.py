@@ -1,7 +1,7 @@
 """What a recipe needs of a cluster, and the manifests' numbers that follow from it.
 
-An overlay says what one pod of a group offers (CPUs, GPUs, memory); a recipe says how many captioning replicas, training workers and
-serving replicas it wants, and how large each is. The number of pods follows.
+An overlay says what one pod of a group offers (CPUs, GPUs, memory); a recipe says how many captioning replicas,
+training workers and serving replicas it wants, and how large each is. The number of pods follows.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from pipelines.errors import UserError
 from ray_jobs.recipe import Recipe
 
 FEEDER_CPUS = 4.0
-"""CPUs that read, decode and write beside one captioning GPU. One CPU decodes about 200 JPEGs of 640 x 480 a second, 80 of 1024 x 768
-(tests/bench/bench_decode.py), and a card captions some hundreds."""
+"""CPUs that read, decode and write beside one captioning GPU. One CPU decodes about 200 JPEGs of 640 x 480 a second, 80
+of 1024 x 768 (tests/bench/bench_decode.py), and a card captions some hundreds."""
 FILTER_CPUS = 1.0
 """Ray Data's checkpoint filter, which a continued captioning pass runs beside everything else."""
 
@@ -98,7 +98,8 @@ def _per_pod(demand: Demand, pod: Pod) -> int:
             ]
             key = "use_gpu" if key == "gpus_per_worker" else key
             raise UserError(
-                f"{demand.section}.{key}: one asks for {asked:g} {what.upper()}(s), a pod of the overlay's group {pod.group} has {has:g}"
+                f"{demand.section}.{key}: one asks for {asked:g} {what.upper()}(s), a pod of the overlay's "
+                f"group {pod.group} has {has:g}"
             )
     room = [int(has / asked + 1e-9) for asked, has in ((demand.gpus, pod.gpus), (demand.cpus, pod.cpus)) if asked > 0]
     return min(room, default=demand.count)
@@ -124,7 +125,8 @@ def _check_cache(recipe: Recipe, train: Demand, pod: Pod) -> None:
     cached = recipe.train.feature_cache_mb * 2**20 * min(_per_pod(train, pod), train.count)
     if cached > pod.memory / 2:
         raise UserError(
-            f"train.feature_cache_mb: {cached / 2**30:.1f} GiB in a pod of group {pod.group}, which has {pod.memory / 2**30:g} GiB; "
+            f"train.feature_cache_mb: {cached / 2**30:.1f} GiB in a pod of group {pod.group}, which has "
+            f"{pod.memory / 2**30:g} GiB; "
             "half of it is the most"
         )
 

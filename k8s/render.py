@@ -22,14 +22,16 @@ OF_AN_ARM = ("refine", "train", "merge", "evaluate", "serve")
 DATA, MOUNTED = "/data", ("/data", "/models", "/bucket", "/etc/captune")
 RECIPE_FILE = "/etc/captune/recipe.yaml"
 _GRACE_S = 2.0
-"""Serve's proxy gives up so much later than a replica (serve/app.py), so that the client gets the replica's error body."""
+"""Serve's proxy gives up so much later than a replica (serve/app.py), so that the client gets the replica's error
+body."""
 _WORK = ("RayJob", "RayCluster", "RayService")
 
 Object = dict[str, Any]
 
 
 def render(recipe: Recipe, overlay: str, workload: str = "run", arm: str = "", image: str = "") -> list[Object]:
-    """Everything that has to be applied for `workload`: what all of them share, and the one RayJob, RayCluster or RayService, let go.
+    """Everything that has to be applied for `workload`: what all of them share, and the one RayJob, RayCluster or
+    RayService, let go.
 
     Args:
         overlay: a directory of k8s/overlays.
@@ -59,7 +61,9 @@ def render(recipe: Recipe, overlay: str, workload: str = "run", arm: str = "", i
 
 
 def fill(objects: list[Object], recipe: Recipe, arm: str, serving: int) -> None:
-    """Put a recipe's text, commands and numbers into an overlay's objects; the endpoint may scale to `serving` replicas."""
+    """Put a recipe's text, commands and numbers into an overlay's objects; the endpoint may scale to `serving`
+    replicas.
+    """
     for found in objects:
         if found["kind"] == "ConfigMap" and found["metadata"]["name"] == "captune-recipe":
             found["data"] = texts(recipe)
@@ -86,7 +90,8 @@ def texts(recipe: Recipe) -> dict[str, str]:
     for key, path in _paths(recipe).items():
         if path.startswith("/") and not path.startswith(tuple(f"{place}/" for place in MOUNTED)):
             raise UserError(
-                f"{key}: {path} is on this machine, not in the cluster. Pods see {DATA} (relative paths count from there) and /models"
+                f"{key}: {path} is on this machine, not in the cluster. Pods see {DATA} (relative paths count "
+                f"from there) and /models"
             )
     files: dict[str, str] = {}
     shipped = yaml.safe_load(recipe_yaml(recipe))
@@ -124,7 +129,9 @@ def entrypoint(recipe: Recipe, stage: str, arm: str) -> str:
 
 
 def serve_config(recipe: Recipe, arm: str, serving: int) -> Object:
-    """`serveConfigV2` of the endpoint for an arm's merged model; a busy replica has a full batch and the next one in hand."""
+    """`serveConfigV2` of the endpoint for an arm's merged model; a busy replica has a full batch and the next one in
+    hand.
+    """
     config = recipe.serve
     changed = {
         f.name: getattr(config, f.name)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 
 class UserError(ValueError):
-    """The user asked for something impossible (exit status 2). The message names the key, file or row and what to do."""
+    """The user asked for something impossible (exit status 2). The message names the key, file or row and what to
+    do.
+    """
 
 
 class WorkFailed(RuntimeError):

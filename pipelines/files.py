@@ -16,7 +16,9 @@ PART = ".part"
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A path to write to; what stands there at the end of the block becomes `path`. After an error nothing of it is left."""
+    """A path to write to; what stands there at the end of the block becomes `path`. After an error nothing of it is
+    left.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + PART)
     try:

@@ -1,4 +1,6 @@
-"""Decoding images that come from anywhere: every Pillow mode, EXIF orientation, and a short reason for every file that is no picture."""
+"""Decoding images that come from anywhere: every Pillow mode, EXIF orientation, and a short reason for every file that
+is no picture.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,8 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 MAX_PIXELS = 100_000_000
-"""A decompression bomb is refused from its header, before any pixel is decoded. Larger than any camera's picture of today."""
+"""A decompression bomb is refused from its header, before any pixel is decoded. Larger than any camera's picture of
+today."""
 
 
 class BadImage(Exception):
@@ -47,9 +50,9 @@ def _reason(error: OSError) -> str:
 def decode(data: bytes, *, max_side: int | None = None) -> Image:
     """Decode to an RGB picture, upright.
 
-    Palette, CMYK, grey, 16-bit and transparent pictures become RGB (transparency over white); an animation gives its first
-    frame. `max_side` lets the JPEG decoder skip detail that a later resize would throw away (Pillow's draft mode): the result
-    is at least that large on its short side when the file was.
+    Palette, CMYK, grey, 16-bit and transparent pictures become RGB (transparency over white); an animation gives its
+    first frame. `max_side` lets the JPEG decoder skip detail that a later resize would throw away (Pillow's draft
+    mode): the result is at least that large on its short side when the file was.
 
     Raises:
         BadImage: not an image, truncated, or more than `MAX_PIXELS`.
@@ -99,9 +102,11 @@ def _to_rgb(picture: Image) -> Image:
 
 
 def _to_grey(picture: Image) -> Image:
-    """Pillow clips 16-bit, 32-bit and float pixels to 8 bits, which makes X-rays and depth maps white; scale their range instead.
+    """Pillow clips 16-bit, 32-bit and float pixels to 8 bits, which makes X-rays and depth maps white; scale their
+    range instead.
 
-    16-bit files say what their range is. Wider ones do not, so their brightest pixel decides between 0..1, 0..255 and 0..65535.
+    16-bit files say what their range is. Wider ones do not, so their brightest pixel decides between 0..1, 0..255 and
+    0..65535.
     """
     floating, brightest = picture.mode == "F", 65535.0
     if picture.mode in ("I", "F"):

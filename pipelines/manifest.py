@@ -1,8 +1,8 @@
 """MANIFEST.json: written last, so its existence means that the stage is complete.
 
-A stage asks `open_stage` what its output directory holds. The answer decides between skipping (same fingerprint, complete),
-continuing (same fingerprint, half done), growing (only what may grow has changed), starting (nothing there) and refusing (another
-run's output).
+A stage asks `open_stage` what its output directory holds. The answer decides between skipping (same fingerprint,
+complete), continuing (same fingerprint, half done), growing (only what may grow has changed), starting (nothing there)
+and refusing (another run's output).
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ class StageOutput:
         directory: where the stage writes.
         complete: the stage was finished by an earlier run with the same fingerprint; `manifest` holds its record.
         resumed: an earlier run with the same fingerprint left unfinished work here.
-        grown: an earlier run left work here that differs only in keys that may grow; `manifest` holds its record when it was
-            finished. Nothing is claimed before `accept`.
+        grown: an earlier run left work here that differs only in keys that may grow; `manifest` holds its record when
+            it was finished. Nothing is claimed before `accept`.
     """
 
     directory: Path
@@ -85,7 +85,8 @@ def open_stage(
         inputs: everything that decides the result: config, input and model identities, seed. Not paths of the output,
             not worker counts. Dataclasses are accepted.
         restart: throw away what another fingerprint left there.
-        grows: keys of `inputs` that may differ from the earlier run's, for a stage that can use its old work for a changed input.
+        grows: keys of `inputs` that may differ from the earlier run's, for a stage that can use its old work for a
+            changed input.
 
     Raises:
         UserError: the directory holds another run's output and `restart` is not set, or something captune never wrote.
@@ -135,8 +136,8 @@ def fingerprint(inputs: Any) -> str:
 def identity(path: Path | str) -> str:
     """Identity of a file or directory: name-independent digest of its contents.
 
-    A stage output is identified by its own manifest's fingerprint and a model by its configuration and weights' digests, so that
-    a moved directory keeps its identity and a changed one never does.
+    A stage output is identified by its own manifest's fingerprint and a model by its configuration and weights'
+    digests, so that a moved directory keeps its identity and a changed one never does.
     """
     path = Path(path)
     if (path / CLAIM).exists():

@@ -1,4 +1,6 @@
-"""Progress of long work: what is happening, how fast, how long still; on a terminal (one live line) and in a log (a line now and then)."""
+"""Progress of long work: what is happening, how fast, how long still; on a terminal (one live line) and in a log (a
+line now and then).
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The sample record: the one Arrow schema that flows down the hallway.
 
-Images travel as encoded bytes or as a URI, never as pixels; rows in equal rows out, so a sample that fails carries its `error`.
-`stats` and `meta` are JSON text because their keys differ from dataset to dataset while the schema must not.
+Images travel as encoded bytes or as a URI, never as pixels; rows in equal rows out, so a sample that fails carries its
+`error`. `stats` and `meta` are JSON text because their keys differ from dataset to dataset while the schema must not.
 """
 
 from __future__ import annotations
@@ -79,7 +79,9 @@ def new_record(
     meta: dict[str, Any] | None = None,
     content: bytes | None = None,
 ) -> Record:
-    """A fresh record. `content` is the encoded image when only its URI is kept; it goes into the id, not into the record."""
+    """A fresh record. `content` is the encoded image when only its URI is kept; it goes into the id, not into the
+    record.
+    """
     return Record(
         sample_id=sample_id(content if content is not None else image, image_uri, caption),
         image=image,
@@ -98,8 +100,8 @@ def new_record(
 def sample_id(image: bytes | None, image_uri: str | None, caption: str) -> str:
     """Content key of a sample: 128-bit BLAKE2b over the encoded image and the caption as found, in hexadecimal.
 
-    It does not depend on where the file lies, on the shard or on the row, so a rerun on another machine finds its own work
-    again. When the image cannot be had at all, the file's name stands in for it.
+    It does not depend on where the file lies, on the shard or on the row, so a rerun on another machine finds its own
+    work again. When the image cannot be had at all, the file's name stands in for it.
     """
     digest = hashlib.blake2b(digest_size=16)
     if image is not None:
@@ -111,7 +113,8 @@ def sample_id(image: bytes | None, image_uri: str | None, caption: str) -> str:
 
 
 def read_shards(directory: Path | str, columns: Iterable[str] | None = None) -> pa.Table:
-    """All records of a directory of Parquet shards as one table, ordered by `sample_id` so that the shard layout never matters.
+    """All records of a directory of Parquet shards as one table, ordered by `sample_id` so that the shard layout never
+    matters.
 
     Raises:
         UserError: no shard there, or a shard is truncated or has another schema (the file is named).

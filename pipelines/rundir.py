@@ -1,4 +1,6 @@
-"""What lies in a run directory, finished or not. Reads; never computes, never fails over a part that is not there yet."""
+"""What lies in a run directory, finished or not. Reads; never computes, never fails over a part that is not there
+yet.
+"""
 
 from __future__ import annotations
 

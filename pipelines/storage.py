@@ -1,8 +1,8 @@
 """Files that are not on a local disk, through any pyarrow filesystem: `s3://`, `gs://`, `abfs://`, `hdfs://`.
 
-Credentials and endpoints come from where each system looks for them itself (for S3: AWS_ACCESS_KEY_ID, AWS_PROFILE, AWS_ENDPOINT_URL,
-an instance's role), so that they stand in no recipe. `RemotePath` has the part of pathlib's interface that reading needs: a format's
-reader does not know which of the two it has.
+Credentials and endpoints come from where each system looks for them itself (for S3: AWS_ACCESS_KEY_ID, AWS_PROFILE,
+AWS_ENDPOINT_URL, an instance's role), so that they stand in no recipe. `RemotePath` has the part of pathlib's interface
+that reading needs: a format's reader does not know which of the two it has.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from pyarrow.fs import FileInfo, FileSystem
 
 SCHEMES = ("s3", "gs", "gcs", "abfs", "abfss", "hdfs", "memory")
-"""What captune reads from; `memory` is fsspec's, of one process. The web is not among them: captune fetches nothing from there."""
+"""What captune reads from; `memory` is fsspec's, of one process. The web is not among them: captune fetches nothing
+from there."""
 _BUFFER = 4 << 20
 _GLOB = set("*?[")
 

@@ -31,7 +31,9 @@ class Words:
 
 
 def repetition(text: str) -> float:
-    """Share of two-word sequences in a text that stand there more than once; Data-Juicer's `word_rep_ratio` at `rep_len` 2."""
+    """Share of two-word sequences in a text that stand there more than once; Data-Juicer's `word_rep_ratio` at
+    `rep_len` 2.
+    """
     return _repetition(text.lower().split())
 
 
@@ -47,7 +49,9 @@ def words_of(text: str) -> list[str]:
 
 
 def mattr(stream: Sequence[int], window: int) -> float | None:
-    """Mean of distinct / `window` over all windows of consecutive word numbers, in one sweep; None when the stream is shorter."""
+    """Mean of distinct / `window` over all windows of consecutive word numbers, in one sweep; None when the stream is
+    shorter.
+    """
     if len(stream) < window:
         return None
     inside: Counter[int] = Counter(stream[:window])

@@ -21,11 +21,12 @@ def parse(
 ) -> tuple[Recipe, Namespace]:
     """Read `argv` into the recipe and the command's own options.
 
-    A recipe file (`--config`, or the first bare word of `captune run`) may hold every section, whichever command reads it;
-    options on the command line win over it.
+    A recipe file (`--config`, or the first bare word of `captune run`) may hold every section, whichever command reads
+    it; options on the command line win over it.
 
     Raises:
-        UserError: an impossible value (the sections' own checks). Unknown keys and wrong types end the process with status 2.
+        UserError: an impossible value (the sections' own checks). Unknown keys and wrong types end the process with
+            status 2.
     """
     parser = jsonargparse.ArgumentParser(prog=f"captune {command}", description=about, default_env=False)
     parser.add_argument(
@@ -81,7 +82,8 @@ def lasting(path: str, key: str) -> str:
     place = Path(path).resolve()
     if "working_dir_files" in place.parts and "runtime_resources" in place.parts:
         raise UserError(
-            f"{key.split()[0]}: '{path}' lies in the job's temporary working directory, which other nodes do not see and Ray "
+            f"{key.split()[0]}: '{path}' lies in the job's temporary working directory, which other nodes do "
+            f"not see and Ray "
             "deletes; give an absolute path on storage that every node mounts"
         )
     return path

@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 
 
 def main(argv: list[str]) -> int:
-    """`captune caption --input DATASET --output DIR --caption.model DIR`; `--dry-run` needs no output and writes nothing."""
+    """`captune caption --input DATASET --output DIR --caption.model DIR`; `--dry-run` needs no output and writes
+    nothing.
+    """
     recipe, options = _options.parse("caption", __doc__ or "", argv, _add_options)
     dataset = _options.required(options.input or recipe.dataset, "--input DATASET", "caption")
     if options.dry_run:

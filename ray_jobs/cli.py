@@ -78,7 +78,8 @@ def _usage() -> str:
     return (
         "usage: captune COMMAND [options]\n\n"
         f"{lines}\n\n"
-        "captune COMMAND --help lists a command's options; every option is also a key of a recipe (--config RECIPE.yaml)."
+        "captune COMMAND --help lists a command's options; every option is also a key of a recipe (--config "
+        "RECIPE.yaml)."
     )
 
 

@@ -12,7 +12,9 @@ from ray_jobs import _options, cli
 
 
 def main(argv: list[str]) -> int:
-    """`captune compare DIR DIR [...] --output DIR`: the first directory is the baseline unless compare.baseline names one."""
+    """`captune compare DIR DIR [...] --output DIR`: the first directory is the baseline unless compare.baseline names
+    one.
+    """
     recipe, options = _options.parse(
         "compare",
         __doc__ or "",
@@ -49,9 +51,11 @@ def sentence(baseline: str, arm: str, found: dict, difference: dict) -> str:
     """The result in words."""
     low, high = (100 * value for value in difference["interval"])
     return (
-        f"{arm} {100 * found['arms'][arm]['accuracy']:.1f} %, {baseline} {100 * found['arms'][baseline]['accuracy']:.1f} %: "
+        f"{arm} {100 * found['arms'][arm]['accuracy']:.1f} %, {baseline} "
+        f"{100 * found['arms'][baseline]['accuracy']:.1f} %: "
         f"difference {100 * difference['difference']:+.1f} points, "
-        f"{100 * found['confidence']:.0f} % interval {low:+.1f} to {high:+.1f}, McNemar p = {difference['mcnemar']['p_value']:.2g}"
+        f"{100 * found['confidence']:.0f} % interval {low:+.1f} to {high:+.1f}, McNemar p = "
+        f"{difference['mcnemar']['p_value']:.2g}"
     )
 
 

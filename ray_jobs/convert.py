@@ -27,7 +27,8 @@ def main(argv: list[str]) -> int:
             parser.add_argument(
                 "--remote-code",
                 action="store_true",
-                help="put the modelling code into the directory: it then loads without captune (trust_remote_code=True)",
+                help="put the modelling code into the directory: it then loads without captune "
+                "(trust_remote_code=True)",
             ),
         ),
     )

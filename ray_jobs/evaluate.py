@@ -16,7 +16,9 @@ from serve.config import ServeConfig
 
 
 def main(argv: list[str]) -> int:
-    """`captune evaluate --benchmark textvqa --annotations FILE --images DIR (--model DIR / --endpoint URL) --output DIR`."""
+    """`captune evaluate --benchmark textvqa --annotations FILE --images DIR (--model DIR / --endpoint URL) --output
+    DIR`.
+    """
     recipe, options = _options.parse(
         "evaluate",
         __doc__ or "",

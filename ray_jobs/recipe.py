@@ -26,7 +26,8 @@ RECIPES = Path(__file__).parent.parent / "pipelines" / "recipes"
 class Recipe:
     """The whole hallway.
 
-    `${run_dir}` in a path stands for `run_dir`, so that a recipe which keeps its data there can be moved by that one key.
+    `${run_dir}` in a path stands for `run_dir`, so that a recipe which keeps its data there can be moved by that one
+    key.
 
     Attributes:
         run_dir: where the run writes; it explains itself (see the README).

@@ -37,7 +37,8 @@ def main(argv: list[str]) -> int:
         print(json.dumps(found))
     else:
         print(
-            f"{found['benchmark']}: {100 * found['accuracy']:.2f} % of {found['count']} questions, {found['errors']} errors"
+            f"{found['benchmark']}: {100 * found['accuracy']:.2f} % of {found['count']} questions, "
+            f"{found['errors']} errors"
         )
     return 0
 

@@ -134,7 +134,8 @@ def _tokenizer(config: Any, processor: Any) -> Verdict:
     image = tokenizer.convert_tokens_to_ids(processor.image_token)
     if image != config.image_token_id:
         bad.append(
-            f"the tokenizer's {processor.image_token} is {image}, the configuration's image_token_id {config.image_token_id}"
+            f"the tokenizer's {processor.image_token} is {image}, the configuration's image_token_id "
+            f"{config.image_token_id}"
         )
     if processor.num_image_tokens != config.num_image_tokens:
         bad.append(

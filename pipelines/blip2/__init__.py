@@ -1,1 +1,3 @@
-"""BLIP-2 as captune runs it: continuous batching over its own decoders, several candidates, exact pixels. Torch only, no Ray."""
+"""BLIP-2 as captune runs it: continuous batching over its own decoders, several candidates, exact pixels. Torch only,
+no Ray.
+"""

@@ -21,7 +21,9 @@ from pipelines.blip2.slots import Job, Prefix
 def search(
     model: Any, prefixes: list[Prefix], decoding: DecodingConfig, count: int, ends: list[int]
 ) -> Iterator[tuple[Job, list[int]]]:
-    """The `count` best captions of every prefix, best first, as `Blip2ForConditionalGeneration.generate(num_beams=...)` finds them."""
+    """The `count` best captions of every prefix, best first, as `Blip2ForConditionalGeneration.generate(num_beams=...)`
+    finds them.
+    """
     language_model = model.language_model
     for limit, group in groupby(sorted(prefixes, key=lambda prefix: prefix.limit), key=lambda prefix: prefix.limit):
         batch = list(group)

@@ -1,7 +1,7 @@
 """Which of an image's candidates becomes its caption.
 
-`random_any`, `similar_one_simhash` and `all` mean what they mean in Data-Juicer's `image_captioning_mapper` (1.6.1), except that chance
-here belongs to the sample: a rerun picks the same. The others are better reasons:
+`random_any`, `similar_one_simhash` and `all` mean what they mean in Data-Juicer's `image_captioning_mapper` (1.6.1),
+except that chance here belongs to the sample: a rerun picks the same. The others are better reasons:
 
     first             the likeliest: greedy's, beam search's best, the first one sampled
     clip_best         CLIP (Radford et al. 2021, arXiv:2103.00020) finds it most similar to the image
@@ -27,8 +27,10 @@ from pipelines.blip2.config import CandidateConfig
 from pipelines.blip2.sampling import uniforms
 
 _FUNCTION_WORDS = (
-    "a an the this that these those some any each and or but nor of in on at by to from for with without into onto over under above "
-    "below between behind beside near next as is are was were be been being am has have had do does did there here it its he she they "
+    "a an the this that these those some any each and or but nor of in on at by to from for with without into "
+    "onto over under above "
+    "below between behind beside near next as is are was were be been being am has have had do does did there "
+    "here it its he she they "
     "them his her their which who whom whose what where when while than then so very also just not no"
 )
 _NOT_TEXT = re.compile(r"[^\w\s.,;:!?'\"()&%/-]|_")
@@ -72,7 +74,9 @@ class Chooser:
         """Images that are best looked at together."""
 
     def choose(self, images: list[Generated]) -> list[tuple[list[float] | None, str]]:
-        """Scores of the candidates (None where nothing was measured; more is better) and the caption that stays, for each image."""
+        """Scores of the candidates (None where nothing was measured; more is better) and the caption that stays, for
+        each image.
+        """
         scores = self._scores(images)
         return [
             (found, self._with_original(image, self._pick(image, found)))
@@ -101,7 +105,9 @@ class Chooser:
 
 
 def likeness(image: Generated) -> list[float]:
-    """Share of SimHash bits (0 to 1) that a candidate has in common with the caption as found: Data-Juicer's measure."""
+    """Share of SimHash bits (0 to 1) that a candidate has in common with the caption as found: Data-Juicer's
+    measure.
+    """
     found = simhash(image.original or "")
     return [1 - (simhash(text) ^ found).bit_count() / 64 for text in image.texts]
 
@@ -135,7 +141,9 @@ def faults(text: str, ended: bool) -> int:
 
 
 def information(image: Generated) -> list[float]:
-    """Different content words of a candidate, plus (below 1) the share of the other candidates that say these words too."""
+    """Different content words of a candidate, plus (below 1) the share of the other candidates that say these words
+    too.
+    """
     common = set(_FUNCTION_WORDS.split())
     contents = [{word.lower() for word in _WORD.findall(text)} - common for text in image.texts]
     others = max(len(contents) - 1, 1)
@@ -154,7 +162,8 @@ _MEASURES: dict[str, Callable[[Generated], list[float]]] = {
 
 
 class Clip:
-    """Image-text similarity by a CLIP checkpoint; images come as BLIP-2's own pixels, resized once more where CLIP's are of another size.
+    """Image-text similarity by a CLIP checkpoint; images come as BLIP-2's own pixels, resized once more where CLIP's
+    are of another size.
 
     Args:
         model: Hugging Face directory or hub id.

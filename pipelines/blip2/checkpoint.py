@@ -1,4 +1,6 @@
-"""What can be known about a BLIP-2 directory without loading it: cheap enough to refuse a bad one before any work starts."""
+"""What can be known about a BLIP-2 directory without loading it: cheap enough to refuse a bad one before any work
+starts.
+"""
 
 from __future__ import annotations
 
@@ -60,13 +62,16 @@ def check(directory: Path, prompt: str = "", max_new_tokens: int = 1) -> None:
     needed = config.get("num_query_tokens", 32) + 1 + len(prompt.split()) + max_new_tokens
     if limit is not None and needed > limit:
         raise UserError(
-            f"caption.max_new_tokens: {max_new_tokens} new tokens do not fit; {directory} has {limit} positions and the image "
+            f"caption.max_new_tokens: {max_new_tokens} new tokens do not fit; {directory} has {limit} "
+            f"positions and the image "
             f"and prompt take {needed - max_new_tokens}"
         )
 
 
 def pixel_spec(directory: Path) -> PixelSpec:
-    """The image processor's settings, from `processor_config.json` (transformers 5) or `preprocessor_config.json` (older)."""
+    """The image processor's settings, from `processor_config.json` (transformers 5) or `preprocessor_config.json`
+    (older).
+    """
     for name in ("processor_config.json", "preprocessor_config.json"):
         if (directory / name).exists():
             config = _read(directory, name)
@@ -95,7 +100,9 @@ def _check_image_token(directory: Path, config: dict[str, Any]) -> None:
 
 
 def refuse_other_image_token(directory: Path, found: int | None, wanted: int) -> None:
-    """The model puts the image where token `wanted` stands; a tokenizer that writes another token there gives captions of nothing."""
+    """The model puts the image where token `wanted` stands; a tokenizer that writes another token there gives captions
+    of nothing.
+    """
     if found is None:
         raise UserError(
             f"{directory}: its tokenizer lacks the image token '{IMAGE_TOKEN}' (the model expects it at id {wanted})"

@@ -88,11 +88,13 @@ class BlipCaptioner:
 
     Args:
         model_dir: Hugging Face directory.
-        config: prompt, decoding, candidates, dtype and batch size; in float16 transformers keeps the Q-Former in float32.
+        config: prompt, decoding, candidates, dtype and batch size; in float16 transformers keeps the Q-Former in
+            float32.
         device: torch device.
 
     Raises:
-        UserError: the directory is no complete BLIP-2 checkpoint (what is missing is named), or the prompt leaves no room.
+        UserError: the directory is no complete BLIP-2 checkpoint (what is missing is named), or the prompt leaves no
+            room.
     """
 
     def __init__(
@@ -112,7 +114,9 @@ class BlipCaptioner:
 
     @classmethod
     def of(cls, model: Any, tokenizer: Any, spec: PixelSpec, config: BlipConfig) -> BlipCaptioner:
-        """A captioner around a `Blip2ForConditionalGeneration` that is in memory already, on its device and in its dtype."""
+        """A captioner around a `Blip2ForConditionalGeneration` that is in memory already, on its device and in its
+        dtype.
+        """
         captioner = cls.__new__(cls)
         captioner._assemble(model.eval(), tokenizer, spec, config, "the model")
         return captioner
@@ -134,7 +138,8 @@ class BlipCaptioner:
         prefix = model.config.num_query_tokens + len(self._prompt_ids([config.prompt])[0])
         if self._room(prefix) < config.max_new_tokens:
             raise UserError(
-                f"caption.max_new_tokens: {config.max_new_tokens} new tokens do not fit; {name} has {self._decoder.max_length} "
+                f"caption.max_new_tokens: {config.max_new_tokens} new tokens do not fit; {name} has "
+                f"{self._decoder.max_length} "
                 f"positions and the image and prompt take {prefix}"
             )
 
@@ -166,8 +171,9 @@ class BlipCaptioner:
     def captions(self, requests: Iterable[Request | None]) -> Iterator[tuple[int, Captioned]]:
         """Caption a stream: `(position in the stream, result)` as each is finished, which is not the stream's order.
 
-        Slots stay full as long as the stream has more; at most `batch_size` requests are read ahead of those being decoded. A stream
-        that has nothing at the moment gives None: what is in the slots goes on, and the stream is asked again while anything does.
+        Slots stay full as long as the stream has more; at most `batch_size` requests are read ahead of those being
+        decoded. A stream that has nothing at the moment gives None: what is in the slots goes on, and the stream is
+        asked again while anything does.
 
         Raises:
             WorkFailed: not even one image fits into the device's memory.
@@ -186,7 +192,9 @@ class BlipCaptioner:
 
     @torch.inference_mode()
     def generate(self, requests: Iterable[Request]) -> list[list[list[int]]]:
-        """Tokens of every candidate of every image, the end token among them, as `Blip2ForConditionalGeneration.generate` has them."""
+        """Tokens of every candidate of every image, the end token among them, as
+        `Blip2ForConditionalGeneration.generate` has them.
+        """
         found = dict(self._finished(requests))
         return [[found[row].tokens[candidate] for candidate in sorted(found[row].tokens)] for row in sorted(found)]
 
@@ -202,14 +210,17 @@ class BlipCaptioner:
         model = self.model
         states = model.vision_model(pixel_values=self.normalize(pixels_BCHW)).last_hidden_state
         with _tensor_cores_for_float32(self.device.type == "cuda" and self.dtype == torch.float16):
-            # without the mask of ones that transformers makes: the device would be waited for to learn that it masks nothing
+            # without the mask of ones that transformers makes: the device would be waited for to learn that it masks
+            # nothing
             queries = model.qformer(
                 query_embeds=model.query_tokens.expand(len(states), -1, -1), encoder_hidden_states=states
             ).last_hidden_state
         return model.language_projection(queries.to(states.dtype))
 
     def _finished(self, requests: Iterable[Request | None]) -> Iterator[tuple[int, _Open]]:
-        """Every request with all its candidates' tokens, or with an error; on out-of-memory, what is unfinished is taken up again."""
+        """Every request with all its candidates' tokens, or with an error; on out-of-memory, what is unfinished is
+        taken up again.
+        """
         opened: dict[int, _Open] = {}
         source = enumerate(requests)
         while True:
@@ -253,7 +264,9 @@ class BlipCaptioner:
     def _prefixes(
         self, opened: dict[int, _Open], rows: Iterator[int | None], refused: list[int]
     ) -> Iterator[list[Prefix]]:
-        """Batches of images through the towers, empty ones where the stream has none; a prompt that leaves no room for a caption is refused instead."""
+        """Batches of images through the towers, empty ones where the stream has none; a prompt that leaves no room for
+        a caption is refused instead.
+        """
         queries = self.model.config.num_query_tokens
         for batch in _batches(rows, self.batch_size):
             if not batch:
@@ -341,7 +354,9 @@ class BlipCaptioner:
 
 
 class _Jobs:
-    """Candidates of image after image; ends before a batch whose prompts are longer than the slots, which it leaves in `left`."""
+    """Candidates of image after image; ends before a batch whose prompts are longer than the slots, which it leaves in
+    `left`.
+    """
 
     def __init__(
         self, batch: list[Prefix], more: Iterator[list[Prefix]], longest: int, count: int, opened: dict[int, _Open]
@@ -367,7 +382,9 @@ class _Jobs:
 
 
 def _batches(rows: Iterator[int | None], size: int) -> Iterator[list[int]]:
-    """Rows in lists of `size`; shorter, even empty, where a None among them says that there are no more at the moment."""
+    """Rows in lists of `size`; shorter, even empty, where a None among them says that there are no more at the
+    moment.
+    """
     batch: list[int] = []
     for row in rows:
         if row is not None:
@@ -381,7 +398,9 @@ def _batches(rows: Iterator[int | None], size: int) -> Iterator[list[int]]:
 
 @contextmanager
 def _tensor_cores_for_float32(wanted: bool) -> Iterator[None]:
-    """TF32 for the Q-Former of a float16 model: its mantissa is as long as that of the towers around it, its range is float32's."""
+    """TF32 for the Q-Former of a float16 model: its mantissa is as long as that of the towers around it, its range is
+    float32's.
+    """
     if not wanted:
         yield
         return
@@ -398,7 +417,9 @@ def _as_list(ids: int | list[int] | None) -> list[int]:
 
 
 def _load_model(directory: Path, dtype: torch.dtype) -> Any:
-    """Transformers fills weights it does not find with random numbers and only prints a report; here that is an error."""
+    """Transformers fills weights it does not find with random numbers and only prints a report; here that is an
+    error.
+    """
     loaded: Any = Blip2ForConditionalGeneration.from_pretrained(directory, dtype=dtype, output_loading_info=True)
     model, info = loaded
     lost = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])

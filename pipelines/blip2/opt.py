@@ -1,11 +1,12 @@
-"""OPT, BLIP-2's decoder-only language model, over rows that come and go: one static cache, a position per row, no padding.
+"""OPT, BLIP-2's decoder-only language model, over rows that come and go: one static cache, a position per row, no
+padding.
 
-Weights and layers are those of transformers; what is left out is what it does around them at every step. A row's prefix lies at
-positions 0, 1, ... of its slot and its new tokens follow, so causality alone masks whatever an earlier row or a shorter neighbour
-left behind.
+Weights and layers are those of transformers; what is left out is what it does around them at every step. A row's prefix
+lies at positions 0, 1, ... of its slot and its new tokens follow, so causality alone masks whatever an earlier row or a
+shorter neighbour left behind.
 
-Shape legend: B images, N prefix, G admitted rows, R rows of a step, S slots, L cache length, H heads, D head size, d hidden size,
-V vocabulary.
+Shape legend: B images, N prefix, G admitted rows, R rows of a step, S slots, L cache length, H heads, D head size, d
+hidden size, V vocabulary.
 """
 
 from __future__ import annotations
@@ -56,7 +57,9 @@ class OptDecoder:
         self._hidden = torch.full((1, 1), float("-inf"), dtype=weight.dtype, device=weight.device)
 
     def admit(self, embeds_BNd: Tensor, lengths: list[int], source_G: Tensor, slots_G: Tensor) -> None:
-        """Fill slots with prefixes; row g has image `source_G[g]`. What lies beyond a shorter prefix is overwritten before it is seen."""
+        """Fill slots with prefixes; row g has image `source_G[g]`. What lies beyond a shorter prefix is overwritten
+        before it is seen.
+        """
         assert self.cache is not None
         batch, length = embeds_BNd.shape[:2]
         positions = self._decoder.embed_positions
@@ -71,7 +74,9 @@ class OptDecoder:
             x = self._finish(layer, x, attended.transpose(1, 2).reshape(batch, length, -1))
 
     def step(self, tokens_R: Tensor, positions_R: Tensor, length: int) -> Tensor:
-        """One token of the first R slots, at its position -> logits (R, V); `length` columns of the cache are in use."""
+        """One token of the first R slots, at its position -> logits (R, V); `length` columns of the cache are in
+        use.
+        """
         assert self.cache is not None
         rows = len(tokens_R)
         seen_RL = self._columns[:length] <= positions_R[:, None]
@@ -102,7 +107,9 @@ class OptDecoder:
 
     @staticmethod
     def _finish(layer: Any, x: Tensor, attended: Tensor) -> Tensor:
-        """Residuals, norms and the feed-forward block, in the order of small OPTs (norm before) or of OPT-350M (norm after)."""
+        """Residuals, norms and the feed-forward block, in the order of small OPTs (norm before) or of OPT-350M (norm
+        after).
+        """
         before = layer.do_layer_norm_before
         x = x + layer.self_attn.out_proj(attended)
         if not before:
@@ -113,7 +120,9 @@ class OptDecoder:
 
 
 def fuse(parts: list[Any]) -> tuple[Tensor, Tensor | None]:
-    """Linear layers of one shape as one weight and bias; the layers become views of it, so that nothing is held twice."""
+    """Linear layers of one shape as one weight and bias; the layers become views of it, so that nothing is held
+    twice.
+    """
     weight = torch.cat([part.weight.data for part in parts])
     bias = torch.cat([part.bias.data for part in parts]) if parts[0].bias is not None else None
     for part, own in zip(parts, weight.chunk(len(parts)), strict=True):

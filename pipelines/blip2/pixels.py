@@ -1,4 +1,6 @@
-"""From a decoded picture to the model's uint8 pixels, without torch, so that decoding tasks start fast and stay small."""
+"""From a decoded picture to the model's uint8 pixels, without torch, so that decoding tasks start fast and stay
+small.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,9 @@ class PixelSpec:
 
     @property
     def draft_side(self) -> int:
-        """Side below which the JPEG decoder must not go: twice the input size leaves the resize real detail to average."""
+        """Side below which the JPEG decoder must not go: twice the input size leaves the resize real detail to
+        average.
+        """
         return 2 * max(self.height, self.width)
 
     @property

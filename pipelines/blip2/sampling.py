@@ -1,10 +1,11 @@
 """Which token comes next: greedily, or by nucleus sampling whose chance belongs to the sample and not to the batch.
 
-A caption's random numbers are drawn before its first token, from a counter-based generator (Philox, Salmon et al. 2011) keyed by
-seed, sample id and candidate number. So a sample's captions do not depend on its neighbours, on when it was admitted, on how many
-workers there are or on where a run was resumed. What remains is arithmetic: another batch shape moves logits in their last bits,
-and a pick changes when a random number falls within that of a boundary. In float32 that is one pick in about a million; in bfloat16 and
-float16, whose logits have 8 and 11 bits, it can happen in a caption, for sampling as for greedy decoding.
+A caption's random numbers are drawn before its first token, from a counter-based generator (Philox, Salmon et al. 2011)
+keyed by seed, sample id and candidate number. So a sample's captions do not depend on its neighbours, on when it was
+admitted, on how many workers there are or on where a run was resumed. What remains is arithmetic: another batch shape
+moves logits in their last bits, and a pick changes when a random number falls within that of a boundary. In float32
+that is one pick in about a million; in bfloat16 and float16, whose logits have 8 and 11 bits, it can happen in a
+caption, for sampling as for greedy decoding.
 
 Shape legend: B rows, V vocabulary, K tokens among which one is picked.
 """
@@ -35,8 +36,8 @@ def pick(logits_BV: Tensor, uniform_B: Tensor, config: DecodingConfig) -> Tensor
     if config.method != "sample":
         return logits_BV.argmax(dim=-1)
     probabilities_BK, tokens_BK = choices(logits_BV, config)
-    # In the vocabulary's order, not in that of probability: two tokens that change places there change no pick. In float64, so that
-    # the sum never wavers over tokens that were cut off and no pick lands on one.
+    # In the vocabulary's order, not in that of probability: two tokens that change places there change no pick. In
+    # float64, so that the sum never wavers over tokens that were cut off and no pick lands on one.
     cumulative_BK = probabilities_BK.cumsum(dim=-1, dtype=torch.float64)
     target_B1 = cumulative_BK[:, -1:] * uniform_B[:, None]
     place_B1 = (cumulative_BK <= target_B1).sum(dim=-1, keepdim=True)
@@ -47,8 +48,8 @@ def choices(logits_BV: Tensor, config: DecodingConfig) -> tuple[Tensor, Tensor |
     """Tokens that temperature, then top-k, then top-p leave, as transformers' logits warpers in that order.
 
     Returns:
-        Their probabilities, 0 where top-p cuts (they are not scaled up again), and which tokens they are, in the vocabulary's order
-        (None: all). K is `top_k` where that is set.
+        Their probabilities, 0 where top-p cuts (they are not scaled up again), and which tokens they are, in the
+        vocabulary's order (None: all). K is `top_k` where that is set.
     """
     logits_BK, tokens_BK = logits_BV, None
     if 0 < config.top_k < logits_BV.shape[-1]:
@@ -71,7 +72,9 @@ def _least(probabilities_BK: Tensor, top_p: float) -> Tensor:
 
 
 def _least_by_halving(probabilities_BK: Tensor, top_p: float) -> Tensor:
-    """The same without sorting: halves the range of bit patterns, which positive floats are ordered by, until one is left."""
+    """The same without sorting: halves the range of bit patterns, which positive floats are ordered by, until one is
+    left.
+    """
     low_B1 = torch.zeros_like(probabilities_BK[:, :1]).view(torch.int32)
     high_B1 = torch.ones_like(probabilities_BK[:, :1]).view(torch.int32)  # nothing is likelier than 1
     for _ in range(30):  # log2 of the pattern of 1.0

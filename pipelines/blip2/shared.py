@@ -1,4 +1,6 @@
-"""One engine for callers in several threads: their images share its slots, so that none empty while the next batch is on its way."""
+"""One engine for callers in several threads: their images share its slots, so that none empty while the next batch is
+on its way.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,8 @@ class _Call:
 
 
 class SharedEngine:
-    """A thread that captions whatever callers hand in, the lowest ticket first and, of one ticket, first come, first served.
+    """A thread that captions whatever callers hand in, the lowest ticket first and, of one ticket, first come, first
+    served.
 
     Args:
         engine: nobody else may use it from now on.
@@ -51,8 +54,8 @@ class SharedEngine:
     def submit(self, requests: Sequence[Request], ticket: int) -> Future[list[Captioned]]:
         """Captions of the requests to come, in their order. Safe to call from several threads at once.
 
-        The future's exceptions: `WorkFailed` when not even one image fits into the device's memory; whatever else the engine raises,
-        every caller it was working for gets.
+        The future's exceptions: `WorkFailed` when not even one image fits into the device's memory; whatever else the
+        engine raises, every caller it was working for gets.
         """
         call = _Call(requests)
         if requests:
@@ -74,7 +77,9 @@ class SharedEngine:
                     call.fail(error)
 
     def _stream(self, call: _Call, taken: dict[int, tuple[_Call, int]]) -> Iterator[Request | None]:
-        """Requests as they come in, None while there are none. The engine asks no more once its slots are empty; then the next stream begins."""
+        """Requests as they come in, None while there are none. The engine asks no more once its slots are empty; then
+        the next stream begins.
+        """
         numbers = count()
         while True:
             for place, request in enumerate(call.requests):

@@ -1,8 +1,9 @@
-"""Continuous batching: a fixed set of slots, each decoding one caption; a finished caption leaves and the next one takes its slot.
+"""Continuous batching: a fixed set of slots, each decoding one caption; a finished caption leaves and the next one
+takes its slot.
 
-So a short caption never waits for the longest of its batch (Yu et al. 2022, Orca). Shapes stay fixed, which lets a GPU replay one
-CUDA graph per step in place of thousands of launches; on a CPU the same code runs eagerly. While nothing is there to admit, the rest
-is moved together and the step shrinks with it.
+So a short caption never waits for the longest of its batch (Yu et al. 2022, Orca). Shapes stay fixed, which lets a GPU
+replay one CUDA graph per step in place of thousands of launches; on a CPU the same code runs eagerly. While nothing is
+there to admit, the rest is moved together and the step shrinks with it.
 
 Shape legend: S slots, R slots of a step (the first R), T new tokens, Q query tokens, d hidden size.
 """
@@ -94,7 +95,8 @@ class Slots:
     """
 
     def __init__(
-        self, decoder: Decoder, count: int, prefix: int, new: int, decoding: DecodingConfig, ends: list[int], device: torch.device
+        self, decoder: Decoder, count: int, prefix: int, new: int, decoding: DecodingConfig, ends: list[int],
+        device: torch.device
     ) -> None:  # fmt: skip
         self.count, self.prefix, self.new = count, prefix, new
         self._decoder, self._decoding, self._device = decoder, decoding, device
@@ -117,7 +119,8 @@ class Slots:
     def run(self, jobs: Iterable[Job | None]) -> Iterator[tuple[Job, list[int]]]:
         """Decode every job; each comes back as it ends, with its tokens (the end token among them, if it came to one).
 
-        None among the jobs says that there is none at the moment: the others go on, and jobs are asked for again while any does.
+        None among the jobs says that there is none at the moment: the others go on, and jobs are asked for again while
+        any does.
         """
         self._jobs = [None] * self.count
         self._reached[:] = _IDLE

@@ -1,10 +1,10 @@
 """T5 (FLAN-T5), BLIP-2's encoder-decoder language model, over rows that come and go: static caches, a position per row.
 
-Weights, norms and feed-forward blocks are those of transformers; see `opt.py` for the shape of the thing. Prefixes go through T5's
-encoder once per image; a slot keeps each layer's keys and values of it.
+Weights, norms and feed-forward blocks are those of transformers; see `opt.py` for the shape of the thing. Prefixes go
+through T5's encoder once per image; a slot keeps each layer's keys and values of it.
 
-Shape legend: B images, N prefix, G admitted rows, R rows of a step, S slots, L cache length, E encoder length, H heads, D head
-size, d hidden size, V vocabulary.
+Shape legend: B images, N prefix, G admitted rows, R rows of a step, S slots, L cache length, E encoder length, H heads,
+D head size, d hidden size, V vocabulary.
 """
 
 from __future__ import annotations
@@ -43,13 +43,15 @@ class T5Decoder:
         return self._model.shared(ids)
 
     def allocate(self, slots: int, prefix: int, new: int) -> None:
-        """Empty caches (layers, S, L or E, 2, H, D) for rows of up to `prefix` and `new` tokens, and the table of position biases."""
+        """Empty caches (layers, S, L or E, 2, H, D) for rows of up to `prefix` and `new` tokens, and the table of
+        position biases.
+        """
         weight, length = self._fused[0], round_up(new)
         shape = (len(self._blocks), slots, length, 2, self._heads, self._size)
         self.cache = torch.zeros(shape, dtype=weight.dtype, device=weight.device)
         self.cross = self.cache.new_zeros((*shape[:2], round_up(prefix), *shape[3:]))
-        # added to attention scores: -inf where a prefix has ended. An empty slot reads zeros: with nothing to read its softmax would be
-        # NaN, which no mask takes out of the cache again
+        # added to attention scores: -inf where a prefix has ended. An empty slot reads zeros: with nothing to read its
+        # softmax would be NaN, which no mask takes out of the cache again
         self._unread_SE = self.cache.new_zeros(self.cross.shape[1:3])
         self._rows = torch.arange(slots, device=weight.device)
         bias_HLL = self._blocks[0].layer[0].SelfAttention.compute_bias(length, length)[0]
@@ -71,7 +73,9 @@ class T5Decoder:
         )[source_G]
 
     def step(self, tokens_R: Tensor, positions_R: Tensor, length: int) -> Tensor:
-        """One token of the first R slots, at its position -> logits (R, V); `length` columns of the cache are in use."""
+        """One token of the first R slots, at its position -> logits (R, V); `length` columns of the cache are in
+        use.
+        """
         assert self.cache is not None and self.cross is not None
         rows = len(tokens_R)
         bias = self._bias_LHL[positions_R][:, :, None, :length]

@@ -43,7 +43,8 @@ class CaptionConfig(BlipConfig):
             raise UserError("caption.cpus_per_actor and caption.gpus_per_actor cannot be negative")
 
     def decides(self) -> dict[str, Any]:
-        """Every key that a caption depends on, for the fingerprint of a run; `model` stands there by its content, not its name.
+        """Every key that a caption depends on, for the fingerprint of a run; `model` stands there by its content, not
+        its name.
 
         Not batch size, actors, CPUs or guards: they may change between a kill and its rerun.
         """

@@ -1,4 +1,6 @@
-"""Second pass: the index through decoders and model replicas on Ray Data, with Ray Data's checkpointing keyed by `sample_id`."""
+"""Second pass: the index through decoders and model replicas on Ray Data, with Ray Data's checkpointing keyed by
+`sample_id`.
+"""
 
 from __future__ import annotations
 
@@ -27,13 +29,16 @@ if TYPE_CHECKING:
 
 _READ = ["sample_id", "image", "image_uri", "caption", "meta", "where", "result_of", "skip"]
 _AT_ONCE, _IN_FLIGHT = 3, 4
-"""Index files that a replica works on at once, so that its slots never wait for one's images; and with those that lie ready there."""
-# A driver that was killed keeps its share of the cluster until its request expires, and Ray Data divides whole CPUs among all requests: after
-# a few kills nothing would be left for the writers of the run that continues. Requests are renewed every ten seconds. Ray reads this on import.
+"""Index files that a replica works on at once, so that its slots never wait for one's images; and with those that lie
+ready there."""
+# A driver that was killed keeps its share of the cluster until its request expires, and Ray Data divides whole CPUs
+# among all requests: after a few kills nothing would be left for the writers of the run that continues. Requests are
+# renewed every ten seconds. Ray reads this on import.
 os.environ.setdefault("RAY_DATA_AUTOSCALING_REQUEST_EXPIRE_TIME_S", "30")
 _NAMED = re.compile(r"[\w.]*(Error|Exception|Tripped)\b.*:")
 _PATIENCE_SECONDS = 7200.0
-"""A cluster that scales by itself may take long to find a GPU; a run without any progress for so long is a failed one."""
+"""A cluster that scales by itself may take long to find a GPU; a run without any progress for so long is a failed
+one."""
 
 
 def caption_index(
@@ -47,7 +52,8 @@ def caption_index(
 
     Raises:
         UserError: the cluster is too small for one replica.
-        WorkFailed: the pass broke off for good, or a guard stopped it; what is done is kept, and the same command continues.
+        WorkFailed: the pass broke off for good, or a guard stopped it; what is done is kept, and the same command
+            continues.
     """
     import ray
     from ray.data import ActorPoolStrategy
@@ -65,7 +71,8 @@ def caption_index(
         read = ray.data.read_parquet(
             files,
             columns=_READ,
-            # with as many CPUs as a replica Ray Data reads inside it; its checkpoint filter, on a resumed run, would stand between
+            # with as many CPUs as a replica Ray Data reads inside it; its checkpoint filter, on a resumed run, would
+            # stand between
             num_cpus=sizing.actor_cpus if fused else sizing.task_cpus,
             override_num_blocks=len(files),
             concurrency=None if fused else sizing.feeders,
@@ -97,7 +104,8 @@ def caption_index(
         except ray.exceptions.RayError as error:
             if not watch.stopped():
                 raise WorkFailed(
-                    f"captioning into {index.parent} broke off: {_cause(error)}. What is done is kept; the same command continues"
+                    f"captioning into {index.parent} broke off: {_cause(error)}. What is done is kept; the "
+                    f"same command continues"
                 ) from error
     if reason := watch.stopped():
         raise WorkFailed(
@@ -120,7 +128,9 @@ def _decoded(read: Dataset, sizing: Sizing, spec: PixelSpec, config: CaptionConf
 
 
 def _largest_cluster() -> dict[str, float]:
-    """Resources of the cluster, at its largest when it scales by itself: one that starts without GPUs may still get some."""
+    """Resources of the cluster, at its largest when it scales by itself: one that starts without GPUs may still get
+    some.
+    """
     import ray
 
     resources = dict(ray.cluster_resources())
@@ -141,15 +151,17 @@ def _beside_this_driver(remaining: int, config: CaptionConfig) -> object:
 
 @contextmanager
 def _quiet_data_context(results: Results) -> Iterator[DataContext]:
-    """Ray Data's settings for this pass only: checkpointing on, faults tolerated, its own bars and plans off the screen."""
+    """Ray Data's settings for this pass only: checkpointing on, faults tolerated, its own bars and plans off the
+    screen.
+    """
     from ray.data import DataContext
     from ray.data.checkpoint import CheckpointConfig
 
     results.make_directories()
     context = DataContext.get_current().copy()
     context.enable_progress_bars = False
-    # The newer reader packs files into blocks by bytes, and index files are small: a thousand images would be one block, done or
-    # lost as a whole. The older one makes a task per file, as the index means it.
+    # The newer reader packs files into blocks by bytes, and index files are small: a thousand images would be one
+    # block, done or lost as a whole. The older one makes a task per file, as the index means it.
     context.use_datasource_v2 = False
     context.max_consecutive_actor_init_deaths = 3
     context.execution_no_progress_timeout_s = _PATIENCE_SECONDS
@@ -169,7 +181,9 @@ def _quiet_data_context(results: Results) -> Iterator[DataContext]:
 
 
 def _cause(error: BaseException) -> str:
-    """The line of a Ray error that says what happened; around it are tracebacks through Ray and advice about Ray's settings."""
+    """The line of a Ray error that says what happened; around it are tracebacks through Ray and advice about Ray's
+    settings.
+    """
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     named = [line for line in lines if _NAMED.match(line)]
     return (named or lines or [type(error).__name__])[-1][:300]

@@ -1,4 +1,5 @@
-"""captune's captioner as a Data-Juicer operator: in a recipe, `captune_image_captioning_mapper` takes `image_captioning_mapper`'s place.
+"""captune's captioner as a Data-Juicer operator: in a recipe, `captune_image_captioning_mapper` takes
+`image_captioning_mapper`'s place.
 
     custom_operator_paths: [/path/to/pipelines/caption/datajuicer_op.py]
     process:
@@ -7,11 +8,12 @@
           caption_num: 4
           keep_candidate_mode: similar_one_simhash
 
-The path is what `python -c "import pipelines.caption, os; print(os.path.dirname(pipelines.caption.__file__) + '/datajuicer_op.py')"` prints;
-in a Python program, importing this module registers the operator just as well.
+The path is what `python -c "import pipelines.caption, os; print(os.path.dirname(pipelines.caption.__file__) +
+'/datajuicer_op.py')"` prints; in a Python program, importing this module registers the operator just as well.
 
-Rows come out as Data-Juicer's operator makes them: the sample as it was (`keep_original_sample`), then one row (`all`: one per
-candidate) whose text keeps its special tokens in their order, a caption behind every image token. What differs is stated in the class.
+Rows come out as Data-Juicer's operator makes them: the sample as it was (`keep_original_sample`), then one row (`all`:
+one per candidate) whose text keeps its special tokens in their order, a caption behind every image token. What differs
+is stated in the class.
 """
 
 import copy
@@ -51,11 +53,14 @@ Place = tuple[int, int, int]
 
 @OPERATORS.register_module(OP_NAME, force=True)  # by path and by import: the last one stands
 class CaptuneImageCaptioningMapper(Mapper):
-    """Generates image captions with a BLIP-2 model and appends them to samples, as `image_captioning_mapper` does, only faster.
+    """Generates image captions with a BLIP-2 model and appends them to samples, as `image_captioning_mapper` does, only
+    faster.
 
-    Differences: an image goes through the vision tower once however many captions it gets; sampling is seeded by `seed` and the
-    image, so a rerun says the same; a caption stands behind its own image token also where a chunk has several images; a sample
-    with a broken image loses its new rows, not its whole batch; image bytes (`image_bytes_key`) are used where a sample has them.
+    Differences: an image goes through the vision tower once however many captions it gets; sampling is seeded by `seed`
+        and the
+    image, so a rerun says the same; a caption stands behind its own image token also where a chunk has several images;
+    a sample with a broken image loses its new rows, not its whole batch; image bytes (`image_bytes_key`) are used where
+    a sample has them.
     """
 
     _accelerator = "cuda"
@@ -90,8 +95,8 @@ class CaptuneImageCaptioningMapper(Mapper):
         :param hf_img2seq: Hugging Face directory or hub id of a BLIP-2 model.
         :param trust_remote_code: only there so that recipes need no change; BLIP-2 has no remote code.
         :param caption_num: how many candidate captions to generate for each image.
-        :param keep_candidate_mode: which candidates stay: 'random_any', 'similar_one_simhash' and 'all' as in Data-Juicer, or
-            'first', 'clip_best', 'longest_clean', 'most_informative'.
+        :param keep_candidate_mode: which candidates stay: 'random_any', 'similar_one_simhash' and 'all' as in
+            Data-Juicer, or 'first', 'clip_best', 'longest_clean', 'most_informative'.
         :param keep_original_sample: whether the original sample stays beside the new ones.
         :param prompt: a prompt for all samples.
         :param prompt_key: the field of a sample that holds a prompt of its own; it goes before `prompt`.
@@ -147,7 +152,9 @@ class CaptuneImageCaptioningMapper(Mapper):
     def _requests(
         self, engine: BlipCaptioner, rows: list[Sample], places: list[Place], broken: set[int]
     ) -> Iterator[Request]:
-        """One request per image token, decoded when the engine asks for it; notes where each belongs and which rows cannot be read."""
+        """One request per image token, decoded when the engine asks for it; notes where each belongs and which rows
+        cannot be read.
+        """
         for number, row in enumerate(rows):
             found: list[tuple[Place, Request]] = []
             try:
@@ -219,7 +226,9 @@ def _insert(special: str, captions: list[str]) -> str:
 
 
 def _room(directory: Path, prompt: str) -> int:
-    """Data-Juicer's limit, or what a small model's positions leave beside the image and the prompt (at most a token a byte)."""
+    """Data-Juicer's limit, or what a small model's positions leave beside the image and the prompt (at most a token a
+    byte).
+    """
     config = read_json(directory / "config.json")
     positions = config.get("text_config", {}).get("max_position_embeddings")
     if positions is None or config.get("text_config", {}).get("model_type", "opt") != "opt":

@@ -1,4 +1,6 @@
-"""`captune caption --dry-run`: what a run would cost, from a look at the whole input and a measurement on a small sample of it. No Ray."""
+"""`captune caption --dry-run`: what a run would cost, from a look at the whole input and a measurement on a small
+sample of it. No Ray.
+"""
 
 from __future__ import annotations
 
@@ -26,8 +28,8 @@ def estimate(input: str, config: CaptionConfig) -> dict[str, Any]:
 
     Returns:
         rows (and rows_exact: false when counting would have taken more than a minute), bytes (encoded images),
-        sample: rows, failed (share that has no usable picture), decode_ms (per image and CPU core), caption_ms (per image and actor),
-            device, pixels (bytes of one image in the object store);
+        sample: rows, failed (share that has no usable picture), decode_ms (per image and CPU core), caption_ms (per
+            image and actor), device, pixels (bytes of one image in the object store);
         memory_per_actor: bytes of one replica's process, or of GPU memory when it runs there;
         actors: list of actors, hours, images_per_second, decode_cpus (cores that keep so many actors fed).
 
@@ -77,7 +79,9 @@ def _count(dataset: Dataset) -> dict[str, Any]:
 
 
 def _extrapolated(dataset: Dataset, rows: int, held: int) -> dict[str, Any]:
-    """Shards that hold their images: rows by the bytes read so far; else no more is known than that there are so many."""
+    """Shards that hold their images: rows by the bytes read so far; else no more is known than that there are so
+    many.
+    """
     total = sum(part.stat().st_size for part in _local_files(dataset)) if held else 0
     share = min(1.0, held / total) if total else 1.0
     return {"rows": round(rows / share), "rows_exact": False, "bytes": round(held / share) or None}
@@ -157,12 +161,14 @@ def describe(found: dict[str, Any]) -> str:
     if not found["actors"]:
         return "\n".join([*lines, "no picture of the sample is usable: nothing to measure the model with"])
     lines += [
-        f"model: {sample['caption_ms']:.1f} ms an image on one actor ({sample['device']}), {_size(found['memory_per_actor'])} per actor",
+        f"model: {sample['caption_ms']:.1f} ms an image on one actor ({sample['device']}), "
+        f"{_size(found['memory_per_actor'])} per actor",
         "",
         f"{'actors':>8} {'images/s':>10} {'time':>10} {'cores to decode':>17}",
     ]
     lines += [
-        f"{row['actors']:>8} {row['images_per_second']:>10.1f} {clock(3600 * row['hours']):>10} {row['decode_cpus']:>17.1f}"
+        f"{row['actors']:>8} {row['images_per_second']:>10.1f} {clock(3600 * row['hours']):>10} "
+        f"{row['decode_cpus']:>17.1f}"
         for row in found["actors"]
     ]
     return "\n".join(lines)

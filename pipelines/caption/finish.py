@@ -49,7 +49,9 @@ def write_records(index: Path, results: Results, output: Path, rows_per_shard: i
 
 
 def _with_results(entries: pa.Table, results: pa.Table, found: pa.ChunkedArray) -> pa.Table:
-    """Index rows -> records; `found` is the row of `results` that each takes its text from, null where there is none."""
+    """Index rows -> records; `found` is the row of `results` that each takes its text from, null where there is
+    none.
+    """
     import pyarrow as pa
     import pyarrow.compute as pc
 
@@ -81,7 +83,9 @@ def _with_scores(stats: str, scores: list[float] | None) -> str:
 
 
 class _ShardWriter:
-    """`part-00000.parquet`, ... of exactly `rows_per_shard` rows (fewer when their images weigh too much), each whole or absent."""
+    """`part-00000.parquet`, ... of exactly `rows_per_shard` rows (fewer when their images weigh too much), each whole
+    or absent.
+    """
 
     def __init__(self, output: Path, rows_per_shard: int) -> None:
         self._output, self._limit = output, rows_per_shard

@@ -17,7 +17,8 @@ class GuardConfig:
 
     Attributes:
         max_error_share: largest share of rows that may fail.
-        max_repetition: largest mean share of two-word sequences that a caption says more than once (Data-Juicer's word_rep_ratio at 2 words).
+        max_repetition: largest mean share of two-word sequences that a caption says more than once (Data-Juicer's
+            word_rep_ratio at 2 words).
         min_rows: no judgement on fewer rows.
         window: rows looked back at.
     """

@@ -1,8 +1,9 @@
-"""First pass: every row of the dataset once, with its content key, as Parquet that the captioning pass reads and resumes from.
+"""First pass: every row of the dataset once, with its content key, as Parquet that the captioning pass reads and
+resumes from.
 
-One index file is one unit of work: what is in flight when a run is killed is captioned again. Files grow with the dataset, so that a
-large one does not drown in files, and are captioned last ones first: the small ones at the end leave no replica waiting long for
-another (guided self-scheduling, Polychronopoulos and Kuck 1987).
+One index file is one unit of work: what is in flight when a run is killed is captioned again. Files grow with the
+dataset, so that a large one does not drown in files, and are captioned last ones first: the small ones at the end leave
+no replica waiting long for another (guided self-scheduling, Polychronopoulos and Kuck 1987).
 """
 
 from __future__ import annotations
@@ -33,7 +34,9 @@ _MAX_BYTES = 256 << 20
 
 
 def index_schema() -> pa.Schema:
-    """A record plus `where` (place in the dataset), `result_of` (id whose caption is this row's too) and `skip` (the model never sees it)."""
+    """A record plus `where` (place in the dataset), `result_of` (id whose caption is this row's too) and `skip` (the
+    model never sees it).
+    """
     import pyarrow as pa
 
     return pa.unify_schemas(
@@ -47,7 +50,8 @@ def index_files(directory: Path) -> list[Path]:
 
 
 def build_index(dataset: Dataset, directory: Path) -> None:
-    """Write the index; `directory` appears under its name only when it is whole, so a kill here costs the pass and nothing else.
+    """Write the index; `directory` appears under its name only when it is whole, so a kill here costs the pass and
+    nothing else.
 
     Duplicate content (same image and caption) stays in the count: the n-th row with an id gets `<id>-n`, says so in
     `meta.duplicate_of`, and is given the first one's caption instead of the model's time.

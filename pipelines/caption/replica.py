@@ -30,7 +30,8 @@ if TYPE_CHECKING:
 
 _FETCHERS = 16
 _EXAMPLES = 5
-"""Pictures of each batch that a person may see on the contact sheet; no more, as encoding them takes the engine's cores."""
+"""Pictures of each batch that a person may see on the contact sheet; no more, as encoding them takes the engine's
+cores."""
 
 
 class GuardTripped(Exception):
@@ -38,7 +39,9 @@ class GuardTripped(Exception):
 
 
 def decode_batch(table: pa.Table, spec: PixelSpec, prompt_key: str = "") -> pa.Table:
-    """Index rows -> `sample_id`, `caption`, `prompt` and `pixels` (uint8 bytes of (3, H, W)), or `error` where there is no picture."""
+    """Index rows -> `sample_id`, `caption`, `prompt` and `pixels` (uint8 bytes of (3, H, W)), or `error` where there is
+    no picture.
+    """
     import numpy as np
 
     rows = [row for row in table.to_pylist() if not row["skip"]]
@@ -86,7 +89,9 @@ def _pixels_of(table: pa.Table, spec: PixelSpec) -> np.ndarray:
 
 
 def _content(row: dict[str, Any]) -> bytes:
-    """Encoded bytes of an index row; a file that changed since the index was made must not get its old content's key."""
+    """Encoded bytes of an index row; a file that changed since the index was made must not get its old content's
+    key.
+    """
     if row["image"] is not None:
         return bytes(row["image"])
     data = read_bytes(row["image_uri"])
@@ -118,8 +123,8 @@ def load_engine(model: Path, config: CaptionConfig, *, on_gpu: bool) -> BlipCapt
 class Captioner:
     """One model replica in a Ray actor.
 
-    Several calls run at once, in threads of their own, and share the engine: while one batch is decoded, awaited or handed on, the
-    images of another are in the slots.
+    Several calls run at once, in threads of their own, and share the engine: while one batch is decoded, awaited or
+    handed on, the images of another are in the slots.
 
     Args:
         tally: handle of the `Tally` actor that counts this run.

@@ -38,7 +38,8 @@ def result_schema() -> pa.Schema:
 class Results:
     """Committed results of one model and recipe.
 
-    Their fingerprint stands in the checkpoint's path, because Ray Data's checkpoint itself does not know which recipe it belongs to.
+    Their fingerprint stands in the checkpoint's path, because Ray Data's checkpoint itself does not know which recipe
+    it belongs to.
     """
 
     def __init__(self, work: Path, fingerprint: str) -> None:
@@ -59,7 +60,8 @@ class Results:
         return self.table(["sample_id"])["sample_id"]
 
     def table(self, columns: list[str] | None = None) -> pa.Table:
-        """Committed results by id, an id perhaps more than once (Ray Data is at-least-once): those with a caption come first.
+        """Committed results by id, an id perhaps more than once (Ray Data is at-least-once): those with a caption come
+        first.
 
         A kill can leave a data file half written; its checkpoint is then still pending, and the file is not read.
         """
@@ -96,7 +98,8 @@ class Results:
     def forget_failed(self) -> None:
         """Give failed rows another chance, after whatever made so many of them fail was put right.
 
-        First out of the checkpoint, then out of the data: a kill in between leaves a result too many, never one too few.
+        First out of the checkpoint, then out of the data: a kill in between leaves a result too many, never one too
+        few.
         """
         import pyarrow.compute as pc
         import pyarrow.parquet as pq
@@ -120,7 +123,9 @@ class Results:
 
 
 def _checkpoint_of(file: Path, done: set[str]) -> str:
-    """A data file has its checkpoint's name, plus a number per file when one write makes several; empty while it is not committed."""
+    """A data file has its checkpoint's name, plus a number per file when one write makes several; empty while it is not
+    committed.
+    """
     for stem in (file.stem, re.sub(r"-\d+$", "", file.stem)):
         if stem in done:
             return f"{stem}.parquet"

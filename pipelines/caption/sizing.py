@@ -1,7 +1,7 @@
 """How many CPUs each part of the captioning pass reserves, so that it runs on two cores and never waits for itself.
 
-Ray Data holds actors for the whole pass. When they take every CPU, the tasks that feed them never start and the job hangs; on a
-resumed run its checkpoint filter is one more actor, of one whole CPU. So room for both is set aside first.
+Ray Data holds actors for the whole pass. When they take every CPU, the tasks that feed them never start and the job
+hangs; on a resumed run its checkpoint filter is one more actor, of one whole CPU. So room for both is set aside first.
 """
 
 from __future__ import annotations
@@ -25,12 +25,15 @@ class Sizing:
     Attributes:
         actors: model replicas at the start, and the fewest.
         max_actors: the most.
-        actor_cpus: CPUs reserved by each; its thread count comes from the recipe. More threads than cores are far slower than one each.
+        actor_cpus: CPUs reserved by each; its thread count comes from the recipe. More threads than cores are far
+            slower than one each.
         task_cpus: CPUs reserved by each task that reads, decodes or writes.
-        decode_inside: decode in the replicas, where several of them share the cores: pixels then never leave the process that captions
-            them. A single replica on the CPU is better fed from outside, where decoding takes nothing from its interpreter, and so is a GPU.
-        feeders: most tasks that read, and most that decode, at once; None for as many as fit. On few cores those of a resumed run, which have
-            thousands of finished files to pass over, would hold every core that a writer needs, and nothing would be committed before the end.
+        decode_inside: decode in the replicas, where several of them share the cores: pixels then never leave the
+            process that captions them. A single replica on the CPU is better fed from outside, where decoding takes
+            nothing from its interpreter, and so is a GPU.
+        feeders: most tasks that read, and most that decode, at once; None for as many as fit. On few cores those of a
+            resumed run, which have thousands of finished files to pass over, would hold every core that a writer needs,
+            and nothing would be committed before the end.
         writers: most tasks that write at once. Each of them is a process that takes a second of a core to start.
     """
 
@@ -77,7 +80,8 @@ def size_pass(config: CaptionConfig, cpus: float, gpus: float) -> Sizing:
 
 
 def rows_per_batch(config: CaptionConfig, row_bytes: int, store_bytes: float) -> int:
-    """Rows of pixels that a replica takes together: whole decode batches, as long as some such blocks fit the object store.
+    """Rows of pixels that a replica takes together: whole decode batches, as long as some such blocks fit the object
+    store.
 
     Args:
         row_bytes: of one image's pixels.

@@ -2,11 +2,13 @@
 
 Three passes, each continued after a kill:
 
-    dataset --index--> _work/index-* --decode, caption (Ray Data, checkpointed)--> _work/shards --finish--> *.parquet + MANIFEST.json
+    dataset --index--> _work/index-* --decode, caption (Ray Data, checkpointed)--> _work/shards --finish--> *.parquet +
+    MANIFEST.json
 
-Only encoded bytes or model-sized uint8 pixels travel through the object store; captions come back without their images and are
-joined to the index at the end, in the dataset's order, so an interrupted run ends in the same files as an undisturbed one.
-A dataset that has grown since is captioned into the same directory: the finished records are results already.
+Only encoded bytes or model-sized uint8 pixels travel through the object store; captions come back without their images
+and are joined to the index at the end, in the dataset's order, so an interrupted run ends in the same files as an
+undisturbed one. A dataset that has grown since is captioned into the same directory: the finished records are results
+already.
 """
 
 from __future__ import annotations

@@ -1,16 +1,15 @@
 """What a captioning run looks like while it runs: counts, speed, rolling quality of the text, guards, and Ray metrics.
 
-`Tally` is an actor that takes no CPU; every replica reports its batches there. It exports through `ray.util.metrics` (with Ray's own
-prefix, so `captune_caption_images_total` is scraped as `ray_captune_caption_images_total`):
+`Tally` is an actor that takes no CPU; every replica reports its batches there. It exports through `ray.util.metrics`
+(with Ray's own prefix, so `captune_caption_images_total` is scraped as `ray_captune_caption_images_total`):
 
     captune_caption_images_total        counter   rows through the model's stage, failed ones among them
     captune_caption_failed_total        counter   rows that failed; tag `kind`
     captune_caption_images_per_second   gauge     over the last half minute
     captune_caption_remaining_images    gauge     rows still to do
-    captune_caption_error_share         gauge     0 to 1, over the last `caption.guards.window` rows, as are the next three
-    captune_caption_mean_words          gauge     words per caption
-    captune_caption_lexical_diversity   gauge     unique words / words
-    captune_caption_repetition          gauge     mean share of two-word sequences that a caption says more than once
+    captune_caption_error_share gauge 0 to 1, over the last `caption.guards.window` rows, as are the next three
+    captune_caption_mean_words gauge words per caption captune_caption_lexical_diversity gauge unique words / words
+    captune_caption_repetition gauge mean share of two-word sequences that a caption says more than once
 """
 
 from __future__ import annotations
@@ -47,7 +46,10 @@ class Live:
     def notes(self) -> str:
         """The live figures as the terminal shows them."""
         errors = f"{100 * self.error_share:.1f} % errors, " if self.failed else ""
-        return f"{errors}{self.mean_words:.1f} words, diversity {self.lexical_diversity:.3f}, repetition {self.repetition:.2f}"
+        return (
+            f"{errors}{self.mean_words:.1f} words, diversity {self.lexical_diversity:.3f}, repetition "
+            f"{self.repetition:.2f}"
+        )
 
 
 class Tally:
@@ -70,7 +72,9 @@ class Tally:
         self._metrics = _Metrics()
 
     def add(self, texts: list[str], errors: list[tuple[str, str]], examples: list[Example]) -> str:
-        """One more batch is through: captions, (kind, error) of failed rows, pictures to show; the reason to stop, or nothing."""
+        """One more batch is through: captions, (kind, error) of failed rows, pictures to show; the reason to stop, or
+        nothing.
+        """
         kinds = Counter(kind for kind, _ in errors)
         self.rows += len(texts) + len(errors)
         self.failed += kinds
@@ -126,13 +130,16 @@ class Tally:
         if live.repetition > guards.max_repetition:
             return (
                 f"the last {seen} captions repeat themselves: {live.repetition:.2f} of their two-word sequences, and "
-                f"caption.guards.max_repetition is {guards.max_repetition:g}; e.g. '{self._recent.most_repetitive()[:120]}'"
+                f"caption.guards.max_repetition is {guards.max_repetition:g}; e.g. "
+                f"'{self._recent.most_repetitive()[:120]}'"
             )
         return ""
 
 
 class _Window:
-    """The last `size` rows. Sums go along with what enters and leaves, since every batch of every replica asks for them."""
+    """The last `size` rows. Sums go along with what enters and leaves, since every batch of every replica asks for
+    them.
+    """
 
     def __init__(self, size: int) -> None:
         self._size = size

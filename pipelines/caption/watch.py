@@ -15,11 +15,13 @@ from pipelines.files import write_text
 from pipelines.progress import Progress
 
 SHEET = "contact_sheet.html"
-"""The contact sheet: random pictures of a run with their old and new captions, in one HTML file that a browser refreshes by itself."""
+"""The contact sheet: random pictures of a run with their old and new captions, in one HTML file that a browser
+refreshes by itself."""
 _POLL_SECONDS = 0.5
 _SHEET_SECONDS = 15.0
 
-_PAGE = """<!doctype html><meta charset="utf-8"><meta http-equiv="refresh" content="30"><title>captune: contact sheet</title>
+_PAGE = """<!doctype html><meta charset="utf-8"><meta http-equiv="refresh" content="30">
+<title>captune: contact sheet</title>
 <style>
 body {{ font: 14px/1.4 system-ui, sans-serif; margin: 2rem; color: #222 }}
 main {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(220px, 1fr)); gap: 1.2rem }}
@@ -50,7 +52,9 @@ class Watch:
         self._thread = threading.Thread(target=self._poll, daemon=True)
 
     def stopped(self) -> str:
-        """Why a guard stopped the run; empty when none did. Asked anew: the run ends faster than the next look comes."""
+        """Why a guard stopped the run; empty when none did. Asked anew: the run ends faster than the next look
+        comes.
+        """
         self._live = self._ask("live") or self._live
         return self._live.stop
 

@@ -1,8 +1,8 @@
 """One file per dataset format; each reads rows and, where it makes sense, writes records back.
 
-`open_dataset(path)` looks at what lies at `path` and picks the reader. A row that cannot be used (a line that is no JSON, a row
-without an image, a remote address) is still a row: it carries its `error`, so rows in equal rows out. Only a path that is no
-dataset at all is a `UserError`.
+`open_dataset(path)` looks at what lies at `path` and picks the reader. A row that cannot be used (a line that is no
+JSON, a row without an image, a remote address) is still a row: it carries its `error`, so rows in equal rows out. Only
+a path that is no dataset at all is a `UserError`.
 """
 
 from __future__ import annotations
@@ -70,7 +70,8 @@ class Dataset:
 
 
 def open_dataset(path: Path | str) -> Dataset:
-    """Pick the format by what lies at `path`: a file, a folder, or a pattern such as `shards/*.tar`, on a disk or in a storage system.
+    """Pick the format by what lies at `path`: a file, a folder, or a pattern such as `shards/*.tar`, on a disk or in a
+    storage system.
 
     Raises:
         UserError: nothing there, nothing captune reads, no access, or another stage's unfinished output.
@@ -80,7 +81,8 @@ def open_dataset(path: Path | str) -> Dataset:
             return _open(str(path), RemotePath(str(path)))
         except OSError as error:
             raise UserError(
-                f"{path}: cannot be read; credentials and endpoints come from the environment, e.g. AWS_ACCESS_KEY_ID, AWS_PROFILE, "
+                f"{path}: cannot be read; credentials and endpoints come from the environment, e.g. "
+                f"AWS_ACCESS_KEY_ID, AWS_PROFILE, "
                 f"AWS_ENDPOINT_URL ({error})"
             ) from error
     if "://" in str(path):
@@ -135,7 +137,8 @@ def _open_folder(path: AnyPath) -> Dataset:
         return Dataset((named or jsonl)[0], "datajuicer")
     if len(jsonl) > 1:
         raise UserError(
-            f"{path}: holds several datasets ({', '.join(p.name for p in jsonl[:3])}, ...); name one of them, or all by "
+            f"{path}: holds several datasets ({', '.join(p.name for p in jsonl[:3])}, ...); name one of them, "
+            f"or all by "
             f"{path}/*.jsonl"
         )
     if (path / METADATA).exists() or has_pictures(path):

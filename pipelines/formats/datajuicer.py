@@ -1,4 +1,6 @@
-"""Data-Juicer's multimodal JSONL: `text` with special tokens, `images` with one path relative to the file's own folder."""
+"""Data-Juicer's multimodal JSONL: `text` with special tokens, `images` with one path relative to the file's own
+folder.
+"""
 
 from __future__ import annotations
 
@@ -62,7 +64,9 @@ def _row(line: bytes, where: str, base: AnyPath) -> Row:
 
 
 def write(samples: Iterable[dict[str, Any]], path: Path) -> int:
-    """Write `{"caption", "image_path", "meta", "stats", "sample_id"}` samples, one line each; returns the number of lines."""
+    """Write `{"caption", "image_path", "meta", "stats", "sample_id"}` samples, one line each; returns the number of
+    lines.
+    """
     count = 0
     with path.open("w", encoding="utf-8") as stream:
         for sample in samples:

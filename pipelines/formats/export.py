@@ -28,13 +28,13 @@ _MAGIC = (
 def export(input_dir: Path | str, output_file: Path | str, format: str, text: str = "auto") -> dict[str, Any]:
     """Write the usable records of `input_dir` (no error, not rejected) to `output_file`.
 
-    JSON formats name image files relative to the output file when they lie beside it, else by absolute path; images that
-    exist only as bytes are written to `STEM_images/` beside the output file.
+    JSON formats name image files relative to the output file when they lie beside it, else by absolute path; images
+    that exist only as bytes are written to `STEM_images/` beside the output file.
 
     Args:
         format: datajuicer, llava, webdataset or parquet.
-        text: column that becomes the text: `caption`, `recaption`, or `auto`: what the stage's manifest says it was refined
-            for, else the recaption where there is one.
+        text: column that becomes the text: `caption`, `recaption`, or `auto`: what the stage's manifest says it was
+            refined for, else the recaption where there is one.
 
     Returns:
         `{"rows_in", "written", "left_out", "text", "output"}`.

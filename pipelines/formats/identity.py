@@ -1,4 +1,6 @@
-"""Identity of a dataset for a stage's fingerprint: cheap enough for a million pictures, strict about everything that is text."""
+"""Identity of a dataset for a stage's fingerprint: cheap enough for a million pictures, strict about everything that is
+text.
+"""
 
 from __future__ import annotations
 
@@ -15,9 +17,10 @@ _TEXT = {".json", ".jsonl", ".ndjson", ".txt", ".caption"}
 def identity(path: AnyPath) -> str:
     """Digest of a dataset's contents, independent of where it lies.
 
-    A file is read whole, and a captune stage's output has its manifest's fingerprint. In a folder, text is read whole while
-    pictures and shards count by name and size: reading a terabyte to learn that nothing changed would cost more than it
-    tells, and sample ids are made from the contents anyway. A shard in a storage system counts by size and time.
+    A file is read whole, and a captune stage's output has its manifest's fingerprint. In a folder, text is read whole
+    while pictures and shards count by name and size: reading a terabyte to learn that nothing changed would cost more
+    than it tells, and sample ids are made from the contents anyway. A shard in a storage system counts by size and
+    time.
     """
     if isinstance(path, Path) and (path.is_file() or (path / manifest.CLAIM).exists()):
         return manifest.identity(path)
@@ -30,7 +33,9 @@ def identity(path: AnyPath) -> str:
 
 
 def identity_of_parts(parts: Sequence[AnyPath]) -> str:
-    """Digest of a dataset of several files, in their order; text is read whole, shards count by name and size, as in a folder."""
+    """Digest of a dataset of several files, in their order; text is read whole, shards count by name and size, as in a
+    folder.
+    """
     digest = hashlib.blake2b(digest_size=16)
     for part in parts:
         whole = not isinstance(part, Path) or part.suffix.lower() in _TEXT

@@ -1,4 +1,6 @@
-"""A folder of pictures; captions come from a `.txt` of the same name or from `metadata.jsonl`, otherwise they are empty."""
+"""A folder of pictures; captions come from a `.txt` of the same name or from `metadata.jsonl`, otherwise they are
+empty.
+"""
 
 from __future__ import annotations
 

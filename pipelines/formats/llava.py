@@ -65,7 +65,9 @@ def write(samples: Iterable[dict[str, Any]], path: Path) -> int:
 
 
 def _conversation(turns: Any, caption: str) -> list[dict[str, str]]:
-    """The sample's own request with the new answer; a longer conversation was about more than the caption and is replaced."""
+    """The sample's own request with the new answer; a longer conversation was about more than the caption and is
+    replaced.
+    """
     request = REQUEST
     if isinstance(turns, list) and len(turns) == 2 and turns[0].get("from") == "human":
         request = turns[0]["value"]

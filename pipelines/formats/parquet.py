@@ -1,4 +1,6 @@
-"""Parquet: shards of captune's own records, or any table with images and texts (bytes, Hugging Face's image struct, or paths)."""
+"""Parquet: shards of captune's own records, or any table with images and texts (bytes, Hugging Face's image struct, or
+paths).
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,8 @@ _BATCH = 64  # rows held decoded at a time: bytes columns are large
 
 
 def rows(path: AnyPath) -> Iterator[Row]:
-    """Rows of one file or of every `*.parquet` in a folder, by file name. Rows that damage makes unreadable are still counted, as error rows.
+    """Rows of one file or of every `*.parquet` in a folder, by file name. Rows that damage makes unreadable are still
+    counted, as error rows.
 
     Raises:
         UserError: a file is not Parquet, is truncated, or has no column that could be an image.

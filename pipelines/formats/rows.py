@@ -14,7 +14,8 @@ from pipelines.storage import AnyPath, is_remote
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 _KIND = re.compile(r"[a-z]+(?: [a-z]+)*")
 SUFFIXES = {
-    ".avif", ".bmp", ".dib", ".gif", ".ico", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".pbm", ".pcx", ".pgm", ".png", ".pnm",
+    ".avif", ".bmp", ".dib", ".gif", ".ico", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".pbm", ".pcx", ".pgm",
+    ".png", ".pnm",
     ".ppm", ".tga", ".tif", ".tiff", ".webp",
 }  # fmt: skip
 """File name endings that make a file a picture in a folder or a tar."""
@@ -25,7 +26,8 @@ class Row:
     """One row of a dataset.
 
     Attributes:
-        where: file and line, tar and key, or file name: what a person needs to find the row again, e.g. `dataset.jsonl:7`.
+        where: file and line, tar and key, or file name: what a person needs to find the row again, e.g.
+            `dataset.jsonl:7`.
         caption: the text as found, without any format's special tokens.
         image: encoded bytes, for formats that hold them.
         image_uri: absolute path or storage address, for formats that name a file.
@@ -53,11 +55,16 @@ def error_kind(error: str) -> str:
 
 
 def with_image_path(row: Row, image: str, base: AnyPath) -> Row:
-    """Resolve an image name against the dataset's folder; an address on the web is an error row, since captune fetches nothing from there."""
+    """Resolve an image name against the dataset's folder; an address on the web is an error row, since captune fetches
+    nothing from there.
+    """
     if is_remote(image):
         row.image_uri = image
     elif _URL.match(image):
-        row.error = f"remote image: {image[:200]} is an address of the web, and captune fetches nothing from there ({row.where})"
+        row.error = (
+            f"remote image: {image[:200]} is an address of the web, and captune fetches nothing from there "
+            f"({row.where})"
+        )
     else:
         row.image_uri = str(base / image)
     return row

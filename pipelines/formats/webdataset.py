@@ -17,7 +17,8 @@ _TEXTS = (".txt", ".text", ".caption")
 
 
 def rows(path: AnyPath) -> Iterator[Row]:
-    """Samples of one tar or of every `*.tar` in a folder, by file name. A tar that breaks off gives its whole samples and one error row.
+    """Samples of one tar or of every `*.tar` in a folder, by file name. A tar that breaks off gives its whole samples
+    and one error row.
 
     Raises:
         UserError: a file is no tar at all.
@@ -55,7 +56,8 @@ def _members(tar: tarfile.TarFile, raw: BinaryIO) -> Iterator[tarfile.TarInfo]:
     for member in tar:
         if member.isfile() and not PurePosixPath(member.name).name.startswith("."):
             yield member
-    # Python takes a damaged header after the first for the end of the tar; the true end is a block of zeros, or nothing.
+    # Python takes a damaged header after the first for the end of the tar; the true end is a block of zeros, or
+    # nothing.
     raw.seek(tar.offset)
     if raw.read(tarfile.BLOCKSIZE).strip(b"\0"):
         raise tarfile.ReadError(f"no valid header at byte {tar.offset:,}")
@@ -90,7 +92,9 @@ def _row(parts: list[tuple[str, bytes]], where: str, key: str) -> Row:
 
 
 def write(samples: Iterable[dict[str, Any]], path: Path) -> int:
-    """Write `{"caption", "image", "suffix", "meta", "sample_id"}` samples to one tar, the same bytes every time; returns their number."""
+    """Write `{"caption", "image", "suffix", "meta", "sample_id"}` samples to one tar, the same bytes every time;
+    returns their number.
+    """
     count = 0
     with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
         for sample in samples:

@@ -113,7 +113,8 @@ class MGMConfig(PreTrainedConfig):
         side = self.image_size_aux // stem
         if self.image_size_aux % stem or side % (self.image_grid * self.patches_per_side):
             raise ValueError(
-                f"image_size_aux {self.image_size_aux} gives ConvNeXt features of side {side}, which do not divide into "
+                f"image_size_aux {self.image_size_aux} gives ConvNeXt features of side {side}, which do not "
+                f"divide into "
                 f"{self.image_grid} x {self.patches_per_side} CLIP patches a side"
             )
 

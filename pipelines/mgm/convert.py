@@ -45,8 +45,8 @@ def convert_checkpoint(
     Args:
         checkpoint: with `config.json` and safetensors or `.bin` files, single or sharded. Tokenizer files come along.
         output: created; must be empty if it exists. Nothing is left there when conversion fails.
-        clip: the CLIP directory, for the tower's configuration and, when the checkpoint lacks them, its weights. Without
-            it, the path in the checkpoint's `mm_vision_tower` is looked for, also next to the checkpoint.
+        clip: the CLIP directory, for the tower's configuration and, when the checkpoint lacks them, its weights.
+            Without it, the path in the checkpoint's `mm_vision_tower` is looked for, also next to the checkpoint.
         openclip: the OpenCLIP directory (ConvNeXt weights), likewise.
 
     Returns:

@@ -1,4 +1,6 @@
-"""The configuration side of conversion: the original's flat `config.json` to `MGMConfig` and back, and what tensors it implies."""
+"""The configuration side of conversion: the original's flat `config.json` to `MGMConfig` and back, and what tensors it
+implies.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,8 @@ def text_type_of(original: dict[str, Any], where: Path) -> str:
     if text_type is None or "mm_vision_tower" not in original:
         raise UserError(
             f"{where}: not an original MGM checkpoint (model_type {original.get('model_type')!r}, "
-            f"architectures {original.get('architectures')}): MGM has model_type {', '.join(TEXT_TYPES)} and mm_vision_tower"
+            f"architectures {original.get('architectures')}): MGM has model_type {', '.join(TEXT_TYPES)} and "
+            f"mm_vision_tower"
         )
     if "mm_vision_tower_aux" not in original:
         raise UserError(f"{where}: has no mm_vision_tower_aux, so no patch info mining: a LLaVA checkpoint, not MGM")
@@ -101,7 +104,8 @@ def _clip_config(shapes: Shapes, clip_dir: Path | None) -> dict[str, Any]:
     width, _, patch, _ = shapes[embeddings + "patch_embedding.weight"]
     if width % 64:
         raise UserError(
-            f"CLIP tower of width {width}: its number of attention heads is not in the tensors; give its directory as --clip"
+            f"CLIP tower of width {width}: its number of attention heads is not in the tensors; give its "
+            f"directory as --clip"
         )
     layers = "model.vision_tower.encoder.layers."
     return {

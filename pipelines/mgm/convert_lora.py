@@ -104,6 +104,8 @@ def _check(
 
 
 def _target_pattern(modules: set[str]) -> str:
-    """A pattern that matches exactly these modules' full names: leaves alone (`q_proj`) would hit the CLIP tower too."""
+    """A pattern that matches exactly these modules' full names: leaves alone (`q_proj`) would hit the CLIP tower
+    too.
+    """
     paths = sorted({re.sub(r"\.\d+\.", ".0.", module) for module in modules})
     return "|".join(re.escape(path).replace(r"\.0\.", r"\.\d+\.") for path in paths)

@@ -22,7 +22,9 @@ from .configuration import MGMConfig
 
 
 def to_rgb(image: Any) -> Image.Image:
-    """A PIL image, a uint8 array (height, width[, channels]) or tensor (channels, height, width) as an RGB PIL image."""
+    """A PIL image, a uint8 array (height, width[, channels]) or tensor (channels, height, width) as an RGB PIL
+    image.
+    """
     if isinstance(image, torch.Tensor):
         image = image.cpu().numpy()
     if isinstance(image, np.ndarray):
@@ -134,7 +136,9 @@ class MGMImageProcessor(BaseImageProcessor):
         return self.views(aux), aux
 
     def views(self, aux: torch.Tensor) -> torch.Tensor:
-        """(N, 3, S, S) -> (N, 3, H, H), or in HD (N, views, 3, H, H) with the crops in reading order, then the whole."""
+        """(N, 3, S, S) -> (N, 3, H, H), or in HD (N, views, 3, H, H) with the crops in reading order, then the
+        whole.
+        """
         grid, size = self.image_grid, self.image_size
         whole = F.interpolate(aux, size=(size * grid, size * grid), mode="bilinear", align_corners=False)
         if grid == 1:

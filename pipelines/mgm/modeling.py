@@ -37,7 +37,8 @@ def _keep_freed_memory() -> None:
     """Make glibc keep what is freed on a CPU, once and for the whole process, up to 64 MB.
 
     It hands large blocks back to the system until it has seen one of up to 32 MB come and go; getting memory anew costs
-    a page fault every 4 KB, which was a third of the time that encoding 16 small images took. Other allocators ignore it.
+    a page fault every 4 KB, which was a third of the time that encoding 16 small images took. Other allocators ignore
+    it.
     """
     block = torch.empty(31 << 20, dtype=torch.uint8, device="cpu")  # never touched, so it takes no memory
     del block
@@ -76,8 +77,8 @@ class MGMPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
-    # Every quantizer of transformers leaves these alone without being told: the towers, and what is trained beside LoRA.
-    # Patterns, because they must match here and inside `MGMForConditionalGeneration`.
+    # Every quantizer of transformers leaves these alone without being told: the towers, and what is trained beside
+    # LoRA. Patterns, because they must match here and inside `MGMForConditionalGeneration`.
     _keep_in_fp32_modules = _not_quantized = [
         r"(model\.)?vision_tower",
         r"(model\.)?vision_tower_aux",
@@ -229,7 +230,9 @@ class MGMModel(MGMPreTrainedModel):
         use_cache: bool | None = None,
         **kwargs: Any,
     ) -> MGMModelOutputWithPast:
-        """As `MGMForConditionalGeneration.forward`; `image_features` are the result of an earlier `get_image_features`."""
+        """As `MGMForConditionalGeneration.forward`; `image_features` are the result of an earlier
+        `get_image_features`.
+        """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         if (pixel_values is None) != (pixel_values_aux is None):

@@ -81,7 +81,9 @@ def is_tower(name: str) -> bool:
 
 
 def from_clip(name: str) -> str | None:
-    """A name in a CLIP directory (vision model or whole model) -> here; "" for what MGM does not use, None if unknown."""
+    """A name in a CLIP directory (vision model or whole model) -> here; "" for what MGM does not use, None if
+    unknown.
+    """
     if name.startswith("vision_model."):
         return "" if is_buffer(name) else "model.vision_tower." + name.removeprefix("vision_model.")
     return "" if _CLIP_REST.match(name) else None
@@ -99,7 +101,8 @@ PROJECTOR = ("model.multi_modal_projector.", "model.uni_query.", "model.uni_key.
 
 
 WITHOUT_EFFECT = ("model.uni_key.norm.bias", "model.uni_key.proj.bias")
-"""They add one constant to all scores of a token, which softmax ignores: their gradient is zero, and folded mining skips them."""
+"""They add one constant to all scores of a token, which softmax ignores: their gradient is zero, and folded mining
+skips them."""
 
 
 LANGUAGE_MODEL = "model.language_model."

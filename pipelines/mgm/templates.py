@@ -1,4 +1,5 @@
-"""The conversation templates of MGM's language models: what the original's `conversation.py` says, as data and as Jinja.
+"""The conversation templates of MGM's language models: what the original's `conversation.py` says, as data and as
+Jinja.
 
 `TEMPLATES` is for training (prompts and loss masks, see `conversation.py`), `CHAT_TEMPLATES` for processors and
 tokenizers. Both give the same prompt, except that a chat template writes the BOS token that a tokenizer adds by itself.

@@ -13,7 +13,8 @@ from pipelines.refine.operators import Operator, missing_package
 
 STATS, CONTEXT = "__dj__stats__", "__dj__context__"
 _IMAGE_ROWS = 16
-"""Rows whose decoded images are in memory at once: image operators share one decode, and a photograph is tens of megabytes."""
+"""Rows whose decoded images are in memory at once: image operators share one decode, and a photograph is tens of
+megabytes."""
 
 Samples = dict[str, list[Any]]
 """Data-Juicer's batch: a list per key."""
@@ -21,7 +22,9 @@ Samples = dict[str, list[Any]]
 
 @dataclass(slots=True)
 class Row:
-    """What operators may look at. `image` holds encoded bytes, or None when only `image_uri` (a local path) is known."""
+    """What operators may look at. `image` holds encoded bytes, or None when only `image_uri` (a local path) is
+    known.
+    """
 
     sample_id: str
     text: str
@@ -112,7 +115,8 @@ def _apply_or_blame_rows(apply: Any, operator: Operator, samples: Samples, outco
         raise missing_package(operator.label, error) from error
     except UserError:
         raise
-    # Operators are third-party code over strangers' data: whatever they raise is laid to the row that makes them raise it.
+    # Operators are third-party code over strangers' data: whatever they raise is laid to the row that makes them raise
+    # it.
     except Exception as error:
         if len(outcomes) == 1:
             outcomes[0].reject(operator.label, f"failed: {_short(error)}")
@@ -141,7 +145,8 @@ def _copy_value(key: str, values: list[Any]) -> list[Any]:
 
 def _filter(operator: Operator, samples: Samples, outcomes: list[Outcome]) -> None:
     op, count = operator.op, len(outcomes)
-    # A fresh dictionary per operator: Data-Juicer skips a stat that is there already, which would be stale after a mapper.
+    # A fresh dictionary per operator: Data-Juicer skips a stat that is there already, which would be stale after a
+    # mapper.
     samples[STATS] = [{} for _ in range(count)]
     context = {"context": True} if operator.shares_images else {}
     if op.is_batched_op():
@@ -170,7 +175,8 @@ def _map(operator: Operator, samples: Samples, outcomes: list[Outcome]) -> None:
         texts = [op.process_single({k: v[i] for k, v in samples.items()})["text"] for i in range(count)]
     if len(texts) != count:
         raise UserError(
-            f"refine.recipe: {operator.label} makes {len(texts)} rows of {count}; captune runs mappers that change a row's text"
+            f"refine.recipe: {operator.label} makes {len(texts)} rows of {count}; captune runs mappers that "
+            f"change a row's text"
         )
     for outcome, text in zip(outcomes, texts, strict=True):
         outcome.text = _without_token(text) if operator.wants_token else text

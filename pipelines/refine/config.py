@@ -1,4 +1,6 @@
-"""The `refine` section of a recipe; every arm of a comparison is one of these, because data is all that arms may differ in."""
+"""The `refine` section of a recipe; every arm of a comparison is one of these, because data is all that arms may differ
+in.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,8 @@ class RefineConfig:
 
     Attributes:
         text: the record column that becomes the training text: `caption` (as found) or `recaption`.
-        recipe: a Data-Juicer recipe (YAML); its operators decide what is kept. None keeps every row that has an image and a text.
+        recipe: a Data-Juicer recipe (YAML); its operators decide what is kept. None keeps every row that has an image
+            and a text.
         batch_size: rows per call of an operator.
         cpus_per_task: CPUs that Ray reserves for one operator task.
     """

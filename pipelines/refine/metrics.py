@@ -1,7 +1,7 @@
 """Quality metrics of captions: how varied they are, how long, and how much they repeat themselves.
 
-A word is a whitespace-separated token in lower case without punctuation at its ends; numbers are words (a price is what a caption
-says). Data-Juicer's own word count drops numbers, so `mean_words` can exceed the mean of its `num_words`.
+A word is a whitespace-separated token in lower case without punctuation at its ends; numbers are words (a price is what
+a caption says). Data-Juicer's own word count drops numbers, so `mean_words` can exceed the mean of its `num_words`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from pipelines.manifest import MANIFEST, read_json
 from pipelines.text import mattr, words_of
 
 MATTR_WINDOW = 500
-"""Words per window. Some fifty captions: wide enough to see that captions repeat one another, small enough for a small dataset."""
+"""Words per window. Some fifty captions: wide enough to see that captions repeat one another, small enough for a small
+dataset."""
 CHAR_NGRAM = 10
 """Data-Juicer's default."""
 WORD_NGRAM = 2
@@ -29,13 +30,15 @@ def text_metrics(texts: Sequence[str]) -> dict[str, Any]:
 
     Returns:
         rows, words, unique_words;
-        lexical_diversity: unique words / words. It falls as a corpus grows (Heaps' law), so compare it only at like sizes;
-        mattr: the same at an equal number of words: the mean of unique words / words over every window of `mattr_window`
-            consecutive words (moving-average type-token ratio, Covington and McFall 2010). None when there are fewer words;
+        lexical_diversity: unique words / words. It falls as a corpus grows (Heaps' law), so compare it only at like
+            sizes;
+        mattr: the same at an equal number of words: the mean of unique words / words over every window of
+            `mattr_window` consecutive words (moving-average type-token ratio, Covington and McFall 2010). None when
+            there are fewer words;
         mean_words: words / rows;
         unique_texts: share of distinct texts among the rows;
-        char_rep_ratio, word_rep_ratio: mean over the texts of Data-Juicer's stats of these names, at `char_rep_len` characters
-            and `word_rep_len` words.
+        char_rep_ratio, word_rep_ratio: mean over the texts of Data-Juicer's stats of these names, at `char_rep_len`
+            characters and `word_rep_len` words.
     """
     counts: Counter[str] = Counter()
     stream: list[int] = []
@@ -81,8 +84,8 @@ def repetition(texts: Sequence[str]) -> tuple[list[float], list[float]]:
 def stats(input: Path | str) -> dict[str, Any]:
     """Metrics of a dataset: those of its training text at the top, those of every text column under `columns`.
 
-    The training text of a refined dataset is the column that its manifest names; of captioned records the `recaption`; of any
-    other dataset the caption as found.
+    The training text of a refined dataset is the column that its manifest names; of captioned records the `recaption`;
+    of any other dataset the caption as found.
 
     Raises:
         UserError: nothing readable at `input`.

@@ -1,8 +1,9 @@
-"""Data-Juicer recipes: read one, check it before any row is touched, and build the operators of the installed data_juicer.
+"""Data-Juicer recipes: read one, check it before any row is touched, and build the operators of the installed
+data_juicer.
 
-Only this file knows how Data-Juicer must be imported. Importing it has side effects that a library has no business with, and they are
-undone here: it tells Pillow to accept truncated images (captune counts those as broken), it installs missing packages with pip in
-the middle of a run, and it logs every import.
+Only this file knows how Data-Juicer must be imported. Importing it has side effects that a library has no business
+with, and they are undone here: it tells Pillow to accept truncated images (captune counts those as broken), it installs
+missing packages with pip in the middle of a run, and it logs every import.
 """
 
 from __future__ import annotations
@@ -34,12 +35,13 @@ class Operator:
     """One step of a recipe.
 
     Attributes:
-        label: the operator's name; a second use of the same operator gets `#2`. This is what the funnel and the rejects say.
+        label: the operator's name; a second use of the same operator gets `#2`. This is what the funnel and the rejects
+            say.
         op: the Data-Juicer operator object.
         kind: `filter`, `mapper` or `global`.
         reads_images: it looks at `images` / `image_bytes`.
-        wants_token: it pairs image tokens in the text with the images, so the text must hold `<__dj__image>`; a filter on
-            text alone would count that token as characters, so it gets the bare text.
+        wants_token: it pairs image tokens in the text with the images, so the text must hold `<__dj__image>`; a filter
+            on text alone would count that token as characters, so it gets the bare text.
         shares_images: Data-Juicer lets it keep decoded images in a context that the next image operator reuses.
     """
 
@@ -54,8 +56,8 @@ class Operator:
 def read_recipe(path: str | Path) -> Process:
     """The `process` list of a Data-Juicer recipe (YAML).
 
-    The other keys of a recipe (dataset_path, export_path, np, ...) belong to Data-Juicer's own executor; captune has its own ways
-    to say those things and names what it ignores.
+    The other keys of a recipe (dataset_path, export_path, np, ...) belong to Data-Juicer's own executor; captune has
+    its own ways to say those things and names what it ignores.
 
     Raises:
         UserError: no such file, no YAML, or no list of operators in it.
@@ -95,11 +97,13 @@ def build(process: Process, *, check: bool = True) -> list[Operator]:
     """Operators of a recipe, in its order, built from the installed data_juicer.
 
     Args:
-        check: look at names, types and values first. Workers, whose recipe the driver has checked, save the seconds that it takes.
+        check: look at names, types and values first. Workers, whose recipe the driver has checked, save the seconds
+            that it takes.
 
     Raises:
-        UserError: an unknown operator (near names are suggested), an unknown or impossible parameter, an operator of a kind that
-            captune cannot run, or one whose extra package is not installed (the package and its extra are named).
+        UserError: an unknown operator (near names are suggested), an unknown or impossible parameter, an operator of a
+            kind that captune cannot run, or one whose extra package is not installed (the package and its extra are
+            named).
     """
     if not process:
         return []
@@ -194,7 +198,9 @@ def _check_names_and_types(process: Process) -> None:
 
 
 def _check_values(name: str, operator: Any, parameters: dict[str, Any]) -> None:
-    """What Data-Juicer's own check lets through: constrained numbers, and keys of a sample format that is fixed here."""
+    """What Data-Juicer's own check lets through: constrained numbers, and keys of a sample format that is fixed
+    here.
+    """
     from data_juicer.core.preflight import _get_valid_params
     from pydantic import TypeAdapter, ValidationError
 

@@ -1,4 +1,6 @@
-"""Row-wise operators on Ray Data: read what they look at, run them batch by batch, bring back the verdicts and nothing else."""
+"""Row-wise operators on Ray Data: read what they look at, run them batch by batch, bring back the verdicts and nothing
+else.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,8 @@ if TYPE_CHECKING:
 
 
 _PROBLEM = "problem"
-"""In place of a `sample_id`: a worker's error for the user. Ray would wrap the exception itself and lose its class on the way."""
+"""In place of a `sample_id`: a worker's error for the user. Ray would wrap the exception itself and lose its class on
+the way."""
 _RAISED = {error.__name__: error for error in (UserError, WorkFailed)}
 
 
@@ -87,7 +90,9 @@ def _names(stretch: Sequence[tuple[int, Operator]]) -> str:
 
 
 def _verdicts(batch: pa.Table, *, process: str, positions: tuple[int, ...], alive: ray.ObjectRef) -> pa.Table:
-    """One Ray Data batch (columns `sample_id` and perhaps `image`, `image_uri`) to verdicts on those rows that are alive."""
+    """One Ray Data batch (columns `sample_id` and perhaps `image`, `image_uri`) to verdicts on those rows that are
+    alive.
+    """
     import numpy as np
     import pyarrow as pa
     import ray

@@ -1,7 +1,8 @@
-"""Refine: which rows train the model. A Data-Juicer recipe inside Ray Data; every row ends up kept, or rejected with its reason.
+"""Refine: which rows train the model. A Data-Juicer recipe inside Ray Data; every row ends up kept, or rejected with
+its reason.
 
-Small columns (ids, texts, verdicts) pass through the driver, which alone sees all rows and so finds duplicates. Images never do:
-Ray Data reads them where an operator wants them, and one task per shard copies them to where they belong.
+Small columns (ids, texts, verdicts) pass through the driver, which alone sees all rows and so finds duplicates. Images
+never do: Ray Data reads them where an operator wants them, and one task per shard copies them to where they belong.
 """
 
 from __future__ import annotations
@@ -39,9 +40,9 @@ def run(
 ) -> dict[str, Any]:
     """Refine the records in `input` into `output`.
 
-    Writes `output/*.parquet` (kept records; the training text is the column `config.text`, as the recipe's mappers left it),
-    `output/rejects/*.parquet`, `output/metrics.json` and the manifest. Shards mirror those of `input`; within a shard rows are
-    ordered by `sample_id`. Killed halfway it starts over, because nothing in it is slow.
+    Writes `output/*.parquet` (kept records; the training text is the column `config.text`, as the recipe's mappers left
+    it), `output/rejects/*.parquet`, `output/metrics.json` and the manifest. Shards mirror those of `input`; within a
+    shard rows are ordered by `sample_id`. Killed halfway it starts over, because nothing in it is slow.
 
     Args:
         arm: name of the arm, for messages and the manifest.
@@ -96,7 +97,9 @@ def _remove_leftovers(output: Path) -> None:
 
 
 def _screen(table: pa.Table, text: str) -> Outcomes:
-    """Outcome of every distinct sample before any operator sees it. Rows that repeat a sample's id are counted when written."""
+    """Outcome of every distinct sample before any operator sees it. Rows that repeat a sample's id are counted when
+    written.
+    """
     outcomes: Outcomes = {}
     for row in table.to_pylist():
         if row["sample_id"] in outcomes:
@@ -130,7 +133,9 @@ def _run_recipe(
 
 
 def _drop_same_documents(operator: Operator, outcomes: Outcomes) -> None:
-    """document_deduplicator: of equal texts the one with the first `sample_id` stays, whatever the order of the shards."""
+    """document_deduplicator: of equal texts the one with the first `sample_id` stays, whatever the order of the
+    shards.
+    """
     from data_juicer.utils.constant import HashKeys
 
     first: dict[str, str] = {}
@@ -188,7 +193,9 @@ def _read_one(shard: Path) -> list[Record]:
 
 
 def _metrics(table: pa.Table, outcomes: Outcomes, operators: Sequence[Operator], what: str) -> dict[str, Any]:
-    """Funnel, reasons, and the quality of the captions before (all rows, as found) and after (kept rows, training text)."""
+    """Funnel, reasons, and the quality of the captions before (all rows, as found) and after (kept rows, training
+    text).
+    """
     rejected = Counter(outcome.step for outcome in outcomes.values() if outcome.step is not None)
     rejected["duplicate"] += table.num_rows - len(outcomes)
     reasons = Counter(_kind_of_reason(outcome) for outcome in outcomes.values() if outcome.step is not None)

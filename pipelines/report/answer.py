@@ -40,8 +40,10 @@ def _single(comparison: dict[str, Any], arm: str) -> Answer:
     else:
         mood, word = "open", "Not shown."
     sentence = Markup(
-        "Trained on the <b>{arm}</b> data the model scores <b>{score}</b> on {count} {benchmark} questions, trained on the "
-        "<b>{baseline}</b> data {base}: a difference of <b>{difference} points</b> ({confidence} interval {low} to {high})."
+        "Trained on the <b>{arm}</b> data the model scores <b>{score}</b> on {count} {benchmark} questions, "
+        "trained on the "
+        "<b>{baseline}</b> data {base}: a difference of <b>{difference} points</b> ({confidence} interval "
+        "{low} to {high})."
     ).format(
         arm=arm,
         score=numbers.percent(comparison["arms"][arm]["accuracy"]),

@@ -1,8 +1,8 @@
 """The report's drawings as inline SVG.
 
-Bars and intervals place things in percent of the width, so that their text keeps its size on a phone; curves have a view box and
-scale. Colours, dashes and fonts come from the page's style sheet: class `a0`, `a1`, ... is an arm. Everything that is drawn can also
-be read: every chart has a label, every mark a `<title>`.
+Bars and intervals place things in percent of the width, so that their text keeps its size on a phone; curves have a
+view box and scale. Colours, dashes and fonts come from the page's style sheet: class `a0`, `a1`, ... is an arm.
+Everything that is drawn can also be read: every chart has a label, every mark a `<title>`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ _MARKERS = ("M-5-5H5V5H-5Z", "M0-6A6 6 0 1 1 0 6A6 6 0 1 1 0-6Z", "M0-7L6.5 5H-6
 
 
 def tag(name: str, *children: str | Markup, **attributes: Any) -> Markup:
-    """One element; text and attribute values are escaped, `stroke_width` becomes `stroke-width`, `class_` becomes `class`."""
+    """One element; text and attribute values are escaped, `stroke_width` becomes `stroke-width`, `class_` becomes
+    `class`.
+    """
     pairs = (
         f' {key.rstrip("_").replace("_", "-")}="{escape(_plain(value))}"'
         for key, value in attributes.items()
@@ -156,8 +158,8 @@ def curves(
 
     Args:
         spans: name, first and last x of each phase; they are shaded in turn.
-        smooth: draw a moving average over the pale raw values. The y axis is logarithmic when the values span more than a factor
-            of 30 without touching 0.
+        smooth: draw a moving average over the pale raw values. The y axis is logarithmic when the values span more than
+            a factor of 30 without touching 0.
     """
     values = [point.y for line in series for phase in line.phases for point in phase]
     if not values:
@@ -191,7 +193,9 @@ def curves(
 
 
 def moving_average(values: Sequence[float]) -> list[float]:
-    """Exponential moving average over about a twentieth of the values, without the usual bias towards 0 at the start."""
+    """Exponential moving average over about a twentieth of the values, without the usual bias towards 0 at the
+    start.
+    """
     keep = 1 - 1 / max(1.0, len(values) / 20)
     total = weight = 0.0
     smoothed = []

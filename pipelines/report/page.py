@@ -1,7 +1,7 @@
 """`captune report`: one page that says whether better data made a better model, and shows why one may believe it.
 
-The page loads nothing: no scripts, no fonts, images inside it as data URLs, and a content security policy that forbids the rest.
-Everything that came from data is escaped. What a half-done run lacks is said in its place.
+The page loads nothing: no scripts, no fonts, images inside it as data URLs, and a content security policy that forbids
+the rest. Everything that came from data is escaped. What a half-done run lacks is said in its place.
 """
 
 from __future__ import annotations
@@ -87,7 +87,9 @@ def _styles(run: Run) -> dict[str, int]:
 
 
 def _galleries(refined: list[data.ArmData], thumbnails: examples.Thumbnails) -> list[dict[str, Any]]:
-    """Arms with new captions first, since before and after is what there is to see; kept samples of one arm with old ones at most."""
+    """Arms with new captions first, since before and after is what there is to see; kept samples of one arm with old
+    ones at most.
+    """
     ordered = sorted(refined, key=lambda found: found.text != "recaption")
     galleries = []
     for place, found in enumerate(ordered):
@@ -102,7 +104,9 @@ def _galleries(refined: list[data.ArmData], thumbnails: examples.Thumbnails) -> 
 
 
 def _scores(run: Run) -> list[dict[str, Any]]:
-    """One row per model and benchmark: from the comparison, with an interval, or from an evaluation that stands alone."""
+    """One row per model and benchmark: from the comparison, with an interval, or from an evaluation that stands
+    alone.
+    """
     rows = [
         {
             "name": arm if seed is None else f"{arm}, seed {seed}",

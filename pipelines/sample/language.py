@@ -1,4 +1,6 @@
-"""What is said about a scene: a good caption, the alt-text that the web would carry instead, questions and ten human-like answers."""
+"""What is said about a scene: a good caption, the alt-text that the web would carry instead, questions and ten
+human-like answers.
+"""
 
 from __future__ import annotations
 
@@ -67,7 +69,9 @@ _JUNK = (
 
 
 def poor_caption(scene: Scene, rng: random.Random) -> str:
-    """Web alt-text: boilerplate, repetition, a true word now and then, a wrong one as often; what is written is never transcribed."""
+    """Web alt-text: boilerplate, repetition, a true word now and then, a wrong one as often; what is written is never
+    transcribed.
+    """
     draw = rng.random()
     boilerplate = rng.choice(_BOILERPLATE)
     if draw < 0.50:

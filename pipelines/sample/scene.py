@@ -1,8 +1,8 @@
 """Scenes in which text matters: a sign, label, price tag or jersey among shapes, colours, counts and positions.
 
-The picture is a grid of 8 x 8 cells, whatever its size and aspect ratio, and every written character stands in one cell. That is what
-makes the world learnable by models of two million parameters: once the picture is resized to the square that a ViT sees, a
-character falls into one patch.
+The picture is a grid of 8 x 8 cells, whatever its size and aspect ratio, and every written character stands in one
+cell. That is what makes the world learnable by models of two million parameters: once the picture is resized to the
+square that a ViT sees, a character falls into one patch.
 """
 
 from __future__ import annotations
@@ -154,7 +154,9 @@ class Scene:
 
     @property
     def key(self) -> str:
-        """What the scene shows, without where exactly and on which background: two scenes of one key are the same scene."""
+        """What the scene shows, without where exactly and on which background: two scenes of one key are the same
+        scene.
+        """
         return " / ".join(_meaning(item) for item in (self.upper, self.lower))
 
 

@@ -1,4 +1,5 @@
-"""Draw the sample world: image-text pairs as poor as web alt-text, an instruction set, and TextVQA-style validation questions.
+"""Draw the sample world: image-text pairs as poor as web alt-text, an instruction set, and TextVQA-style validation
+questions.
 
 Everything is a pure function of the seed, so that two machines write the same bytes.
 """
@@ -53,7 +54,8 @@ def write_world(out: Path | str, config: SampleConfig, *, models: bool = True, r
 def _write_pairs(out: Path, config: SampleConfig, progress: Progress) -> int:
     """`dataset.jsonl` in Data-Juicer's format beside `images/`.
 
-    Of fifty files one is broken, one comes in an unusual mode or format, and two are what a scraper takes along by mistake.
+    Of fifty files one is broken, one comes in an unusual mode or format, and two are what a scraper takes along by
+    mistake.
     """
     rng = random.Random(f"pairs/{config.seed}")
     images = out / "images"

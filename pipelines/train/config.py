@@ -12,7 +12,8 @@ class PhaseConfig:
     """One training phase.
 
     Attributes:
-        steps: optimizer steps; 0 leaves the phase out. Steps, not epochs: arms of unequal size then see equally many samples.
+        steps: optimizer steps; 0 leaves the phase out. Steps, not epochs: arms of unequal size then see equally many
+            samples.
         learning_rate: peak of the cosine schedule.
         warmup: share of the steps over which the learning rate rises from 0.
         weight_decay: AdamW's.
@@ -50,7 +51,8 @@ class LoraSettings:
         rank: r.
         alpha: the update is scaled by alpha / r.
         dropout: on the adapter's input.
-        target_modules: a regular expression matched against *full* module paths, so that a tower's `q_proj` is never hit.
+        target_modules: a regular expression matched against *full* module paths, so that a tower's `q_proj` is never
+            hit.
     """
 
     rank: int = 16
@@ -92,9 +94,10 @@ class TrainConfig:
         gradient_checkpointing: recompute activations in the backward pass instead of keeping them.
         checkpoint_every: optimizer steps between checkpoints.
         log_every: optimizer steps between log lines.
-        max_length: longest token sequence, visual tokens included; longer rows are counted and cut as the original does.
-        feature_cache_mb: memory per worker for the frozen towers' outputs, so that each image is encoded once and not every
-            epoch; a data set whose outputs do not fit is encoded afresh. 0: never keep them.
+        max_length: longest token sequence, visual tokens included; longer rows are counted and cut as the original
+            does.
+        feature_cache_mb: memory per worker for the frozen towers' outputs, so that each image is encoded once and not
+            every epoch; a data set whose outputs do not fit is encoded afresh. 0: never keep them.
         seed: order of the data, dropout and the adapter's initial values.
         max_failures: how often a dead worker group is started again.
     """

@@ -150,8 +150,8 @@ class Sampler:
 
 @dataclass(frozen=True)
 class Share:
-    """Which positions of the stream a worker takes at a step: micro-batches are dealt out in turn, so that accumulating on
-    one worker and spreading over several see the same samples in the same step.
+    """Which positions of the stream a worker takes at a step: micro-batches are dealt out in turn, so that accumulating
+    on one worker and spreading over several see the same samples in the same step.
     """
 
     worker: int

@@ -29,8 +29,8 @@ def tower_outputs(model: MGMModel, pixel_values: torch.Tensor, pixel_values_aux:
     """The frozen part of `MGMModel.get_image_features`, whose arguments these are.
 
     Returns:
-        tokens (N, T, C) of all views, and the normalized positions of their regions (N, T, P, A); the latter in the dtype
-        in which matrix products are computed (autocast would round them to it anyway).
+        tokens (N, T, C) of all views, and the normalized positions of their regions (N, T, P, A); the latter in the
+        dtype in which matrix products are computed (autocast would round them to it anyway).
     """
     tokens, positions = model.encode_images(pixel_values, pixel_values_aux)
     normalized = normalize_positions(positions, model.uni_key)
@@ -40,7 +40,9 @@ def tower_outputs(model: MGMModel, pixel_values: torch.Tensor, pixel_values_aux:
 
 
 def image_features(model: MGMModel, parts: Parts) -> torch.Tensor:
-    """The part of `MGMModel.get_image_features` that learns: mining (folded as in the model) and projector, (N, T, D)."""
+    """The part of `MGMModel.get_image_features` that learns: mining (folded as in the model) and projector, (N, T,
+    D).
+    """
     tokens, normalized = parts
     mined = mine_normalized(model.uni_query(tokens), normalized, model.uni_key, model.uni_value)
     return model.multi_modal_projector(tokens + mined)

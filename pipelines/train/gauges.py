@@ -1,4 +1,6 @@
-"""The curves of a running training for Prometheus: Ray exports them on the first worker's node, with `ray_` before each name."""
+"""The curves of a running training for Prometheus: Ray exports them on the first worker's node, with `ray_` before each
+name.
+"""
 
 from __future__ import annotations
 

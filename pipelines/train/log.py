@@ -1,7 +1,7 @@
 """The training log: `log.jsonl`, one line per logged step, and the same curves for TensorBoard.
 
-After a restart the steps since the last checkpoint are done again. Their lines are dropped first and TensorBoard's files
-are written anew from the lines that stay, so that no step ever appears twice.
+After a restart the steps since the last checkpoint are done again. Their lines are dropped first and TensorBoard's
+files are written anew from the lines that stay, so that no step ever appears twice.
 """
 
 from __future__ import annotations

@@ -122,7 +122,7 @@ def _fit(model: Path, output: Path, config: TrainConfig, data: dict[str, str], w
     )
     with _Watch(output, {phase: getattr(config, phase).steps for phase in data}, what):
         try:
-            facts: dict[str, Any] | None = trainer.fit().return_value  # type: ignore[attr-defined]  # Ray Train v2's, which is the default
+            facts: dict[str, Any] | None = trainer.fit().return_value  # type: ignore[attr-defined]
         except TrainingFailedError as error:
             raise WorkFailed(f"{what}: the workers failed {config.max_failures + 1} time(s): {error}") from error
     if facts is None:

@@ -167,7 +167,9 @@ def autocast(device: torch.device, precision: str) -> Callable[[], contextlib.Ab
 
 
 def learning_rate(phase: PhaseConfig, step: int) -> float:
-    """Rate of step `step` (from 0): linear warm-up, then half a cosine to zero. No state: a restart needs the step only."""
+    """Rate of step `step` (from 0): linear warm-up, then half a cosine to zero. No state: a restart needs the step
+    only.
+    """
     warmup = math.ceil(phase.warmup * phase.steps)
     if step < warmup:
         return phase.learning_rate * (step + 1) / warmup
@@ -231,8 +233,8 @@ class TorchEngine:
             )
 
     def step(self, batches: list[Batch], learning_rate: float) -> StepResult:
-        """Accumulate `batches`, clip, update. The loss weighs every target token of the step alike, however the rows were
-        spread over micro-batches and workers: accumulating is the same as one large batch.
+        """Accumulate `batches`, clip, update. The loss weighs every target token of the step alike, however the rows
+        were spread over micro-batches and workers: accumulating is the same as one large batch.
         """
         targets = total(sum(batch.targets for batch in batches), self.device)
         samples = total(sum(batch.samples for batch in batches), self.device)

@@ -82,7 +82,9 @@ class State:
 
 
 def train_worker(settings: dict[str, Any]) -> dict[str, Any]:
-    """Ray Train's `train_loop_per_worker`. An error that no restart can mend is returned, not raised: Ray would try again."""
+    """Ray Train's `train_loop_per_worker`. An error that no restart can mend is returned, not raised: Ray would try
+    again.
+    """
     job: Job = settings["job"]
     torch.set_num_threads(max(1, int(job.config.cpus_per_worker)))
     torch.set_flush_denormal(True)  # tiny gradients make most CPUs a hundred times slower

@@ -1,4 +1,6 @@
-"""DeepSpeed ZeRO-2 and ZeRO-3 (Rajbhandari et al. 2019, arXiv:1910.02054) behind the same interface as `TorchEngine`."""
+"""DeepSpeed ZeRO-2 and ZeRO-3 (Rajbhandari et al. 2019, arXiv:1910.02054) behind the same interface as
+`TorchEngine`.
+"""
 
 from __future__ import annotations
 
@@ -36,9 +38,9 @@ def deepspeed_config(stage: int, phase: PhaseConfig, precision: str, device: tor
 def build_cpu_operator() -> None:
     """Compile DeepSpeed's shared-memory operator (a minute, once per machine), one process at a time.
 
-    PyTorch guards its extension cache with a plain file, and a process killed while compiling leaves that file behind: from
-    then on every start waits for ever. Here a lock that dies with its holder guards a cache of our own, in which a file left
-    behind is therefore known to be nobody's.
+    PyTorch guards its extension cache with a plain file, and a process killed while compiling leaves that file behind:
+    from then on every start waits for ever. Here a lock that dies with its holder guards a cache of our own, in which a
+    file left behind is therefore known to be nobody's.
     """
     if "TORCH_EXTENSIONS_DIR" in os.environ and os.environ["TORCH_EXTENSIONS_DIR"] != str(_EXTENSIONS):
         return  # somebody else's cache: DeepSpeed builds there by itself

@@ -1,9 +1,11 @@
-"""Images per second of processor time on one thread: the engine, plain `generate`, and Data-Juicer's operator against ours.
+"""Images per second of processor time on one thread: the engine, plain `generate`, and Data-Juicer's operator against
+ours.
 
 python tests/bench/bench_caption_engine_cpu.py [--images 192]
 
-Processor time and not the clock's, so that a busy machine measures too; the best of two rounds. Without Ray: what Ray, files and
-several processes add is `bench_caption_vs_datajuicer.py`'s business. The second model is the same with a vocabulary of real size.
+Processor time and not the clock's, so that a busy machine measures too; the best of two rounds. Without Ray: what Ray,
+files and several processes add is `bench_caption_vs_datajuicer.py`'s business. The second model is the same with a
+vocabulary of real size.
 """
 
 from __future__ import annotations
@@ -59,7 +61,8 @@ def compare(model: Path, name: str, method: str, files: list[Path]) -> None:
     rates = ", ".join(f"{rate:.0f} at {batch}" for batch, rate in theirs.items())
     best = max(theirs.values())
     print(
-        f"{name}: engine {ours:.0f} images/s, generate {rates}: {ours / best:.2f} times its best, {ours / theirs[8]:.2f} times 8",
+        f"{name}: engine {ours:.0f} images/s, generate {rates}: {ours / best:.2f} times its best, "
+        f"{ours / theirs[8]:.2f} times 8",
         flush=True,
     )
 
@@ -73,7 +76,9 @@ def _generate(engine: BlipCaptioner, pixels: np.ndarray, batch: int, sample: boo
 
 
 def compare_operators(model: Path, files: list[Path]) -> None:
-    """Data-Juicer's operator and ours on one batch of samples, each with its defaults, files and text around it included."""
+    """Data-Juicer's operator and ours on one batch of samples, each with its defaults, files and text around it
+    included.
+    """
     operators = load_data_juicer()
     from pipelines.caption import datajuicer_op
 

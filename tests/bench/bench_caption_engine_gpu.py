@@ -1,11 +1,13 @@
-"""BLIP-2 OPT-2.7B at its true geometry on one GPU, from encoded JPEG to text: captune's engine, plain `generate`, Data-Juicer's settings.
+"""BLIP-2 OPT-2.7B at its true geometry on one GPU, from encoded JPEG to text: captune's engine, plain `generate`,
+Data-Juicer's settings.
 
-python tests/bench/bench_caption_engine_gpu.py                  # needs torch, transformers, Pillow and a 24 GB GPU; no Ray, no download
-python tests/bench/bench_caption_engine_gpu.py --tiny           # the same code on any CPU, with a toy model: proves that it runs
+python tests/bench/bench_caption_engine_gpu.py # needs torch, transformers, Pillow and a 24 GB GPU; no Ray, no download
+python tests/bench/bench_caption_engine_gpu.py --tiny # the same code on any CPU, with a toy model: proves that it runs
 
-Weights are random and come from the architecture alone. Every caption is ended at a length of its own, 12 to 20 tokens (as real ones
-are); engine and `generate` get the same lengths, and `generate` and Data-Juicer's settings get their pixels decoded in advance or for
-nothing but their own pace (see each line). What is random in the weights changes no shape, so no time.
+Weights are random and come from the architecture alone. Every caption is ended at a length of its own, 12 to 20 tokens
+(as real ones are); engine and `generate` get the same lengths, and `generate` and Data-Juicer's settings get their
+pixels decoded in advance or for nothing but their own pace (see each line). What is random in the weights changes no
+shape, so no time.
 """
 
 from __future__ import annotations
@@ -78,13 +80,16 @@ def main() -> None:
             break
         best = max(best, plain)
         print(
-            f"plain generate, pixels in memory, batch {batch:>4}: {plain:8.1f} images/s, engine is {rate / plain:.2f}x as fast"
+            f"plain generate, pixels in memory, batch {batch:>4}: {plain:8.1f} images/s, engine is "
+            f"{rate / plain:.2f}x as fast"
         )
     print(f"engine against plain generate at its best batch: {rate / best:.2f}x\n")
 
     slow = run_data_juicer(model, config, files, lengths, args.data_juicer_images)
-    print(f"Data-Juicer's settings (float32, batches of 8, sampling, pictures prepared in line), {args.data_juicer_images} images: "
-          f"{slow:.1f} images/s, engine is {rate / slow:.1f}x as fast")  # fmt: skip
+    print(
+        "Data-Juicer's settings (float32, batches of 8, sampling, pictures prepared in line), "
+        f"{args.data_juicer_images} images: {slow:.1f} images/s, engine is {rate / slow:.1f}x as fast"
+    )
 
 
 def _arguments() -> argparse.Namespace:
@@ -116,7 +121,8 @@ def geometry(tiny: bool) -> Blip2Config:
         return Blip2Config(
             vision_config=small | dict(image_size=32, patch_size=8),
             qformer_config=small | dict(encoder_hidden_size=32, cross_attention_frequency=1),
-            text_config=text | dict(vocab_size=500, hidden_size=32, word_embed_proj_dim=32, ffn_dim=64, num_hidden_layers=2,
+            text_config=text | dict(vocab_size=500, hidden_size=32, word_embed_proj_dim=32, ffn_dim=64,
+            num_hidden_layers=2,
                                     num_attention_heads=2, max_position_embeddings=128),
             num_query_tokens=8, image_token_index=IMAGE_ID,
         )  # fmt: skip
@@ -125,14 +131,17 @@ def geometry(tiny: bool) -> Blip2Config:
                            image_size=224, patch_size=14),
         qformer_config=dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12,
                             encoder_hidden_size=1408, cross_attention_frequency=2),
-        text_config=text | dict(vocab_size=50304, hidden_size=2560, word_embed_proj_dim=2560, ffn_dim=10240, num_hidden_layers=32,
+        text_config=text | dict(vocab_size=50304, hidden_size=2560, word_embed_proj_dim=2560, ffn_dim=10240,
+        num_hidden_layers=32,
                                 num_attention_heads=32, max_position_embeddings=2048),
         num_query_tokens=32, image_token_index=IMAGE_ID,
     )  # fmt: skip
 
 
 def random_model(config: Blip2Config, device: torch.device, dtype: torch.dtype) -> Any:
-    """Weights that keep the multipliers busy: chips clock higher on zeros, which a vision tower initialized as configured nearly is."""
+    """Weights that keep the multipliers busy: chips clock higher on zeros, which a vision tower initialized as
+    configured nearly is.
+    """
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     with device:
@@ -293,7 +302,9 @@ class Lengths(StoppingCriteria):
 def run_plain(
     model: Any, engine: BlipCaptioner, pixels: torch.Tensor, lengths: list[int], batch: int, images: int
 ) -> float | None:
-    """Images a second of `Blip2ForConditionalGeneration.generate` on uint8 pixels in memory; None when they do not fit."""
+    """Images a second of `Blip2ForConditionalGeneration.generate` on uint8 pixels in memory; None when they do not
+    fit.
+    """
     start = model.config.num_query_tokens + 1
 
     def work(count: int) -> None:
@@ -313,7 +324,9 @@ def run_plain(
 
 
 def run_data_juicer(model: Any, config: Blip2Config, files: list[bytes], lengths: list[int], images: int) -> float:
-    """Images a second with what `image_captioning_mapper` 1.6.1 does: its processor, dtype, batch and arguments of `generate`."""
+    """Images a second with what `image_captioning_mapper` 1.6.1 does: its processor, dtype, batch and arguments of
+    `generate`.
+    """
     model.float()
     size = config.vision_config.image_size
     processor = BlipImageProcessorPil(size={"height": size, "width": size})

@@ -1,10 +1,12 @@
-"""Captioning at scale on two cores: memory of driver and object store in the run's two halves, time against rows, cost of a resume.
+"""Captioning at scale on two cores: memory of driver and object store in the run's two halves, time against rows, cost
+of a resume.
 
     python tests/bench/bench_caption_scale.py [--rows 1000000] [--small 10000] [--cpus 2]
 
-Rows are small real JPEGs with distinct bytes in Parquet shards; the model is the tests' tiny BLIP-2, a real one. What is looked at is
-therefore the stage: reading, decoding, Ray, checkpoints and writing. Three runs: `--small` rows, `--rows` rows, and the second one again
-from a snapshot of its work directory at half way, which is what `kill -9` leaves behind.
+Rows are small real JPEGs with distinct bytes in Parquet shards; the model is the tests' tiny BLIP-2, a real one. What
+is looked at is therefore the stage: reading, decoding, Ray, checkpoints and writing. Three runs: `--small` rows,
+`--rows` rows, and the second one again from a snapshot of its work directory at half way, which is what `kill -9`
+leaves behind.
 """
 
 from __future__ import annotations
@@ -121,7 +123,9 @@ def halves(log: Path, key: str) -> tuple[float, float]:
 
 
 def pass_of(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """From the first block on disk to the last: not the start of Ray and the model, and not the writing of records at the end."""
+    """From the first block on disk to the last: not the start of Ray and the model, and not the writing of records at
+    the end.
+    """
     last = next(n for n, row in enumerate(rows) if row["rows"] == max(row["rows"] for row in rows))
     return [row for row in rows[: last + 1] if row["rows"]]
 
@@ -174,17 +178,20 @@ def measure(root: Path, options: argparse.Namespace) -> None:
         }
         seconds = manifest["caption_seconds"]
         print(
-            f"{label}: {rows:,} rows, {seconds:.0f} s captioning ({rows / seconds:.0f} rows/s), {time.time() - began:.0f} s in all"
+            f"{label}: {rows:,} rows, {seconds:.0f} s captioning ({rows / seconds:.0f} rows/s), "
+            f"{time.time() - began:.0f} s in all"
         )
     for key, values in {key: [per_row[label][key] for label in per_row] for key in per_row["small"]}.items():
         print(
-            f"time per row ({key}), large / small: {values[1] / values[0]:.2f}  ({values[0] * 1e3:.3f} -> {values[1] * 1e3:.3f} ms)"
+            f"time per row ({key}), large / small: {values[1] / values[0]:.2f}  ({values[0] * 1e3:.3f} -> "
+            f"{values[1] * 1e3:.3f} ms)"
         )
     for key in ("driver", "store"):
         first, second = halves(root / "large.jsonl", key)
         print(f"{key} memory, peak of the halves: {first:.0f} MB, {second:.0f} MB, second / first {second / first:.2f}")
     print(
-        f"driver memory over the whole run, index and records too: {max(row['driver'] for row in samples(root / 'large.jsonl')) / 1e6:.0f} MB"
+        f"driver memory over the whole run, index and records too: "
+        f"{max(row['driver'] for row in samples(root / 'large.jsonl')) / 1e6:.0f} MB"
     )
     resume(root, model, options)
 

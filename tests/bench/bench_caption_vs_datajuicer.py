@@ -1,17 +1,18 @@
-"""Captioning sample JPEGs with the sample BLIP-2 on two cores: the stage, a bare loop over the engine, and Data-Juicer on Ray.
+"""Captioning sample JPEGs with the sample BLIP-2 on two cores: the stage, a bare loop over the engine, and Data-Juicer
+on Ray.
 
 python tests/bench/bench_caption_vs_datajuicer.py [--count 2000] [--slow-count 160] [--work DIR]
 
-    bare        all pixels in memory, the engine in a process per core: what reading, decoding, Ray and writing are measured against
-    generate    the same pixels through transformers' own `generate`, in batches of the same size
-    stage       `captune caption` as it is
-    operator    Data-Juicer's Ray mode with `captune_image_captioning_mapper`: the one name changed
-    datajuicer  Data-Juicer's Ray mode with its `image_captioning_mapper`, defaults everywhere
+    bare all pixels in memory, the engine in a process per core: what reading, decoding, Ray and writing are measured
+    against generate the same pixels through transformers' own `generate`, in batches of the same size stage `captune
+    caption` as it is operator Data-Juicer's Ray mode with `captune_image_captioning_mapper`: the one name changed
+    datajuicer Data-Juicer's Ray mode with its `image_captioning_mapper`, defaults everywhere
 
-All have the same model and the same decoding (sampling from the 50 likeliest, temperature 1). Every side runs twice, over few and
-over many images, each time in a fresh process; its rate is that between the two, so that what a start costs counts nowhere. The slow
-side gets fewer images. Data-Juicer insists on an image token at id 50265, so the sample model's vocabulary is filled up to there, for
-all sides; the new tokens take the place of `<image>` in the output layer, which the model has learnt never to say.
+All have the same model and the same decoding (sampling from the 50 likeliest, temperature 1). Every side runs twice,
+over few and over many images, each time in a fresh process; its rate is that between the two, so that what a start
+costs counts nowhere. The slow side gets fewer images. Data-Juicer insists on an image token at id 50265, so the sample
+model's vocabulary is filled up to there, for all sides; the new tokens take the place of `<image>` in the output layer,
+which the model has learnt never to say.
 """
 
 from __future__ import annotations
@@ -121,7 +122,8 @@ def rate_of(side: str, work: Path, args: argparse.Namespace) -> float:
     seconds = [_run(side, work, count, args.batch_size) for count in (few, many)]
     if seconds[1] <= seconds[0]:
         sys.exit(
-            f"{side}: {few} images took {seconds[0]:.1f} s and {many} took {seconds[1]:.1f} s: the machine is too busy to measure on"
+            f"{side}: {few} images took {seconds[0]:.1f} s and {many} took {seconds[1]:.1f} s: the machine is "
+            f"too busy to measure on"
         )
     rate = (many - few) / (seconds[1] - seconds[0])
     print(
@@ -193,7 +195,9 @@ def _generate_part(engine: BlipCaptioner, pixels: np.ndarray) -> list[str | None
 
 
 def _on_all_cores(part: Part, work: Path, count: int, batch_size: int) -> tuple[float, int]:
-    """Each core its share of the pixels, in memory and warmed up before the clock starts (two threads of one process do worse)."""
+    """Each core its share of the pixels, in memory and warmed up before the clock starts (two threads of one process do
+    worse).
+    """
     context = multiprocessing.get_context("spawn")
     barrier, results = context.Barrier(CORES), context.Queue()
     shares = [list(range(core, count, CORES)) for core in range(CORES)]

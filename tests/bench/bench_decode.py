@@ -1,6 +1,8 @@
-"""What one CPU decodes for a captioning replica: JPEG bytes to 224 x 224 pixels, the numbers behind `FEEDER_CPUS` in k8s/needs.py.
+"""What one CPU decodes for a captioning replica: JPEG bytes to 224 x 224 pixels, the numbers behind `FEEDER_CPUS` in
+k8s/needs.py.
 
-`python tests/bench/bench_decode.py` prints images per second of CPU time (so that a busy machine does not change it), by size of the picture.
+`python tests/bench/bench_decode.py` prints images per second of CPU time (so that a busy machine does not change it),
+by size of the picture.
 """
 
 from __future__ import annotations

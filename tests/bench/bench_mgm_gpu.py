@@ -188,7 +188,8 @@ def main() -> None:
             continue
         rows.append(row)
         print(
-            f"{batch:5d}  {row['questions_per_second']:11.2f}  {row['seconds_images']:8.4f}  {row['seconds_prefill']:9.4f}"
+            f"{batch:5d}  {row['questions_per_second']:11.2f}  {row['seconds_images']:8.4f}  "
+            f"{row['seconds_prefill']:9.4f}"
             f"  {row['seconds_decode']:8.4f}  {row['tflop_per_question']:14.3f}  {row['share_of_matrix_peak']:7.1%}"
             f"  {row['peak_memory_gib']:10.1f}"
         )

@@ -1,9 +1,10 @@
-"""Images to model inputs at MGM-2B's size: one call for all against the original's loop, and the half that is left to the CPU.
+"""Images to model inputs at MGM-2B's size: one call for all against the original's loop, and the half that is left to
+the CPU.
 
 python tests/bench/bench_mgm_preprocess.py [--images 16] [--threads 2]
 
-The loop is the original's data loader: pad, transformers' CLIP processor at 768 pixels, float32 downscale, image by image.
-Where a GPU runs the model, only `resize` stays on the CPU, and an image travels as bytes: a quarter of float32.
+The loop is the original's data loader: pad, transformers' CLIP processor at 768 pixels, float32 downscale, image by
+image. Where a GPU runs the model, only `resize` stays on the CPU, and an image travels as bytes: a quarter of float32.
 """
 
 from __future__ import annotations
@@ -72,7 +73,8 @@ def main() -> None:
     loop, call, resize = (statistics.median(column) for column in zip(*rounds, strict=True))
     ratio = statistics.median(a / b for a, b, _ in rounds)
     print(
-        f"{args.images} images: loop {loop:.3f} s, one call {call:.3f} s: {ratio:.1f} times as fast ({args.threads} threads)"
+        f"{args.images} images: loop {loop:.3f} s, one call {call:.3f} s: {ratio:.1f} times as fast "
+        f"({args.threads} threads)"
     )
     print(f"of it for CPU workers when the model is on a GPU: {resize:.3f} s ({args.images / resize:.0f} images/s)")
 

@@ -1,7 +1,8 @@
-"""From costs to a plan: GPUs, hours, bytes and memory for a million, ten million and a billion images; k8s/SCALING.md explains the columns.
+"""From costs to a plan: GPUs, hours, bytes and memory for a million, ten million and a billion images; k8s/SCALING.md
+explains the columns.
 
-`python tests/bench/bench_scaling.py` measures what can be measured without a GPU (checkpoint ids in memory, in Ray Data's own
-representation) and computes the rest from the constants below, each with its source.
+`python tests/bench/bench_scaling.py` measures what can be measured without a GPU (checkpoint ids in memory, in Ray
+Data's own representation) and computes the rest from the constants below, each with its source.
 """
 
 from __future__ import annotations
@@ -12,13 +13,14 @@ import numpy as np
 import psutil
 import pyarrow as pa
 
-# Captioning. FLOP of BLIP-2 OPT-2.7B on a 224 x 224 image with a caption of 20 tokens, by adding up its layers: ViT-g 521 G, Q-Former 13 G,
-# prefill 166 G, decode 20 x 5.3 G.
+# Captioning. FLOP of BLIP-2 OPT-2.7B on a 224 x 224 image with a caption of 20 tokens, by adding up its layers: ViT-g
+# 521 G, Q-Former 13 G, prefill 166 G, decode 20 x 5.3 G.
 CAPTION_TFLOP = 0.521 + 0.013 + 0.166 + 20 * 0.0053
-# Training. Forward, recomputation and backward of MGM-2B's 2.5 G parameters on 700 tokens (576 of them visual), frozen weights, so 2 FLOP each way
-# and no weight gradients; both towers once.
+# Training. Forward, recomputation and backward of MGM-2B's 2.5 G parameters on 700 tokens (576 of them visual), frozen
+# weights, so 2 FLOP each way and no weight gradients; both towers once.
 TRAIN_TFLOP = 3 * 2 * 2.5e9 * 700 / 1e12 + 0.8
-# What a card sustains: dense bf16 from its data sheet or a matrix product (H200: 790 measured), times the share that a tuned engine gets.
+# What a card sustains: dense bf16 from its data sheet or a matrix product (H200: 790 measured), times the share that a
+# tuned engine gets.
 CARDS = {"L4 (24 GB)": 121.0, "H100/H200 (80 GB)": 790.0}
 SHARE = 0.4
 JPEG_BYTES, ROW_BYTES = 65 * 1024, 1024  # a photograph of 640 x 480 (bench_decode.py), and a record without its image
@@ -28,7 +30,9 @@ CAPTION_CARDS, TRAIN_CARDS = {1_000_000: 8, 10_000_000: 8, 1_000_000_000: 64}, 4
 
 
 def id_bytes(count: int = 1_000_000) -> tuple[float, float]:
-    """Bytes and seconds per million ids that Ray Data's checkpoint filter holds and sorts: an array of Python strings of 32 characters."""
+    """Bytes and seconds per million ids that Ray Data's checkpoint filter holds and sorts: an array of Python strings
+    of 32 characters.
+    """
     rng = np.random.default_rng(0)
     ids = pa.array([value.tobytes().hex() for value in rng.integers(0, 256, (count, 16), np.uint8)])
     process = psutil.Process()

@@ -1,7 +1,9 @@
-"""A Ray cluster of several nodes on one machine, for drills: real raylets, real loss of nodes, token authentication, a real Redis.
+"""A Ray cluster of several nodes on one machine, for drills: real raylets, real loss of nodes, token authentication, a
+real Redis.
 
-Every node is a `ray start --block` with ports, resources and a session of processes of its own; each of its processes carries the
-node's mark in its environment, so a node can be killed whole (as a machine is lost whole) and nobody else's Ray is ever touched.
+Every node is a `ray start --block` with ports, resources and a session of processes of its own; each of its processes
+carries the node's mark in its environment, so a node can be killed whole (as a machine is lost whole) and nobody else's
+Ray is ever touched.
 """
 
 from __future__ import annotations
@@ -129,7 +131,8 @@ class Cluster:
             "RAY_TMPDIR": str(self.place / "ray"),
             "RAY_AUTH_MODE": "token" if self.token else "disabled",
             "RAY_USAGE_STATS_ENABLED": "0",
-            "RAY_worker_niceness": "0",  # Ray's default is to be nice to everybody, and on a busy machine its workers then starve
+            # Ray's default is to be nice to everybody, and on a busy machine its workers then starve
+            "RAY_worker_niceness": "0",
             "RAY_raylet_start_wait_time_s": "300",
             "RAY_ENABLE_RECORD_ACTOR_TASK_LOGGING": "0",
             # How soon a lost node is noticed: 3 s instead of 15 s, so that a drill is short.
@@ -150,8 +153,11 @@ class Cluster:
         return kept | settings | more
 
     def start_head(self, cpus: float = 0, **resources: float) -> Node:
-        """The head; as on Kubernetes it offers no CPUs, so work lands on workers. The same call brings a lost head back."""
-        # A machine that comes back does not remember the cluster that ran on it; `ray start` would refuse to start beside it.
+        """The head; as on Kubernetes it offers no CPUs, so work lands on workers. The same call brings a lost head
+        back.
+        """
+        # A machine that comes back does not remember the cluster that ran on it; `ray start` would refuse to start
+        # beside it.
         (self.place / "ray" / "ray" / "ray_current_cluster").unlink(missing_ok=True)
         words = [
             "--head",

@@ -1,4 +1,6 @@
-"""A sample recipe and a dataset small enough for drills; everything that decides the result is the embedded sample's own."""
+"""A sample recipe and a dataset small enough for drills; everything that decides the result is the embedded sample's
+own.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,9 @@ import yaml
 
 
 def write_recipe(root: Path, **sections: dict[str, Any]) -> Path:
-    """`root/recipe.yaml`: the sample recipe with one arm, few pairs and few steps, all below `root`; `sections` change keys of it."""
+    """`root/recipe.yaml`: the sample recipe with one arm, few pairs and few steps, all below `root`; `sections` change
+    keys of it.
+    """
     world = root / "world"
     recipe: dict[str, Any] = {
         "base": "sample",

@@ -1,11 +1,14 @@
-"""Captioning under fire: -9 to replicas, worker processes, whole nodes and the driver, at random moments, then a count of ids.
+"""Captioning under fire: -9 to replicas, worker processes, whole nodes and the driver, at random moments, then a count
+of ids.
 
-    python tests/drills/drill_caption_kills.py [--rows 20000] [--every 12] [--minutes 6] [--candidates 4] [--seed 0] [--record FILE]
+    python tests/drills/drill_caption_kills.py [--rows 20000] [--every 12] [--minutes 6] [--candidates 4] [--seed 0]
+    [--record FILE]
 
-A real cluster of a head and two worker nodes on this machine captions `--rows` distinct JPEGs twice with the tests' tiny BLIP-2, which samples
-`--candidates` captions of each: once in peace, once while something is killed every `--every` seconds on average, until the work is done or
-`--minutes` are over. Held against each other: every id exactly once, no row lost, every caption and candidate the same. Prints what was killed
-and when; exit status 1 when a row differs.
+A real cluster of a head and two worker nodes on this machine captions `--rows` distinct JPEGs twice with the tests'
+tiny BLIP-2, which samples `--candidates` captions of each: once in peace, once while something is killed every
+`--every` seconds on average, until the work is done or `--minutes` are over. Held against each other: every id exactly
+once, no row lost, every caption and candidate the same. Prints what was killed and when; exit status 1 when a row
+differs.
 """
 
 from __future__ import annotations
@@ -28,7 +31,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 os.environ |= {
-    # a temporary folder of its own (short: Ray puts sockets in it), so that nobody else's `ray.init()` finds this cluster
+    # a temporary folder of its own (short: Ray puts sockets in it), so that nobody else's `ray.init()` finds this
+    # cluster
     "RAY_TMPDIR": tempfile.mkdtemp(prefix="ck-", dir="/tmp"),
     "RAY_AUTH_MODE": "disabled",
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -84,7 +88,9 @@ class Hunt:
         return self.driver
 
     def until_done(self, output: str, between: Callable[[], None]) -> None:
-        """Start it, kill with `between`, start it again after a driver's death or a failure, until the manifest is there."""
+        """Start it, kill with `between`, start it again after a driver's death or a failure, until the manifest is
+        there.
+        """
         failures = 0
         while not (self.place / output / "MANIFEST.json").exists():
             driver = self.start(output)
@@ -147,7 +153,9 @@ class Hunt:
         return f"{name[:60]} {process.pid}"
 
     def _kill_node(self) -> str:
-        """-9 to a raylet and everything of its node; a new node joins a moment later, as a spot machine's successor does."""
+        """-9 to a raylet and everything of its node; a new node joins a moment later, as a spot machine's successor
+        does.
+        """
         place = self.choose.randrange(len(self.nodes))
         raylet = self.nodes[place].all_processes["raylet"][0].process.pid
         os.kill(raylet, signal.SIGKILL)

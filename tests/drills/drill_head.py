@@ -2,8 +2,9 @@
 
     python tests/drills/drill_head.py        (needs redis-server: apt-get install redis-server)
 
-A head without CPUs, two workers, Ray Serve with two replicas deployed from a Serve config file as RayService does it, and clients
-that never stop asking. The head is killed whole and started again on the same address. Two minutes on two cores.
+A head without CPUs, two workers, Ray Serve with two replicas deployed from a Serve config file as RayService does it,
+and clients that never stop asking. The head is killed whole and started again on the same address. Two minutes on two
+cores.
 """
 
 from __future__ import annotations
@@ -61,7 +62,8 @@ class Clients:
         while not self.stop.wait(0.1):
             outcome, answer = "ok", ""
             try:
-                # A connection for each request, as if each were another client: which of the proxies gets it is up to the kernel.
+                # A connection for each request, as if each were another client: which of the proxies gets it is up to
+                # the kernel.
                 response = httpx.post(self.url, json=self.body, timeout=30, trust_env=False)
                 if response.status_code != 200:
                     outcome = f"status {response.status_code}"

@@ -1,12 +1,15 @@
-"""Build the image and run a cluster of containers from it, as KubeRay's operator would: a worker is killed, the recipe ends well.
+"""Build the image and run a cluster of containers from it, as KubeRay's operator would: a worker is killed, the recipe
+ends well.
 
     python tests/drills/drill_image.py [--base IMAGE] [--keep]
 
-Runs as root; on Debian: apt-get install buildah podman netavark iptables runc, and debootstrap where there is no registry.
+Runs as root; on Debian: apt-get install buildah podman netavark iptables runc, and debootstrap where there is no
+registry.
 
-Users, commands, environment, mounts and security come from what `captune k8s render --recipe sample --overlay kind` makes, completed as
-the operator completes it (ray-operator/controllers/ray/common/pod.go of KubeRay 1.7). Left out: its autoscaler, which talks to
-Kubernetes, and Redis (tests/drills/drill_head.py has that). pip settings of this machine reach the build as secrets and read-only mounts.
+Users, commands, environment, mounts and security come from what `captune k8s render --recipe sample --overlay kind`
+makes, completed as the operator completes it (ray-operator/controllers/ray/common/pod.go of KubeRay 1.7). Left out: its
+autoscaler, which talks to Kubernetes, and Redis (tests/drills/drill_head.py has that). pip settings of this machine
+reach the build as secrets and read-only mounts.
 """
 
 from __future__ import annotations
@@ -35,7 +38,8 @@ from tests.drills.record import Record  # noqa: E402
 
 IMAGE = "localhost/captune:drill"
 DEBIAN = "localhost/debian:bookworm"
-# The defaults ask for more than a machine that is itself a container may give. All containers' threads count as user 1000's.
+# The defaults ask for more than a machine that is itself a container may give. All containers' threads count as user
+# 1000's.
 LIMITS = ["--ulimit", "nofile=20000:20000", "--ulimit", "nproc=16000:16000"]
 # runc runs where cgroups of both versions are mounted, too; crun refuses that.
 PODMAN = ["podman", "--runtime", "runc"] if shutil.which("runc") else ["podman"]
@@ -75,7 +79,9 @@ def make_debian() -> None:
 
 
 def pip_words(scratch: Path) -> list[str]:
-    """This machine's pip settings for the build: a pip.conf and a certificate as secrets, local indexes as read-only mounts."""
+    """This machine's pip settings for the build: a pip.conf and a certificate as secrets, local indexes as read-only
+    mounts.
+    """
     found: dict[str, str] = {}
     for line in run(sys.executable, "-m", "pip", "config", "list").stdout.splitlines():
         key, _, value = line.partition("=")
@@ -108,7 +114,8 @@ def build(base: str, torch_cpu_index: str | None, scratch: Path, record: Record)
         "--file", ROOT / "k8s" / "Dockerfile", "--tag", IMAGE, ROOT)  # fmt: skip
     facts = json.loads(run("podman", "image", "inspect", IMAGE).stdout)[0]
     record.say(
-        f"built: {facts['Size'] / 1e6:.0f} MB in {time.monotonic() - began:.0f} s, user {facts['User'] or facts['Config']['User']}"
+        f"built: {facts['Size'] / 1e6:.0f} MB in {time.monotonic() - began:.0f} s, user "
+        f"{facts['User'] or facts['Config']['User']}"
     )
     history = run("podman", "history", "--no-trunc", "--format", "{{.CreatedBy}}", IMAGE).stdout
     record.check("pip.conf" not in history and "PIP_" not in history, "its history has no setting of the build's pip")
@@ -184,7 +191,8 @@ class Pods:
         params |= {"metrics-export-port": "8080", "dashboard-agent-listen-port": "52365"}
         start = f"{command} {' '.join(f'--{key}={value}' for key, value in sorted(params.items()))} --block"
         environment = {entry["name"]: entry["value"] for entry in container["env"]} | {
-            "RAY_ADDRESS": f"{address}:6379", "RAY_PORT": "6379", "RAY_CLUSTER_NAME": "captune", "RAY_NODE_TYPE_NAME": name,
+            "RAY_ADDRESS": f"{address}:6379", "RAY_PORT": "6379", "RAY_CLUSTER_NAME": "captune",
+            "RAY_NODE_TYPE_NAME": name,
             "RAY_CLOUD_INSTANCE_ID": name, "RAY_USAGE_STATS_KUBERAY_IN_USE": "1", "KUBERAY_GEN_RAY_START_CMD": start,
             "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": self.token, "RAY_DASHBOARD_ENABLE_K8S_DISK_USAGE": "1",
             # Not the operator's: a pod has CPUs of its own, while these containers share a machine that may be busy.
@@ -207,7 +215,9 @@ class Pods:
         return full
 
     def _mount(self, pod: str, mount: dict[str, Any], volume: dict[str, Any], group: int) -> list[str]:
-        """A volume's mount: a directory of this machine, or shared memory; an emptyDir is the pod's own and its group's to write."""
+        """A volume's mount: a directory of this machine, or shared memory; an emptyDir is the pod's own and its group's
+        to write.
+        """
         place = mount["mountPath"]
         if "emptyDir" not in volume:
             return ["--volume", f"{self.volumes[mount['name']]}:{place}:{'ro' if mount.get('readOnly') else 'rw'}"]
@@ -238,7 +248,10 @@ def check_image(pods: Pods, head: str, record: Record) -> None:
         pods.inside(head, "touch /opt/captune/x || touch /usr/x").returncode != 0, "code and system cannot be written"
     )
     record.check(pods.inside(head, "touch ~/x && rm ~/x").returncode == 0, "the home can")
-    command = "DS_ACCELERATOR=cpu python -c 'from deepspeed.comm.torch import build_shm_op; assert build_shm_op() is not None'"
+    command = (
+        "DS_ACCELERATOR=cpu python -c 'from deepspeed.comm.torch import build_shm_op; assert build_shm_op() is not "
+        "None'"
+    )
     loaded = pods.inside(head, command)
     record.check(
         loaded.returncode == 0,
@@ -261,7 +274,10 @@ def drill(pods: Pods, entrypoint: str, run_dir: Path, record: Record) -> None:
     record.say(f"up: head at {pods.head}")
     check_image(pods, head, record)
     workers = [pods.start_worker(number) for number in (1, 2)]
-    count = 'import ray; ray.init(logging_level="ERROR"); print("nodes", sum(n["Alive"] for n in ray.nodes()), "cpus", ray.cluster_resources().get("CPU"))'
+    count = (
+        'import ray; ray.init(logging_level="ERROR"); print("nodes", sum(n["Alive"] for n in ray.nodes()), "cpus", '
+        'ray.cluster_resources().get("CPU"))'
+    )
     wait(
         "two workers",
         400,

@@ -1,4 +1,5 @@
-"""Kill `captune run sample` with -9 in every stage of both arms; the run that is left alone at last must have the scores of an undisturbed one.
+"""Kill `captune run sample` with -9 in every stage of both arms; the run that is left alone at last must have the
+scores of an undisturbed one.
 
     python tests/drills/drill_run_kills.py --undisturbed runs/sample/comparison.json
 
@@ -85,7 +86,9 @@ class Run:
             self.changed.notify_all()
 
     def kill_at(self, sign: str, delay: float) -> float | None:
-        """`kill -9` some seconds after a line that matches; seconds it lived, or None when it ended by itself before."""
+        """`kill -9` some seconds after a line that matches; seconds it lived, or None when it ended by itself
+        before.
+        """
         started, seen = time.monotonic(), 0
         while True:
             with self.changed:

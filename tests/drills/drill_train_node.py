@@ -2,8 +2,9 @@
 
     python tests/drills/drill_train_node.py
 
-Two runs of the same training on a cluster of a head and two workers, token authentication on: one undisturbed, one that loses the
-node of its Ray Train worker (every process of the node is killed at once, as a machine dies). Two minutes on two cores.
+Two runs of the same training on a cluster of a head and two workers, token authentication on: one undisturbed, one that
+loses the node of its Ray Train worker (every process of the node is killed at once, as a machine dies). Two minutes on
+two cores.
 """
 
 from __future__ import annotations
@@ -25,7 +26,9 @@ STEPS, EVERY = 60, 10
 
 
 def command(world: Path, output: Path) -> list[str]:
-    """Instruction tuning of the sample's model; a dropout of 0.1 and a cosine schedule, so that a wrong restart shows."""
+    """Instruction tuning of the sample's model; a dropout of 0.1 and a cosine schedule, so that a wrong restart
+    shows.
+    """
     words = ["python", "ray_jobs/train.py", "--input", world / "instruct.json", "--model", world / "models" / "mgm"]
     words += ["--output", output, "--train.instruct_data", world / "instruct.json", "--train.align.steps", 0]
     words += ["--train.instruct.steps", STEPS, "--train.instruct.micro_batch", 4, "--train.instruct.accumulation", 1]

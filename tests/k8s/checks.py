@@ -139,7 +139,8 @@ def _sizes(found: Object) -> list[str]:
         if not store + 2**30 <= shm <= memory / 1.5:
             name = f"{found['metadata']['name']} {group.get('groupName', 'head')}"
             said.append(
-                f"{name}: object store {store / 2**30:g} GiB, /dev/shm {shm / 2**30:g} GiB, memory {memory / 2**30:g} GiB"
+                f"{name}: object store {store / 2**30:g} GiB, /dev/shm {shm / 2**30:g} GiB, memory "
+                f"{memory / 2**30:g} GiB"
             )
     volumes = {volume["name"] for volume in cluster["headGroupSpec"]["template"]["spec"]["volumes"]}
     mounts = cluster.get("autoscalerOptions", {}).get("volumeMounts", [])

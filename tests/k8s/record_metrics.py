@@ -1,7 +1,8 @@
 """Record which metrics a cluster really exports: `python tests/k8s/record_metrics.py` (a few minutes, no GPU).
 
-Runs a short version of the sample recipe on a Ray of its own, reads the node's metrics endpoint all the while as Prometheus would, and
-writes every name with its labels to exported_metrics.txt. tests/k8s/test_monitoring.py holds dashboards and alerts against that file.
+Runs a short version of the sample recipe on a Ray of its own, reads the node's metrics endpoint all the while as
+Prometheus would, and writes every name with its labels to exported_metrics.txt. tests/k8s/test_monitoring.py holds
+dashboards and alerts against that file.
 """
 
 from __future__ import annotations
@@ -65,7 +66,10 @@ def main() -> None:
             done.set()
             reader.join()
             ray.shutdown()
-    head = f"# Metrics that Ray {ray.__version__} and captune export, with their labels; written by {Path(__file__).name}.\n"
+    head = (
+        f"# Metrics that Ray {ray.__version__} and captune export, with their labels; written by "
+        f"{Path(__file__).name}.\n"
+    )
     FILE.write_text(head + "".join(f"{name} {','.join(sorted(labels[name]))}\n" for name in sorted(labels)))
     print(f"{len(labels)} names in {FILE}")
 

@@ -1,5 +1,5 @@
-"""What KubeRay's operator refuses beyond its CRDs: `ray-operator/controllers/ray/utils/validation.go` of v1.7.0, as far as these manifests
-can meet it, with the feature gates as they are by default.
+"""What KubeRay's operator refuses beyond its CRDs: `ray-operator/controllers/ray/utils/validation.go` of v1.7.0, as far
+as these manifests can meet it, with the feature gates as they are by default.
 """
 
 from __future__ import annotations

@@ -28,7 +28,9 @@ def have_crds() -> bool:
 
 
 def errors(found: dict[str, Any]) -> list[str]:
-    """What a strict API server would say about an object; nothing about kinds of other projects (Prometheus, Kueue, Gateway API)."""
+    """What a strict API server would say about an object; nothing about kinds of other projects (Prometheus, Kueue,
+    Gateway API).
+    """
     group = found["apiVersion"].partition("/")[0]
     if group == "ray.io":
         validator = _kuberay(found["kind"]) if have_crds() else None
@@ -43,7 +45,9 @@ def errors(found: dict[str, Any]) -> list[str]:
 
 
 def pod_template_errors(template: dict[str, Any]) -> list[str]:
-    """A pod template against the core API's own schema, which is newer and stricter than the copy inside KubeRay's CRDs."""
+    """A pod template against the core API's own schema, which is newer and stricter than the copy inside KubeRay's
+    CRDs.
+    """
     schema = {"$ref": f"{DEFINITIONS}#/$defs/io.k8s.api.core.v1.PodTemplateSpec"}
     validator = Draft202012Validator(schema, registry=_registry())
     return [f"{'.'.join(map(str, error.path))}: {error.message[:200]}" for error in validator.iter_errors(template)]

@@ -30,7 +30,9 @@ def cluster_of(overlay: str, job: str) -> dict[str, Any]:
 def bought(
     overlay: str, wanted: dict[str, float], count: int, together: bool = False, job: str = "run"
 ) -> tuple[dict[str, int], int]:
-    """Nodes that the autoscaler launches for `count` requests at once, by group, and how many requests it can never satisfy."""
+    """Nodes that the autoscaler launches for `count` requests at once, by group, and how many requests it can never
+    satisfy.
+    """
     config = AutoscalingConfig(_derive_autoscaling_config_from_ray_cr(cluster_of(overlay, job)))
     request = SchedulingRequest(
         disable_launch_config_check=True,
@@ -53,7 +55,9 @@ def test_captioning_buys_spot_nodes_one_for_every_replica() -> None:
 
 
 def test_in_a_whole_run_captioning_may_have_the_training_pod_first() -> None:
-    """Ray's autoscaler weighs fit before `priority`: four replicas fill a pod of four cards, which training needs later anyway."""
+    """Ray's autoscaler weighs fit before `priority`: four replicas fill a pod of four cards, which training needs later
+    anyway.
+    """
     assert bought("gpu-80gb", CAPTIONER, 8) == ({"cpu": 1, "train": 1, "caption": 4}, 0)
 
 

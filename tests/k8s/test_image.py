@@ -1,4 +1,5 @@
-"""The image without building it: what its Dockerfile promises, what enters the build, and the commands that Kubernetes will start.
+"""The image without building it: what its Dockerfile promises, what enters the build, and the commands that Kubernetes
+will start.
 
 `python tests/drills/drill_image.py` builds it and runs a cluster of containers.
 """
@@ -63,7 +64,9 @@ def test_every_stage_begins_at_a_pinned_base() -> None:
 
 
 def test_the_image_has_no_compilers_and_is_nobody_special() -> None:
-    """It installs what KubeRay's probes need and nothing that builds; its user is a number, so that Kubernetes can check it."""
+    """It installs what KubeRay's probes need and nothing that builds; its user is a number, so that Kubernetes can
+    check it.
+    """
     image = lineage("captune")
     installed = " ".join(
         re.findall(r"apt-get install -y --no-install-recommends ([\w.+ -]+)", " ".join(values(image, "RUN")))
@@ -106,7 +109,9 @@ def test_the_build_context_is_what_the_dockerfile_copies() -> None:
 
 
 def test_every_package_in_the_image_is_pinned() -> None:
-    """captune's dependencies and theirs, as they are installed here, each stand in constraints.txt with a version for any Python 3.11."""
+    """captune's dependencies and theirs, as they are installed here, each stand in constraints.txt with a version for
+    any Python 3.11.
+    """
     pins = {
         canonicalize_name(name): version
         for name, version in re.findall(r"^([\w.-]+)==(\S+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
@@ -163,7 +168,9 @@ def test_the_wheel_holds_every_file_that_git_tracks(tmp_path: Path) -> None:
 
 
 def test_the_commands_that_kubernetes_starts_are_there() -> None:
-    """KubeRay waits for the head with `ray health-check` and submits with `ray job submit`; both are in Ray's command line."""
+    """KubeRay waits for the head with `ray health-check` and submits with `ray job submit`; both are in Ray's command
+    line.
+    """
     ray = str(Path(sys.executable).with_name("ray"))
     for words in (["health-check", "--help"], ["job", "submit", "--help"]):
         done = subprocess.run([ray, *words], capture_output=True, text=True, check=True, timeout=120)

@@ -246,7 +246,8 @@ def test_a_stage_of_an_arm_has_that_arms_name_and_files() -> None:
 def test_ones_own_data_juicer_recipe_travels_with_the_recipe(tmp_path: Path) -> None:
     (tmp_path / "strict.yaml").write_text("process:\n  - words_num_filter: {min_num: 9}\n")
     (tmp_path / "r.yaml").write_text(
-        f"base: sample\narms:\n  original: {{text: caption}}\n  enhanced: {{text: recaption, recipe: {tmp_path / 'strict.yaml'}}}\n"
+        f"base: sample\narms:\n  original: {{text: caption}}\n  enhanced: {{text: recaption, recipe: "
+        f"{tmp_path / 'strict.yaml'}}}\n"
     )
     files = the(render.render(recipe(str(tmp_path / "r.yaml")), "kind"), "ConfigMap", "captune-recipe")["data"]
     assert "min_num: 9" in files["strict.yaml"]

@@ -52,7 +52,9 @@ def recorded() -> dict[str, set[str]]:
 
 @cache
 def exported() -> frozenset[str]:
-    """Names that a cluster exports: recorded from a real one, and those that it exports only with cards or after an error."""
+    """Names that a cluster exports: recorded from a real one, and those that it exports only with cards or after an
+    error.
+    """
     # Ray's own dashboards and its reporter name what needs a GPU, an autoscaler or a failed request to appear.
     modules = Path(ray.dashboard.__file__).parent / "modules"
     panels = "".join(path.read_text() for path in (modules / "metrics" / "dashboards").glob("*_panels.py"))
@@ -77,7 +79,9 @@ def names(expression: str) -> set[str]:
 
 
 def strange_labels(expression: str) -> set[str]:
-    """Labels that an expression matches or groups by, and no recorded metric in it carries. A metric that was not recorded may have any."""
+    """Labels that an expression matches or groups by, and no recorded metric in it carries. A metric that was not
+    recorded may have any.
+    """
     nodes = list(walk(parsed(expression)))
     selectors = [node for node in nodes if isinstance(node, promql_parser.VectorSelector)]
     if any(node.name not in recorded() for node in selectors):
@@ -149,7 +153,9 @@ def test_what_captioning_exports_is_what_its_source_says_and_is_shown() -> None:
 
 @pytest.mark.parametrize("path", DASHBOARDS, ids=lambda path: path.stem)
 def test_a_dashboard_is_one(path: Path) -> None:
-    """Grafana takes it, no two panels share an id or a place, and every one asks the data source that is chosen above."""
+    """Grafana takes it, no two panels share an id or a place, and every one asks the data source that is chosen
+    above.
+    """
     dashboard = json.loads(path.read_text())
     panels = dashboard["panels"]
     assert len({panel["id"] for panel in panels}) == len(panels)

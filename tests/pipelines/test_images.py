@@ -1,4 +1,6 @@
-"""Decoding: every kind of picture becomes upright RGB, everything else a short reason, and nothing else ever escapes."""
+"""Decoding: every kind of picture becomes upright RGB, everything else a short reason, and nothing else ever
+escapes.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +48,9 @@ def test_sixteen_bits_are_scaled_not_clipped() -> None:
 
 
 def test_floats_of_a_picture_are_not_black() -> None:
-    """A float TIFF keeps 0..255 (what `convert("F")` writes), and 0..1 (what scientific software writes) is stretched to it."""
+    """A float TIFF keeps 0..255 (what `convert("F")` writes), and 0..1 (what scientific software writes) is stretched
+    to it.
+    """
     for value in (200.0, 200 / 255):
         shade = decode(encode(Image.new("F", (4, 4), value), "TIFF")).getpixel((0, 0))
         assert isinstance(shade, tuple) and abs(shade[0] - 200) <= 1
@@ -91,7 +95,9 @@ def test_reasons_are_short_and_sorted(gradient: Image.Image, tmp_path: Path) -> 
 
 
 def test_bombs_are_refused_from_their_header(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A few kilobytes that would become 400 megapixels cost neither time nor memory; both our limit and Pillow's have a reason."""
+    """A few kilobytes that would become 400 megapixels cost neither time nor memory; both our limit and Pillow's have a
+    reason.
+    """
     for side in (10_001, 20_000):
         with pytest.raises(BadImage, match="too large"):
             decode(encode(Image.new("1", (side, side)), "PNG"))

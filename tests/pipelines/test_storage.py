@@ -1,4 +1,6 @@
-"""Datasets at an address read as they do from a disk: the same rows, the same ids; patterns name several files; errors name the path."""
+"""Datasets at an address read as they do from a disk: the same rows, the same ids; patterns name several files; errors
+name the path.
+"""
 
 from __future__ import annotations
 
@@ -70,7 +72,9 @@ def ids_and_errors(path: str) -> list[tuple[str, str, str, str]]:
 
 
 def test_far_is_as_near(datasets: Path) -> None:
-    """Every format through a filesystem that is not the disk gives what the disk gives; an address among local rows is read too."""
+    """Every format through a filesystem that is not the disk gives what the disk gives; an address among local rows is
+    read too.
+    """
     import fsspec
     import pyarrow.fs as fs
 
@@ -90,7 +94,9 @@ def test_far_is_as_near(datasets: Path) -> None:
 
 
 def test_patterns(datasets: Path) -> None:
-    """A pattern is its files in order; growing it changes the identity; none, or several formats, is an error with the pattern in it."""
+    """A pattern is its files in order; growing it changes the identity; none, or several formats, is an error with the
+    pattern in it.
+    """
     assert [path.name for path in expand(f"{datasets}/lines/*.jsonl")] == ["1.jsonl", "2.jsonl"]
     dataset = open_dataset(f"{datasets}/lines/*.jsonl")
     before = dataset.identity()
@@ -105,7 +111,9 @@ def test_patterns(datasets: Path) -> None:
 
 @pytest.fixture
 def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[object]:
-    """A server that speaks S3 (`pip install 'moto[server]'`, in an environment of its own: its dependencies are older than ours)."""
+    """A server that speaks S3 (`pip install 'moto[server]'`, in an environment of its own: its dependencies are older
+    than ours).
+    """
     import pyarrow.fs as fs
 
     if not (server := os.environ.get("CAPTUNE_MOTO_SERVER") or shutil.which("moto_server")):

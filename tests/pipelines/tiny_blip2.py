@@ -8,7 +8,8 @@ from pathlib import Path
 
 
 def make_blip2(directory: Path, *, image_token: bool = True, language: str = "opt", ends: int | list[int] = 1) -> Path:
-    """A genuine BLIP-2 checkpoint of a few hundred kilobytes; weights are random but wide enough apart to give varied captions.
+    """A genuine BLIP-2 checkpoint of a few hundred kilobytes; weights are random but wide enough apart to give varied
+    captions.
 
     With many end tokens, captions end at many lengths.
     """

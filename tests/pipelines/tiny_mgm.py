@@ -1,4 +1,6 @@
-"""A tiny random MGM with a real tokenizer, and a training set of coloured squares. Shared by the train and adapters tests."""
+"""A tiny random MGM with a real tokenizer, and a training set of coloured squares. Shared by the train and adapters
+tests.
+"""
 
 from __future__ import annotations
 

@@ -124,7 +124,9 @@ def test_every_command_has_its_entrypoint(command: str, capsys: pytest.CaptureFi
 
 
 def test_an_entrypoint_runs_by_its_path_from_elsewhere(tmp_path: Path) -> None:
-    """What `ray job submit -- python ray_jobs/serve.py` does: the script's folder must not shadow the `serve` package."""
+    """What `ray job submit -- python ray_jobs/serve.py` does: the script's folder must not shadow the `serve`
+    package.
+    """
     script = ROOT / "ray_jobs" / "serve.py"
     done = subprocess.run([sys.executable, script], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 2

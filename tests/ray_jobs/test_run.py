@@ -1,4 +1,6 @@
-"""The whole hallway on a small sample: every stage on its real library, killed in the middle, finished by the same command."""
+"""The whole hallway on a small sample: every stage on its real library, killed in the middle, finished by the same
+command.
+"""
 
 from __future__ import annotations
 

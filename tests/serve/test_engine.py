@@ -66,7 +66,9 @@ def test_pictures_and_their_order_matter(engine: Engine, picture: Picture) -> No
 
 
 def test_one_bad_request_does_not_hurt_the_batch(engine: Engine, picture: Picture) -> None:
-    """Too long, too long with its answer, a picture marker smuggled into the text, a picture part without its picture."""
+    """Too long, too long with its answer, a picture marker smuggled into the text, a picture part without its
+    picture.
+    """
     good = [request("fine", picture(0), max_tokens=5), request("also fine", max_tokens=5)]
     lost = request("x", picture(0))
     lost.images.clear()

@@ -1,7 +1,9 @@
-"""Train the sample BLIP-2: a genuine ViT + Q-Former + OPT of about two million parameters that describes scenes and reads their words.
+"""Train the sample BLIP-2: a genuine ViT + Q-Former + OPT of about two million parameters that describes scenes and
+reads their words.
 
-Caption loss alone learns colours fast and reading hardly at all at this size, so the ViT also gets dense labels: at every patch,
-which character stands there, which item, which colour and which word it belongs to. The heads are thrown away afterwards.
+Caption loss alone learns colours fast and reading hardly at all at this size, so the ViT also gets dense labels: at
+every patch, which character stands there, which item, which colour and which word it belongs to. The heads are thrown
+away afterwards.
 
     python -m pipelines.sample.training.blip2 --pool /tmp/pool --output pipelines/sample/models/blip2
 """
@@ -36,15 +38,19 @@ def build() -> tuple[Blip2ForConditionalGeneration, Blip2Processor]:
     tokenizer = opt_tokenizer()
     config = Blip2Config(
         vision_config=dict(
-            hidden_size=160, intermediate_size=480, num_hidden_layers=5, num_attention_heads=5, image_size=SIDE, patch_size=PATCH
+            hidden_size=160, intermediate_size=480, num_hidden_layers=5, num_attention_heads=5, image_size=SIDE,
+            patch_size=PATCH
         ),
         qformer_config=dict(
-            hidden_size=128, intermediate_size=384, num_hidden_layers=3, num_attention_heads=4, cross_attention_frequency=1,
+            hidden_size=128, intermediate_size=384, num_hidden_layers=3, num_attention_heads=4,
+            cross_attention_frequency=1,
             encoder_hidden_size=160, vocab_size=4, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
         ),
         text_config=dict(
-            model_type="opt", hidden_size=128, word_embed_proj_dim=128, ffn_dim=384, num_hidden_layers=3, num_attention_heads=4,
-            max_position_embeddings=128, vocab_size=len(tokenizer), dropout=0.0, bos_token_id=2, eos_token_id=2, pad_token_id=1,
+            model_type="opt", hidden_size=128, word_embed_proj_dim=128, ffn_dim=384, num_hidden_layers=3,
+            num_attention_heads=4,
+            max_position_embeddings=128, vocab_size=len(tokenizer), dropout=0.0, bos_token_id=2, eos_token_id=2,
+            pad_token_id=1,
         ),
         num_query_tokens=QUERIES,
         image_token_index=tokenizer.vocab["<image>"],
@@ -60,8 +66,8 @@ def build() -> tuple[Blip2ForConditionalGeneration, Blip2Processor]:
 def grid_positions(places: int, width: int) -> Tensor:
     """(places * places, width) sines and cosines of row and column (as MAE's, He et al. 2021, arXiv:2111.06377).
 
-    Letters become words by looking at the neighbours; from these positions "one to the left" is a rotation that attention
-    learns in minutes, from small random ones it is not learned in an hour.
+    Letters become words by looking at the neighbours; from these positions "one to the left" is a rotation that
+    attention learns in minutes, from small random ones it is not learned in an hour.
     """
     frequencies = torch.exp(torch.linspace(0, -math.log(20.0), width // 4))
     angles = torch.arange(places)[:, None] * frequencies

@@ -1,9 +1,12 @@
-"""Train what a user of MGM has before alignment: both towers and the language model; projector and uni-modules stay untrained.
+"""Train what a user of MGM has before alignment: both towers and the language model; projector and uni-modules stay
+untrained.
 
-Towers: dense labels (which item, colour, count and word lies in which part of the picture) read by linear heads that are thrown away.
+Towers: dense labels (which item, colour, count and word lies in which part of the picture) read by linear heads that
+    are thrown away.
 The ConvNeXt's heads see what the value module will see: all stages, normalized, averaged over a region.
-Language model: text alone. A scene comes as 16 positions, each the sum of the embeddings of the words that describe one region, before a
-caption or a conversation about it. That is the interface a projector will have to find from captions during alignment.
+Language model: text alone. A scene comes as 16 positions, each the sum of the embeddings of the words that describe one
+region, before a caption or a conversation about it. That is the interface a projector will have to find from captions
+during alignment.
 
     python -m pipelines.sample.training.mgm --pool /tmp/pool --output pipelines/sample/models/mgm
 """
@@ -44,12 +47,14 @@ def build() -> tuple[MGMForConditionalGeneration, MGMProcessor]:
     tokenizer = gemma_tokenizer()
     config = MGMConfig(
         text_config=GemmaConfig(
-            vocab_size=len(tokenizer), hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4,
+            vocab_size=len(tokenizer), hidden_size=128, intermediate_size=384, num_hidden_layers=4,
+            num_attention_heads=4,
             num_key_value_heads=4, head_dim=32, max_position_embeddings=512, tie_word_embeddings=True,
             pad_token_id=0, eos_token_id=1, bos_token_id=2,
         ),
         vision_config=CLIPVisionConfig(
-            hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4, image_size=64, patch_size=16
+            hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4, image_size=64,
+            patch_size=16
         ),
         vision_config_aux=MGMConvNextConfig(
             hidden_sizes=[32, 64, 128, 192], depths=[1, 1, 3, 2], layer_scale_init_value=0.5, image_size=SIDE
@@ -65,8 +70,8 @@ def build() -> tuple[MGMForConditionalGeneration, MGMProcessor]:
 def _start_as_copiers(model: MGMForConditionalGeneration) -> None:
     """Let every attention layer begin by copying what it attends to, and embeddings by being told apart.
 
-    From the usual initial values a language model of this size sits for thousands of steps on the plateau where it knows the grammar
-    and copies nothing from its context; from these it leaves within hundreds.
+    From the usual initial values a language model of this size sits for thousands of steps on the plateau where it
+    knows the grammar and copies nothing from its context; from these it leaves within hundreds.
     """
     language_model = model.model.language_model
     nn.init.normal_(language_model.embed_tokens.weight, std=0.06)
@@ -90,8 +95,8 @@ class TowerHeads(nn.Module):
 def tower_logits(model: MGMForConditionalGeneration, heads: TowerHeads, pixels: Tensor) -> dict[str, dict[str, Tensor]]:
     """Logits of every head; `pixels` (B, 3, 128, 128) normalized.
 
-    The uni-modules see all stages upscaled to 32 x 32 and normalized. Averaging each stage over the 16 regions first gives nearly the
-    same at a third of the cost.
+    The uni-modules see all stages upscaled to 32 x 32 and normalized. Averaging each stage over the 16 regions first
+    gives nearly the same at a third of the cost.
     """
     small = F.interpolate(pixels, size=64, mode="bilinear", align_corners=False)
     tower = model.model.vision_tower_aux
@@ -208,7 +213,9 @@ def train_language_model(
     peak: float,
     seed: int,
 ) -> dict:
-    """The language model on scenes in words; returns the share of held-out answers and captions it gets exactly right."""
+    """The language model on scenes in words; returns the share of held-out answers and captions it gets exactly
+    right.
+    """
     torch.manual_seed(seed)
     rng, pick = np.random.default_rng(seed), random.Random(seed)
     scenes = draw_scenes("models", 120_000 + HELD_OUT, seed=2)
@@ -241,7 +248,8 @@ def _text_batch(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Embeddings (B, L, D), mask and labels (B, L) of documents with their 16 positions filled in.
 
-    The sums are disturbed (weights, missing words, noise; `noise` from 0 to 1), because no projector will ever hit them exactly.
+    The sums are disturbed (weights, missing words, noise; `noise` from 0 to 1), because no projector will ever hit them
+    exactly.
     """
     table = model.model.language_model.embed_tokens.weight
     assert isinstance(table, Tensor)

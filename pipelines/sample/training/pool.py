@@ -1,7 +1,7 @@
 """A pool of rendered scenes for training the sample models, with dense labels read off the scene itself.
 
-Scenes come from the `models` split alone, so nothing that the demo captions, trains on or asks about was ever in the pool. Every scene is
-encoded as a JPEG and decoded again, because that is what the models will see.
+Scenes come from the `models` split alone, so nothing that the demo captions, trains on or asks about was ever in the
+pool. Every scene is encoded as a JPEG and decoded again, because that is what the models will see.
 """
 
 from __future__ import annotations
@@ -75,7 +75,8 @@ def _views(scene: Scene) -> tuple[np.ndarray, np.ndarray]:
 def labels(scene: Scene, places: int, padded: bool) -> dict[str, np.ndarray]:
     """Class of every attribute at each of `places` x `places` parts of the picture, row by row.
 
-    A part gets an item's labels when its centre, or most of the item, lies there; of two items in one part the nearer wins.
+    A part gets an item's labels when its centre, or most of the item, lies there; of two items in one part the nearer
+    wins.
     """
     found = {name: np.zeros((places, places), np.int64) for name in ATTRIBUTES}
     width, height = scene.size

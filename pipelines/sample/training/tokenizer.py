@@ -1,4 +1,6 @@
-"""The sample models' tokenizers: byte-level BPE with every word of the world as one token, and the special tokens of their families."""
+"""The sample models' tokenizers: byte-level BPE with every word of the world as one token, and the special tokens of
+their families.
+"""
 
 from __future__ import annotations
 

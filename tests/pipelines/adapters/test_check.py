@@ -44,7 +44,8 @@ def test_a_sound_model_and_adapter_pass(model_dir: Path, adapter_dir: Path) -> N
     verdicts = check_model(model_dir)
     assert not _failed(verdicts)
     assert {v.name for v in verdicts} == {
-        "files", "missing tensors", "unexpected tensors", "shapes", "towers", "finite", "all-zero", "dtype", "tokenizer",
+        "files", "missing tensors", "unexpected tensors", "shapes", "towers", "finite", "all-zero", "dtype",
+        "tokenizer",
         "sees the image", "generation stops",
     }  # fmt: skip
     verdicts = check_adapter(adapter_dir, model_dir)

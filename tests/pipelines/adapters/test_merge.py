@@ -19,7 +19,9 @@ from pipelines.mgm.load import load_base, load_processor
 
 
 def test_merged_model_gives_the_logits_of_base_and_adapter(model_dir: Path, adapter_dir: Path, tmp_path: Path) -> None:
-    """A plain directory whose logits are those of base + adapter, not those of the base; towers and names are the base's."""
+    """A plain directory whose logits are those of base + adapter, not those of the base; towers and names are the
+    base's.
+    """
     manifest = merge.run(model_dir, adapter_dir, tmp_path / "merged", MergeConfig())
     assert manifest["max_logit_difference_as_written"] <= 1e-3 and manifest["lora"]
     inputs = probe.batch(load_processor(tmp_path / "merged"))
@@ -89,7 +91,9 @@ def test_a_wrong_merge_is_refused_and_leaves_nothing(
 
 
 def test_adapters_of_another_model_are_refused(tiny: Any, model_dir: Path, adapter_dir: Path, tmp_path: Path) -> None:
-    """Other shapes, tensors without a place, half an adapter, an unfinished training: each is named and nothing is left."""
+    """Other shapes, tensors without a place, half an adapter, an unfinished training: each is named and nothing is
+    left.
+    """
     other = tiny.write_model(tmp_path / "other", hidden=64)
     with pytest.raises(UserError, match="multi_modal_projector"):
         merge.run(other, adapter_dir, tmp_path / "merged", MergeConfig())

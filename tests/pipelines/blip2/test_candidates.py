@@ -28,7 +28,9 @@ def choose(
 
 
 def test_simhash_is_data_juicers() -> None:
-    """Values of simhash-pybind 0.0.3 under Data-Juicer's settings: lower case, pairs of words, split at spaces alone."""
+    """Values of simhash-pybind 0.0.3 under Data-Juicer's settings: lower case, pairs of words, split at spaces
+    alone.
+    """
     assert simhash("a red sign that says open") == 6631785017439516930
     assert simhash("Two  blue circles LEFT of a green square ") == 7664841563372085998
     assert simhash("word") == simhash("") == 0
@@ -55,7 +57,9 @@ def test_original_is_kept_as_the_first_line() -> None:
 
 
 def test_longest_clean_leaves_broken_captions_out() -> None:
-    """Loops, stutters, cut-off captions and junk lose to a shorter clean one; when nothing is clean, the least broken stays."""
+    """Loops, stutters, cut-off captions and junk lose to a shorter clean one; when nothing is clean, the least broken
+    stays.
+    """
     clean = "a red sign on a door"
     broken = [
         "a dog and a dog and a dog and a dog and a dog",
@@ -71,7 +75,9 @@ def test_longest_clean_leaves_broken_captions_out() -> None:
 
 
 def test_most_informative_counts_what_is_said() -> None:
-    """Different content words; function words and repetition add nothing, and words that other candidates use break a tie."""
+    """Different content words; function words and repetition add nothing, and words that other candidates use break a
+    tie.
+    """
     texts = ["there is a sign and it is on the wall", "red sign white letters brick wall", "a sign a sign a sign"]
     scores, chosen = choose("most_informative", texts)
     assert chosen == texts[1] and scores is not None and [int(score) for score in scores] == [2, 6, 1]
@@ -101,7 +107,9 @@ def clip(blip2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_clip_scores_each_caption_against_its_own_image(clip: Path) -> None:
-    """Images and captions in one batch, texts longer than CLIP's limit among them: CLIP's own cosines, one pair at a time."""
+    """Images and captions in one batch, texts longer than CLIP's limit among them: CLIP's own cosines, one pair at a
+    time.
+    """
     from transformers import CLIPModel, CLIPProcessor
 
     rng = np.random.default_rng(0)

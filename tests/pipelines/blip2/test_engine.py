@@ -1,4 +1,6 @@
-"""The engine says exactly what BLIP-2 says, however it is batched, and refuses a directory that is no complete BLIP-2."""
+"""The engine says exactly what BLIP-2 says, however it is batched, and refuses a directory that is no complete
+BLIP-2.
+"""
 
 from __future__ import annotations
 
@@ -58,7 +60,9 @@ def reference(engine: BlipCaptioner, request: Request, **options: object) -> lis
 
 @pytest.mark.parametrize("prompt", ["", "a red"])
 def test_equals_plain_generate(blip2: Path, photos: list[Image.Image], prompt: str) -> None:
-    """uint8 pixels, own normalization and batching change no token against processor + `generate`, with and without a prompt."""
+    """uint8 pixels, own normalization and batching change no token against processor + `generate`, with and without a
+    prompt.
+    """
     engine = BlipCaptioner(blip2, CaptionConfig(prompt=prompt, max_new_tokens=12))
     processor = Blip2Processor.from_pretrained(blip2)
     model = Blip2ForConditionalGeneration.from_pretrained(blip2).eval()
@@ -77,7 +81,9 @@ def test_equals_plain_generate(blip2: Path, photos: list[Image.Image], prompt: s
 
 
 def test_slots_come_and_go_without_a_trace(ending: Path) -> None:
-    """OPT and T5, prompts of many lengths, captions of many lengths, slots refilled and moved: each row is plain `generate` of it alone."""
+    """OPT and T5, prompts of many lengths, captions of many lengths, slots refilled and moved: each row is plain
+    `generate` of it alone.
+    """
     stream = requests(40, PROMPTS)
     expected: list[list[int]] = []
     for batch_size in (64, 5, 1):
@@ -89,7 +95,9 @@ def test_slots_come_and_go_without_a_trace(ending: Path) -> None:
 
 @pytest.mark.parametrize("method", ["sample", "beam"])
 def test_a_stream_may_pause(ending: Path, method: str) -> None:
-    """Where a stream has nothing at the moment, slots go on with what is in them; the stream ends for the engine when they are empty."""
+    """Where a stream has nothing at the moment, slots go on with what is in them; the stream ends for the engine when
+    they are empty.
+    """
     config = CaptionConfig(max_new_tokens=16, batch_size=4, decoding=DecodingConfig(method=method))
     engine = BlipCaptioner(ending, config)
     wanted = requests(12, PROMPTS)
@@ -126,7 +134,9 @@ def test_minimum_and_own_limits(ending: Path) -> None:
 
 
 def test_idle_slots_stay_inside_the_model(ending: Path) -> None:
-    """A caption may use the model's last position; slots that ended near it idle on beside it without leaving the model's tables."""
+    """A caption may use the model's last position; slots that ended near it idle on beside it without leaving the
+    model's tables.
+    """
     config = CaptionConfig(max_new_tokens=59, batch_size=32, decoding=DecodingConfig(min_new_tokens=59))
     engine = BlipCaptioner(ending, config)
     pixels = [request.pixels for request in requests(4)]
@@ -137,7 +147,9 @@ def test_idle_slots_stay_inside_the_model(ending: Path) -> None:
 
 
 def test_beam_search_equals_plain_generate(ending: Path) -> None:
-    """Beams over features that were computed once, padded in a batch: the same beams, in the same order, as each row alone."""
+    """Beams over features that were computed once, padded in a batch: the same beams, in the same order, as each row
+    alone.
+    """
     decoding = DecodingConfig(method="beam", beams=3, length_penalty=0.6)
     config = CaptionConfig(max_new_tokens=10, batch_size=8, decoding=decoding, candidates=CandidateConfig(count=2))
     engine = BlipCaptioner(ending, config)
@@ -213,7 +225,9 @@ def test_out_of_memory_halves_the_batch_and_loses_nothing(
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_half_precision_and_no_images(ending: Path, dtype: str) -> None:
-    """16-bit weights load and run; transformers keeps the Q-Former of a float16 model in 32 bits; an empty batch is no error."""
+    """16-bit weights load and run; transformers keeps the Q-Former of a float16 model in 32 bits; an empty batch is no
+    error.
+    """
     engine = BlipCaptioner(ending, CaptionConfig(dtype=dtype, max_new_tokens=4))
     assert (engine.model.qformer.layernorm.weight.dtype == torch.float32) == (dtype == "float16")
     pixels = np.stack([request.pixels for request in requests(6)])

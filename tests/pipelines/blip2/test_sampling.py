@@ -1,4 +1,6 @@
-"""What is sampled for a sample depends on the sample, and chance follows the probabilities that transformers' warpers leave."""
+"""What is sampled for a sample depends on the sample, and chance follows the probabilities that transformers' warpers
+leave.
+"""
 
 from __future__ import annotations
 

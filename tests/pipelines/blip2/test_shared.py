@@ -1,4 +1,6 @@
-"""Callers in several threads share one engine: each gets its own captions, and an error ends its call and nothing else."""
+"""Callers in several threads share one engine: each gets its own captions, and an error ends its call and nothing
+else.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ from pipelines.errors import WorkFailed
 
 
 def test_each_caller_gets_its_own_captions(blip2: Path) -> None:
-    """Twelve calls of different lengths from four threads, sampled: what the engine says of the same images in one go, in each caller's order."""
+    """Twelve calls of different lengths from four threads, sampled: what the engine says of the same images in one go,
+    in each caller's order.
+    """
     config = CaptionConfig(batch_size=4, max_new_tokens=8, decoding=DecodingConfig(method="sample"))
     engine = BlipCaptioner(blip2, config)
     noise = np.random.default_rng(7).integers(0, 256, (66, 3, 32, 32), dtype=np.uint8)
@@ -55,7 +59,9 @@ def test_an_error_reaches_its_callers_and_the_next_call_is_served() -> None:
 
 
 def test_earlier_tickets_go_first() -> None:
-    """A file's later images overtake those of files begun after it, or several files would all end, and be committed, late."""
+    """A file's later images overtake those of files begun after it, or several files would all end, and be committed,
+    late.
+    """
     seen: list[str | None] = []
     begin = Event()
 

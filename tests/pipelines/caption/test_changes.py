@@ -56,7 +56,9 @@ def by_name(output: Path) -> dict[str, Record]:
 
 @pytest.mark.heavy
 def test_a_dataset_that_grows_is_captioned_where_it_is_new(ray_cluster: None, blip2: Path, tmp_path: Path) -> None:
-    """New rows are captioned and old ones kept as they are; vanished rows leave; a failed row gets another chance; another prompt is refused."""
+    """New rows are captioned and old ones kept as they are; vanished rows leave; a failed row gets another chance;
+    another prompt is refused.
+    """
     folder, output = photos(tmp_path / "photos", range(12)), tmp_path / "out"
     (folder / "late.jpg").write_bytes(b"half a download")
     sampled = config(
@@ -90,7 +92,9 @@ def test_a_dataset_that_grows_is_captioned_where_it_is_new(ray_cluster: None, bl
 
 
 def test_a_kill_while_taking_over_loses_nothing(blip2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Wherever it breaks off between finding a grown dataset and starting on it, the finished captions are still there the next time."""
+    """Wherever it breaks off between finding a grown dataset and starting on it, the finished captions are still there
+    the next time.
+    """
     folder, output = photos(tmp_path / "photos", range(3)), tmp_path / "out"
 
     def captions(index: Path, results: Results, *_: object) -> None:
@@ -142,7 +146,9 @@ def _table(values: dict[str, list[object]]) -> pa.Table:
 
 
 def test_files_that_change_or_vanish_during_the_run(tmp_path: Path) -> None:
-    """The key stands for the content: a file that is another one by now, or gone, is a row with its error, never a caption under a wrong key."""
+    """The key stands for the content: a file that is another one by now, or gone, is a row with its error, never a
+    caption under a wrong key.
+    """
     folder = photos(tmp_path / "photos", range(4))
     build_index(open_dataset(folder), tmp_path / "index")
     (folder / "001.jpg").write_bytes(picture(77))
@@ -153,7 +159,9 @@ def test_files_that_change_or_vanish_during_the_run(tmp_path: Path) -> None:
 
 
 def test_own_prompts_come_from_meta(tmp_path: Path) -> None:
-    """`prompt_key` picks a sample's prompt; where there is none the recipe's stands, and what is no text is a row with its error."""
+    """`prompt_key` picks a sample's prompt; where there is none the recipe's stands, and what is no text is a row with
+    its error.
+    """
     photos(tmp_path, range(3))
     described = [{"file_name": "000.jpg", "ask": "a red"}, {"file_name": "001.jpg"}, {"file_name": "002.jpg", "ask": 5}]
     (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, described)))
@@ -165,7 +173,9 @@ def test_own_prompts_come_from_meta(tmp_path: Path) -> None:
 
 @pytest.mark.heavy
 def test_guards_stop_the_run_and_the_same_command_continues(ray_cluster: None, blip2: Path, tmp_path: Path) -> None:
-    """Too many failures end the run with their kind and an example; put right, it continues, and what had failed is tried again."""
+    """Too many failures end the run with their kind and an example; put right, it continues, and what had failed is
+    tried again.
+    """
     folder, output = photos(tmp_path / "photos", range(160)), tmp_path / "out"
     for seed in range(0, 160, 2):
         (folder / f"{seed:03d}.jpg").write_bytes(f"<html>{seed}".encode())

@@ -1,4 +1,6 @@
-"""The Data-Juicer operator: the same rows as Data-Juicer's own captioner would make of the same captions, also by its own executor."""
+"""The Data-Juicer operator: the same rows as Data-Juicer's own captioner would make of the same captions, also by its
+own executor.
+"""
 
 from __future__ import annotations
 
@@ -60,7 +62,9 @@ def captions(text: str) -> list[str]:
 @pytest.mark.parametrize("keep", [True, False])
 @pytest.mark.parametrize("mode", ["random_any", "similar_one_simhash", "all"])
 def test_rows_are_laid_out_as_by_data_juicer(scenes: list[str], mode: str, keep: bool) -> None:
-    """Data-Juicer's own code puts the same captions into the same rows, tokens and order (where a chunk has one image at most)."""
+    """Data-Juicer's own code puts the same captions into the same rows, tokens and order (where a chunk has one image
+    at most).
+    """
     samples = {key: values[:3] for key, values in batch(scenes).items()}
     op = operator(caption_num=3, keep_candidate_mode=mode, keep_original_sample=keep)
     found = op.process_batched(samples)
@@ -68,7 +72,8 @@ def test_rows_are_laid_out_as_by_data_juicer(scenes: list[str], mode: str, keep:
     theirs = object.__new__(load_data_juicer()["image_captioning_mapper"])
     theirs.__dict__ |= {
         "image_key": "images", "text_key": "text", "keep_original_sample": keep, "caption_num": 3,
-        "num_newly_generated_samples": 3 if mode == "all" else 1, "keep_candidate_mode": "all" if mode == "all" else "random_any",
+        "num_newly_generated_samples": 3 if mode == "all" else 1,
+        "keep_candidate_mode": "all" if mode == "all" else "random_any",
     }  # fmt: skip
     rows = [dict(zip(samples, values, strict=True)) for values in zip(*samples.values(), strict=True)]
     new = [text for text, row in zip(found["text"], found["id"], strict=True) if text not in samples["text"]]
@@ -97,7 +102,8 @@ def test_prompts_and_bytes(scenes: list[str]) -> None:
     """A sample's own prompt goes before the recipe's; OPT captions repeat it; bytes stand in for a file."""
     data = Path(scenes[0]).read_bytes()
     samples = {
-        "text": [IMAGE, IMAGE], "images": [["bytes"], scenes[1:2]], "image_bytes": [[data], []], "ask": ["a green", None]
+        "text": [IMAGE, IMAGE], "images": [["bytes"], scenes[1:2]], "image_bytes": [[data], []],
+        "ask": ["a " "green", None]
     }  # fmt: skip
     op = operator(method="greedy", prompt="a", prompt_key="ask", keep_original_sample=False)
     texts = [captions(text)[0] for text in op.process_batched(samples)["text"]]
@@ -108,7 +114,9 @@ def test_prompts_and_bytes(scenes: list[str]) -> None:
 
 @pytest.mark.heavy
 def test_a_data_juicer_recipe_changes_one_name(scenes: list[str], tmp_path: Path) -> None:
-    """`dj-process` finds the operator by its path; in another process, alone in a batch or not, sampling says the same."""
+    """`dj-process` finds the operator by its path; in another process, alone in a batch or not, sampling says the
+    same.
+    """
     lines = [json.dumps({"text": f"{IMAGE} poor {EOC}", "images": [scene]}) for scene in scenes]
     (tmp_path / "set.jsonl").write_text("\n".join(lines) + "\n")
     parameters = {"hf_img2seq": str(MODELS / "blip2"), "keep_original_sample": False, "max_new_tokens": 24}

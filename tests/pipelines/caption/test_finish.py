@@ -1,4 +1,6 @@
-"""What a kill can leave behind never reaches the records: half-written files, doubled results, rows without a result."""
+"""What a kill can leave behind never reaches the records: half-written files, doubled results, rows without a
+result.
+"""
 
 from __future__ import annotations
 
@@ -63,7 +65,9 @@ def test_index_is_small_files_in_order(work: Path) -> None:
 
 
 def test_doubles_and_half_files_do_not_count(work: Path, tmp_path: Path) -> None:
-    """An id written twice appears once; a file whose checkpoint is pending is not even opened; duplicates share their text."""
+    """An id written twice appears once; a file whose checkpoint is pending is not even opened; duplicates share their
+    text.
+    """
     rows = [r for file in index_files(work / "index") for r in pq.read_table(file).to_pylist() if not r["skip"]]
     results = Results(work, "f")
     done = [(r["sample_id"], f"about {r['caption']}", None) for r in rows[:-1]]

@@ -46,7 +46,9 @@ def encode(image: Image.Image, format: str, **options: object) -> bytes:
 
 
 def mixed_bag(folder: Path) -> dict[str, str | None]:
-    """One file per thing that can be wrong (or merely odd) with a picture; returns the error kind each must end with."""
+    """One file per thing that can be wrong (or merely odd) with a picture; returns the error kind each must end
+    with.
+    """
     rgb = Image.open(io.BytesIO(picture(1)))
     frames = [Image.new("P", (40, 30), shade) for shade in range(3)]
     files: dict[str, tuple[bytes | None, str | None]] = {
@@ -80,7 +82,9 @@ def mixed_bag(folder: Path) -> dict[str, str | None]:
 
 
 def every_format(rgb: Image.Image) -> dict[str, tuple[bytes | None, str | None]]:
-    """One file in each format that this Pillow writes; what it cannot read back (documents, video) is no usable picture."""
+    """One file in each format that this Pillow writes; what it cannot read back (documents, video) is no usable
+    picture.
+    """
     Image.init()
     files: dict[str, tuple[bytes | None, str | None]] = {}
     for format in sorted(Image.SAVE):
@@ -117,7 +121,9 @@ def by_caption(output: Path) -> dict[str, Record]:
 
 @pytest.mark.heavy
 def test_mixed_bag_keeps_every_row_and_names_every_fault(ray_cluster: None, blip2: Path, tmp_path: Path) -> None:
-    """Bad pictures become rows with a reason; odd but whole pictures are captioned; duplicates stay and are not captioned twice."""
+    """Bad pictures become rows with a reason; odd but whole pictures are captioned; duplicates stay and are not
+    captioned twice.
+    """
     expected = mixed_bag(tmp_path / "data")
     dataset = write_jsonl(tmp_path / "data" / "set.jsonl", [*expected, "good.jpg", "good.jpg"])
     with dataset.open("a") as stream:
@@ -152,7 +158,9 @@ def test_mixed_bag_keeps_every_row_and_names_every_fault(ray_cluster: None, blip
 def test_captions_are_the_engines_and_a_finished_run_returns_at_once(
     ray_cluster: None, blip2: Path, tmp_path: Path
 ) -> None:
-    """A folder of ordinary photographs works; Ray, batching and order change no caption; the second call does nothing."""
+    """A folder of ordinary photographs works; Ray, batching and order change no caption; the second call does
+    nothing.
+    """
     from pipelines.blip2.engine import BlipCaptioner
     from pipelines.images import decode
 
@@ -204,7 +212,9 @@ def test_bad_requests_are_refused_before_any_work(blip2: Path, tmp_path: Path) -
 
 
 def test_every_wish_is_fitted_into_two_cpus(blip2: Path) -> None:
-    """Actors never take the CPUs that their feeders and the checkpoint filter need; what cannot be is an error with its key."""
+    """Actors never take the CPUs that their feeders and the checkpoint filter need; what cannot be is an error with its
+    key.
+    """
     for wish in (
         CaptionConfig(),
         CaptionConfig(actors=4),
@@ -256,7 +266,9 @@ def start_driver(data: Path, output: Path, model: Path) -> subprocess.Popen[byte
 @pytest.mark.heavy
 @pytest.mark.timeout(1800)
 def test_killed_driver_continues_to_the_same_records(blip2: Path, many: Path, tmp_path: Path) -> None:
-    """Kill -9 during the index, after some and after most captions: the reruns end in the very same files as one quiet run."""
+    """Kill -9 during the index, after some and after most captions: the reruns end in the very same files as one quiet
+    run.
+    """
     quiet = start_driver(many, tmp_path / "quiet", blip2)
     assert quiet.wait(900) == 0, quiet.stdout.read().decode()[-3000:]  # type: ignore[union-attr]
     killed = tmp_path / "killed"

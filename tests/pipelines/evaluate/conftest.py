@@ -43,7 +43,9 @@ def benchmark(tmp_path: Path) -> Callable[..., tuple[Path, Path]]:
 
 
 class Endpoint:
-    """What an OpenAI-compatible server may do. `faults[prompt line] = [...]` are played before it answers; `asked` counts."""
+    """What an OpenAI-compatible server may do. `faults[prompt line] = [...]` are played before it answers; `asked`
+    counts.
+    """
 
     def __init__(self) -> None:
         self.asked: Counter[str] = Counter()

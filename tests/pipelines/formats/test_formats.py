@@ -48,7 +48,9 @@ def records(tmp_path: Path, jpeg: Jpeg) -> Path:
     [("datajuicer", "set.jsonl"), ("llava", "set.json"), ("webdataset", "set.tar"), ("parquet", "set.parquet")],
 )
 def test_round_trip(records: Path, tmp_path: Path, jpeg: Jpeg, format: str, name: str) -> None:
-    """Exported pairs come back with their pictures, texts and meta; failed and rejected rows stay behind, and are counted."""
+    """Exported pairs come back with their pictures, texts and meta; failed and rejected rows stay behind, and are
+    counted.
+    """
     facts = export(records, tmp_path / "out" / name, format)
     assert (facts["rows_in"], facts["written"], facts["left_out"]) == (4, 2, 2)
     assert open_dataset(tmp_path / "out" / name).format == format
@@ -83,7 +85,9 @@ def test_webdataset_bytes_are_the_same_every_time(records: Path, tmp_path: Path)
 
 
 def test_jsonl_rows_of_every_kind(tmp_path: Path) -> None:
-    """Each damaged line is one row whose error names file and line; special tokens leave the caption, other keys stay in meta."""
+    """Each damaged line is one row whose error names file and line; special tokens leave the caption, other keys stay
+    in meta.
+    """
     lines = [
         b'\xef\xbb\xbf{"text": "<__dj__image> a sign <|__dj__eoc|>", "images": ["i/1.jpg"], "id": 7}',
         b"",
@@ -139,7 +143,9 @@ def test_llava_items_of_every_kind(tmp_path: Path) -> None:
 
 
 def test_webdataset_with_faults(tmp_path: Path, jpeg: Jpeg) -> None:
-    """A sample without a picture or with two is an error row; a tar that breaks off keeps its whole samples and says where."""
+    """A sample without a picture or with two is an error row; a tar that breaks off keeps its whole samples and says
+    where.
+    """
     path = tmp_path / "a.tar"
     members = [
         ("x/1.jpg", jpeg(1)),
@@ -174,7 +180,9 @@ def test_webdataset_with_faults(tmp_path: Path, jpeg: Jpeg) -> None:
 
 
 def test_parquet_tables_and_records(tmp_path: Path, jpeg: Jpeg) -> None:
-    """Bytes, Hugging Face's image struct and paths are all images; other columns become meta; records keep their errors."""
+    """Bytes, Hugging Face's image struct and paths are all images; other columns become meta; records keep their
+    errors.
+    """
     pq.write_table(pa.table({"image": [jpeg(1), None], "text": ["t", "u"], "n": [1, 2]}), tmp_path / "bytes.parquet")
     good, empty = rows_of(tmp_path / "bytes.parquet")
     assert (good.image, good.caption, good.meta) == (jpeg(1), "t", {"n": 1})
@@ -195,7 +203,9 @@ def test_parquet_tables_and_records(tmp_path: Path, jpeg: Jpeg) -> None:
 
 
 def test_parquet_damage_in_the_middle_loses_no_row(tmp_path: Path, jpeg: Jpeg) -> None:
-    """A shard whose footer is whole and whose pages are not gives its good rows, and an error row for each of the others."""
+    """A shard whose footer is whole and whose pages are not gives its good rows, and an error row for each of the
+    others.
+    """
     file = tmp_path / "a.parquet"
     table = pa.table({"image": [jpeg(n) for n in range(200)], "text": [f"c{n}" for n in range(200)]})
     pq.write_table(table, file, row_group_size=100)
@@ -212,7 +222,9 @@ def test_parquet_damage_in_the_middle_loses_no_row(tmp_path: Path, jpeg: Jpeg) -
 
 
 def test_imagefolder_captions(tmp_path: Path, jpeg: Jpeg) -> None:
-    """Captions from a .txt of the same name or metadata.jsonl; hidden files are no pictures; what metadata names in vain is a row."""
+    """Captions from a .txt of the same name or metadata.jsonl; hidden files are no pictures; what metadata names in
+    vain is a row.
+    """
     (tmp_path / "sub").mkdir()
     (tmp_path / ".git").mkdir()
     for name in ("b.jpg", "a.PNG", "sub/c.jpeg", ".git/x.jpg", ".hidden.jpg", "notes.md"):

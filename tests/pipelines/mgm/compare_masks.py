@@ -1,10 +1,11 @@
-"""Random conversations through the original's `preprocess_*` functions and through ours: tokens and labels must be equal.
+"""Random conversations through the original's `preprocess_*` functions and through ours: tokens and labels must be
+equal.
 
     git clone https://github.com/dvlab-research/MGM
     python -m tests.pipelines.mgm.compare_masks --original MGM [--count 300] [--seed 0] [--record FILE]
 
-The functions are taken out of the original's `train.py` as they are. Conversations are as odd as real data: empty turns,
-images in the middle, a first turn by the assistant, separators inside text, unknown characters, more than fits.
+The functions are taken out of the original's `train.py` as they are. Conversations are as odd as real data: empty
+turns, images in the middle, a first turn by the assistant, separators inside text, unknown characters, more than fits.
 `--record` writes what the original gives for `ODD` instead: `data/odd_masks.json`, which the tests read.
 """
 
@@ -33,7 +34,8 @@ from .mgm_tokenizers import tokenizer_for
 
 KINDS = ["gemma", "vicuna_v1", "vicuna_v1-legacy", "llama_3", "mistral_instruct", "chatml_direct", "plain"]
 PIECES = [
-    "What is written on the sign?", "OPEN", "a red bus", "Two dogs and one cat.", "it's 3 o'clock", "", " ", "\n", "é 漢",
+    "What is written on the sign?", "OPEN", "a red bus", "Two dogs and one cat.", "it's 3 o'clock", "", " ", "\n",
+    "é 漢",
     "ASSISTANT: ", "</s>", "<eos>", "[/INST] ", "<|eot_id|>", "<|im_end|>", "USER", "<start_of_turn>model\n", "<unk>",
 ]  # fmt: skip
 # name, largest length, (human, gpt) rounds

@@ -6,7 +6,8 @@
 `mgm_arch.py`, `clip_encoder.py` and `openclip_encoder.py` run as they are, on today's torch and transformers. What is
 not the original's here: the language models (transformers' own, which the original subclasses), ConvNeXt's blocks
 (timm's, written out below because timm needs torchvision), and old Gemma's scaling of `inputs_embeds`, which
-transformers moved elsewhere. The recorder first reproduces the recorded `mgm_gemma`, so these stand-ins are checked too.
+transformers moved elsewhere. The recorder first reproduces the recorded `mgm_gemma`, so these stand-ins are checked
+too.
 """
 
 from __future__ import annotations

@@ -254,7 +254,9 @@ def test_impossible_configurations_name_the_key(make_model: MakeModel, wrong: di
 
 
 def test_every_attention_goes_through_the_selected_function(model: MGMForConditionalGeneration) -> None:
-    """What FlashAttention-2 and any other kernel needs: CLIP's used layers and all of the language model's ask for it."""
+    """What FlashAttention-2 and any other kernel needs: CLIP's used layers and all of the language model's ask for
+    it.
+    """
     calls: list[str] = []
 
     def spy(module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -282,7 +284,9 @@ def test_flash_attention_is_selectable_and_asks_for_its_package(make_model: Make
 
 @torch.no_grad()
 def test_parts_offloaded_to_disk_give_the_same_numbers(model: MGMForConditionalGeneration, tmp_path: Path) -> None:
-    """`device_map="auto"` under a memory limit: whole blocks stay together, weights come when their module is called."""
+    """`device_map="auto"` under a memory limit: whole blocks stay together, weights come when their module is
+    called.
+    """
     model.save_pretrained(tmp_path / "model")
     size = sum(p.numel() * p.element_size() for p in model.parameters())
     placed = AutoModelForImageTextToText.from_pretrained(

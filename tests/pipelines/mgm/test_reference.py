@@ -94,7 +94,9 @@ def test_greedy_tokens(model: MGMForConditionalGeneration, reference: dict[str, 
 @pytest.mark.parametrize("case", cases.CASES, ids=lambda case: case.name)
 @torch.no_grad()
 def test_variants_of_the_checkpoint(case: Case, reference: dict[str, torch.Tensor], tmp_path: Path) -> None:
-    """Several images a row, text-only rows, HD, Llama and Mixtral: as the original code gave them (record_original.py)."""
+    """Several images a row, text-only rows, HD, Llama and Mixtral: as the original code gave them
+    (record_original.py).
+    """
     recorded = load_file(cases.DATA / "cases.safetensors")
     expected = {
         name.removeprefix(f"{case.name}."): t for name, t in recorded.items() if name.startswith(f"{case.name}.")

@@ -33,7 +33,8 @@ inputs = processor.apply_chat_template([{"role": "user", "content": content}], a
     tokenize=True, return_dict=True, return_tensors="pt")
 model.generation_config.eos_token_id = None
 out = model.eval().generate(**inputs, max_new_tokens=4, do_sample=False)
-print(json.dumps({"classes": [type(model).__module__, type(processor).__module__, type(processor.image_processor).__module__],
+print(json.dumps({"classes": [type(model).__module__, type(processor).__module__,
+type(processor.image_processor).__module__],
     "tokens": out[0].tolist()}))
 """
 

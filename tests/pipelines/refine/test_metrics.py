@@ -28,13 +28,17 @@ def test_metrics_equal_hand_computed_values() -> None:
 
 
 def test_word_repetition_follows_data_juicers_definition() -> None:
-    """`sale now sale now sale`: bigrams sale-now x2, now-sale x2, so 4 of 4 stand in a repeated bigram; the other text has none."""
+    """`sale now sale now sale`: bigrams sale-now x2, now-sale x2, so 4 of 4 stand in a repeated bigram; the other text
+    has none.
+    """
     found = metrics.text_metrics(["sale now sale now sale", "one two three"])
     assert found["word_rep_ratio"] == 0.5
 
 
 def test_character_repetition_follows_data_juicers_definition() -> None:
-    """`abababababab` (12 characters): 3 ten-grams, 2 distinct with counts 2 and 1; the top int(sqrt(2)) = 1 holds 2 of 3."""
+    """`abababababab` (12 characters): 3 ten-grams, 2 distinct with counts 2 and 1; the top int(sqrt(2)) = 1 holds 2 of
+    3.
+    """
     assert metrics.repetition(["abababababab"])[0] == [pytest.approx(2 / 3)]
 
 

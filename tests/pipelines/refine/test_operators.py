@@ -111,7 +111,9 @@ def test_importing_data_juicer_leaves_pillow_strict() -> None:
 
 
 def test_decisions_and_stats_equal_data_juicers_own() -> None:
-    """The sample recipe's operators, run as Data-Juicer's executor runs them on its own sample format with files on disk."""
+    """The sample recipe's operators, run as Data-Juicer's executor runs them on its own sample format with files on
+    disk.
+    """
     texts = ["a yellow sign that says cafe above two red circles", "a white price tag of $5 below three green stars"]
     texts += [
         "a sign a sign a sign a sign",

@@ -177,7 +177,9 @@ def test_a_package_missing_only_at_run_time_reaches_the_user_out_of_the_worker(c
 
 
 def test_mappers_and_the_global_deduplicator_work_in_recipe_order(captions: Path, tmp_path: Path) -> None:
-    """A mapper makes the six good texts equal; the deduplicator then keeps the first id; the filter after it sees one row."""
+    """A mapper makes the six good texts equal; the deduplicator then keeps the first id; the filter after it sees one
+    row.
+    """
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
         "process:\n"

@@ -76,7 +76,9 @@ def test_the_page_loads_nothing_and_forbids_it(html: str, shown: Page) -> None:
 
 
 def test_what_came_from_data_is_text_and_never_markup(html: str, shown: Page) -> None:
-    """Captions, questions and answers of this run hold <script> and event handlers; all of it is shown and none of it is run."""
+    """Captions, questions and answers of this run hold <script> and event handlers; all of it is shown and none of it
+    is run.
+    """
     assert not any(key.startswith("on") for _, attributes in shown.elements for key in attributes)
     assert SCRIPT not in html and ONERROR not in html
     assert shown.says(SCRIPT) and shown.says(ONERROR)

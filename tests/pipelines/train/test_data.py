@@ -32,7 +32,9 @@ def test_align_learns_the_caption_and_its_end_after_the_image(tiny: Any, model_d
 
 
 def test_instruct_learns_the_answers_only(tiny: Any, model_dir: Path, tmp_path: Path) -> None:
-    """Two turns and a text-only row: the loss sees each answer with the end of its turn, and nothing of the questions."""
+    """Two turns and a text-only row: the loss sees each answer with the end of its turn, and nothing of the
+    questions.
+    """
     tiny.write_instructions(tmp_path / "instruct.json", rows=1, text_only=1)
     entries = json.loads((tmp_path / "instruct.json").read_text())
     entries[0]["conversations"] += [{"from": "human", "value": "what ?"}, {"from": "gpt", "value": "the square"}]

@@ -127,7 +127,9 @@ def _wait(condition: Callable[[], Any], process: subprocess.Popen[bytes], second
 def test_a_killed_worker_and_a_killed_driver_change_nothing(
     undisturbed: tuple[Path, dict[str, Any]], model_dir: Path, data: dict[str, Path], tmp_path: Path
 ) -> None:
-    """kill -9 of the worker in `align`, of the driver in `instruct`; the same command ends with the same bits and log."""
+    """kill -9 of the worker in `align`, of the driver in `instruct`; the same command ends with the same bits and
+    log.
+    """
     import psutil
 
     output = tmp_path / "adapter"
@@ -165,7 +167,9 @@ def test_a_killed_worker_and_a_killed_driver_change_nothing(
 def test_zero_shards_train_as_ddp_does(
     ray_cluster: None, model_dir: Path, data: dict[str, Path], tmp_path: Path
 ) -> None:
-    """ZeRO-2 and ZeRO-3 on two workers, really on (the engine is asked): full tensors, and the weights that DDP gets."""
+    """ZeRO-2 and ZeRO-3 on two workers, really on (the engine is asked): full tensors, and the weights that DDP
+    gets.
+    """
     pytest.importorskip("deepspeed")
     results = {}
     for strategy in ("ddp", "zero2", "zero3"):
