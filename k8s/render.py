@@ -11,6 +11,7 @@ import yaml
 
 from k8s import kustomize, needs
 from pipelines.errors import UserError
+from pipelines.rundir import RECIPE, RunDir
 from ray_jobs.recipe import RECIPES, Recipe, recipe_yaml
 from serve.config import ServeConfig
 
@@ -20,7 +21,7 @@ STAGES = ("caption", "refine", "train", "merge", "evaluate", "compare")
 WORKLOADS = ("run", *STAGES, "cluster", "serve")
 OF_AN_ARM = ("refine", "train", "merge", "evaluate", "serve")
 DATA, MOUNTED = "/data", ("/data", "/models", "/bucket", "/etc/captune")
-RECIPE_FILE = "/etc/captune/recipe.yaml"
+RECIPE_FILE = f"/etc/captune/{RECIPE}"
 _GRACE_S = 2.0
 """Serve's proxy gives up so much later than a replica (serve/app.py), so that the client gets the replica's error
 body."""
@@ -106,7 +107,7 @@ def texts(recipe: Recipe) -> dict[str, str]:
         else:
             files[file.name] = file.read_text()
             config["recipe"] = f"/etc/captune/{file.name}"
-    return {"recipe.yaml": yaml.safe_dump(shipped, sort_keys=False, allow_unicode=True), **files}
+    return {RECIPE: yaml.safe_dump(shipped, sort_keys=False, allow_unicode=True), **files}
 
 
 def entrypoint(recipe: Recipe, stage: str, arm: str) -> str:
@@ -115,17 +116,22 @@ def entrypoint(recipe: Recipe, stage: str, arm: str) -> str:
         return f"captune run {RECIPE_FILE}"
     if len(recipe.seeds) > 1 and stage not in ("caption", "refine"):
         raise UserError(f"seeds: {len(recipe.seeds)} of them; only the workload `run` walks through several")
-    root, bench = recipe.run_dir.rstrip("/"), recipe.evaluate.benchmark
-    place = f"{root}/{arm}"
+    place, seed, bench = RunDir(Path(recipe.run_dir)), recipe.seeds[0], recipe.evaluate.benchmark
+    walk = place.walk(arm, seed)
+    adapter, merged = walk.adapter.directory, walk.merged.directory
     words = {
-        "caption": ["--output", f"{root}/captions"],
-        "refine": ["--input", f"{root}/captions", "--output", f"{place}/dataset", *_refine_options(recipe, arm)],
-        "train": ["--input", f"{place}/dataset", "--output", f"{place}/adapter", *_seed_option(recipe)],
-        "merge": ["--adapter", f"{place}/adapter", "--output", f"{place}/merged"],
-        "evaluate": ["--model", f"{place}/merged", "--output", f"{place}/predictions/{bench}"],
-        "compare": [*(f"{root}/{name}/predictions/{bench}" for name in recipe.arms), "--output", root],
+        "caption": ["--output", place.captions],
+        "refine": ["--input", place.captions, "--output", place.dataset(arm), *_refine_options(recipe, arm)],
+        "train": ["--input", place.dataset(arm), "--output", adapter, *_seed_option(recipe)],
+        "merge": ["--adapter", adapter, "--output", merged],
+        "evaluate": ["--model", merged, "--output", walk.evaluation(bench).directory],
+        "compare": [
+            *(place.walk(name, seed).evaluation(bench).directory for name in recipe.arms),
+            "--output",
+            place.comparing(seed),
+        ],
     }[stage]
-    return shlex.join(["captune", stage, "--config", RECIPE_FILE, *words])
+    return shlex.join(["captune", stage, "--config", RECIPE_FILE, *map(str, words)])
 
 
 def serve_config(recipe: Recipe, arm: str, serving: int) -> Object:
@@ -143,12 +149,12 @@ def serve_config(recipe: Recipe, arm: str, serving: int) -> Object:
         "max_replicas": max(serving, config.replicas),
         "target_ongoing_requests": config.max_batch_size,
     }
-    place = arm if len(recipe.seeds) == 1 else f"{arm}-seed{recipe.seeds[0]}"
+    model = RunDir(Path(recipe.run_dir), tuple(recipe.seeds)).walk(arm, recipe.seeds[0]).merged.directory
     application = {
         "name": "captune",
         "import_path": "serve.app:build",
         "route_prefix": "/",
-        "args": {"model": _absolute(f"{recipe.run_dir.rstrip('/')}/{place}/merged"), "config": changed},
+        "args": {"model": _absolute(str(model)), "config": changed},
         "deployments": [{"name": "Captune", "num_replicas": "auto", "autoscaling_config": scaling}],
     }
     http = {"host": "0.0.0.0", "port": 8000, "request_timeout_s": config.request_timeout_s + _GRACE_S}
@@ -218,7 +224,9 @@ def _paths(recipe: Recipe) -> dict[str, str]:
 
 def _refine_options(recipe: Recipe, arm: str) -> list[str]:
     """`captune refine` reads the recipe's section `refine`; an arm's own settings go on the command line."""
-    wanted = yaml.safe_load(texts(recipe)["recipe.yaml"])
+    if not arm:
+        return []
+    wanted = yaml.safe_load(texts(recipe)[RECIPE])
     section, default = wanted["arms"][arm], wanted["refine"]
     assert set(asdict(recipe.refine)) == set(section)
     return [

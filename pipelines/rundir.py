@@ -1,5 +1,7 @@
-"""What lies in a run directory, finished or not. Reads; never computes, never fails over a part that is not there
-yet.
+"""The layout of a run directory: the only place that spells its paths.
+
+`RunDir` says where a run's parts belong, for those who write them. `collect` looks at what lies there, finished or not;
+it reads, never computes, and never fails over a part that is not there yet.
 """
 
 from __future__ import annotations
@@ -14,7 +16,9 @@ from typing import Any
 from pipelines.errors import UserError
 from pipelines.manifest import CLAIM, MANIFEST, read_json
 
-_STAGE_FOLDERS = ("dataset", "adapter", "merged", "predictions")
+RECIPE, CAPTIONS, COMPARISON = "recipe.yaml", "captions", "comparison.json"
+REPORT = Path("report") / "index.html"
+_DATASET, _ADAPTER, _MERGED, _PREDICTIONS = _STAGE_FOLDERS = ("dataset", "adapter", "merged", "predictions")
 _SEEDED = re.compile(r"(?P<arm>.+)-seed(?P<seed>-?\d+)")
 
 
@@ -67,22 +71,81 @@ class Walk:
     @cached_property
     def adapter(self) -> Stage:
         """Training."""
-        return Stage(self.directory / "adapter")
+        return Stage(self.directory / _ADAPTER)
 
     @cached_property
     def merged(self) -> Stage:
         """The merged model."""
-        return Stage(self.directory / "merged")
+        return Stage(self.directory / _MERGED)
+
+    def evaluation(self, benchmark: str) -> Stage:
+        """The merged model's answers to a benchmark."""
+        return Stage(self.directory / _PREDICTIONS / benchmark)
 
     @cached_property
     def evaluations(self) -> dict[str, Stage]:
         """Benchmark -> evaluation."""
-        return {path.name: Stage(path) for path in sorted((self.directory / "predictions").glob("*")) if path.is_dir()}
+        return {path.name: Stage(path) for path in sorted((self.directory / _PREDICTIONS).glob("*")) if path.is_dir()}
+
+
+@dataclass(frozen=True)
+class RunDir:
+    """Where the parts of a run belong, whether they are there or not.
+
+    Attributes:
+        root: the run directory.
+        seeds: of training; a run of a single seed has no seed in its names.
+    """
+
+    root: Path
+    seeds: tuple[int, ...] = (0,)
+
+    @property
+    def recipe(self) -> Path:
+        """The resolved recipe."""
+        return self.root / RECIPE
+
+    @property
+    def captions(self) -> Path:
+        """What captioning wrote, for all arms."""
+        return self.root / CAPTIONS
+
+    @property
+    def comparison(self) -> Path:
+        """The result, over all seeds."""
+        return self.root / COMPARISON
+
+    @property
+    def report(self) -> Path:
+        """The page that a person opens."""
+        return self.root / REPORT
+
+    def dataset(self, arm: str) -> Path:
+        """An arm's refined data: the same for all seeds."""
+        return self.root / arm / _DATASET
+
+    def walk(self, arm: str, seed: int) -> Walk:
+        """One model's way."""
+        return _walk(self.root, arm, None if len(self.seeds) == 1 else seed)
+
+    def comparing(self, seed: int) -> Path:
+        """The directory that the comparison of one seed's models is written to."""
+        return self.root if len(self.seeds) == 1 else self.root / f"comparison-seed{seed}"
+
+
+def _walk(root: Path, arm: str, seed: int | None) -> Walk:
+    return Walk(arm, seed, root / (arm if seed is None else f"{arm}-seed{seed}"))
+
+
+def arm_of(evaluation: Path) -> str:
+    """`runs/x/enhanced/predictions/textvqa` belongs to the arm `enhanced`; any other directory has its own name."""
+    place = evaluation.resolve()
+    return place.parent.parent.name if place.parent.name == _PREDICTIONS else place.name
 
 
 @dataclass(frozen=True)
 class Run:
-    """A run directory.
+    """A run directory as it was found.
 
     Attributes:
         recipe: the resolved recipe; empty when there is none.
@@ -125,14 +188,15 @@ def collect(run_dir: Path | str) -> Run:
     directory = Path(run_dir).resolve()
     if not directory.is_dir():
         raise UserError(f"{run_dir}: no such run directory")
-    recipe_text, recipe = _recipe(directory / "recipe.yaml")
-    comparison = Stage(directory).json("comparison.json")
-    captions = Stage(directory / "captions")
+    places = RunDir(directory)
+    recipe_text, recipe = _recipe(places.recipe)
+    comparison = Stage(directory).json(COMPARISON)
+    captions = Stage(places.captions)
     walks = _walks(directory, recipe, comparison)
     if not (recipe or comparison or walks or captions.state != "missing"):
-        raise UserError(f"{run_dir}: holds no run (no recipe.yaml, no captions/, no comparison.json)")
+        raise UserError(f"{run_dir}: holds no run (no {RECIPE}, no {CAPTIONS}/, no {COMPARISON})")
     arms = list(dict.fromkeys(walk.arm for walk in walks))
-    datasets = {arm: Stage(directory / arm / "dataset") for arm in arms}
+    datasets = {arm: Stage(places.dataset(arm)) for arm in arms}
     seeds: list[tuple[int | None, dict[str, Any]]] = [(None, comparison)] if comparison.get("arms") else []
     if comparison.get("seeds"):
         seeds = [(entry["seed"], entry) for entry in comparison["seeds"]]
@@ -159,7 +223,7 @@ def _walks(directory: Path, recipe: dict[str, Any], comparison: dict[str, Any]) 
         if not any((folder / name).is_dir() for name in _STAGE_FOLDERS):
             continue
         seeded = _SEEDED.fullmatch(folder.name)
-        if seeded and not (folder / "dataset").exists():  # an arm's data are refined once, whatever the number of seeds
+        if seeded and not (folder / _DATASET).exists():  # an arm's data are refined once, whatever the number of seeds
             found.setdefault(seeded["arm"], set()).add(int(seeded["seed"]))
         else:
             own = {None} if any((folder / name).is_dir() for name in _STAGE_FOLDERS[1:]) else set()
@@ -169,7 +233,7 @@ def _walks(directory: Path, recipe: dict[str, Any], comparison: dict[str, Any]) 
         seeds |= set(promised) if len(promised) > 1 else set() if seeds else {None}
     baseline = _baseline(recipe, comparison)
     return [
-        Walk(arm, seed, directory / (arm if seed is None else f"{arm}-seed{seed}"))
+        _walk(directory, arm, seed)
         for arm in sorted(found, key=lambda arm: arm != baseline)
         for seed in sorted(found[arm], key=lambda seed: (seed is not None, seed or 0))
     ]

@@ -28,8 +28,9 @@ def main(argv: list[str]) -> int:
 
     from pipelines.errors import UserError
     from pipelines.evaluate import compare
+    from pipelines.rundir import arm_of
 
-    named = {_name(Path(path)): Path(path) for path in options.evaluations}
+    named = {arm_of(Path(path)): Path(path) for path in options.evaluations}
     if len(named) != len(options.evaluations):
         raise UserError("the evaluations' directories must have different names, because these name the arms")
     config = recipe.compare
@@ -39,12 +40,6 @@ def main(argv: list[str]) -> int:
     for name, difference in found["differences"].items():
         print(sentence(config.baseline, name, found, difference))
     return 0
-
-
-def _name(directory: Path) -> str:
-    """`runs/x/enhanced/predictions/textvqa` is the arm `enhanced`; any other directory has its own name."""
-    path = directory.resolve()
-    return path.parent.parent.name if path.parent.name == "predictions" else path.name
 
 
 def sentence(baseline: str, arm: str, found: dict, difference: dict) -> str:

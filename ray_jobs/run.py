@@ -14,6 +14,7 @@ from functools import partial
 
 from pipelines.errors import UserError
 from pipelines.progress import clock, say
+from pipelines.rundir import RunDir
 from ray_jobs import _options, _start, cli
 from ray_jobs.recipe import Recipe, recipe_yaml
 
@@ -37,7 +38,7 @@ def main(argv: list[str]) -> int:
     started = time.monotonic()
     with _start.ray_cluster():
         run(recipe, restart=options.restart)
-    say(f"done in {clock(time.monotonic() - started)}: open {Path(recipe.run_dir) / 'report' / 'index.html'}")
+    say(f"done in {clock(time.monotonic() - started)}: open {RunDir(Path(recipe.run_dir)).report}")
     return 0
 
 
@@ -48,22 +49,21 @@ def run(recipe: Recipe, *, restart: bool = False) -> None:
     from pipelines.report import page
     from pipelines.sample.world import write_world
 
-    root = Path(recipe.run_dir).resolve()
-    root.mkdir(parents=True, exist_ok=True)
+    place = RunDir(Path(recipe.run_dir).resolve(), tuple(recipe.seeds))
+    place.root.mkdir(parents=True, exist_ok=True)
     if recipe.sample.out:
         write_world(recipe.sample.out, recipe.sample, restart=restart)
-    (root / "recipe.yaml").write_text(recipe_yaml(recipe))
-    captions = root / "captions"
-    caption.run(recipe.dataset, captions, recipe.caption, restart=restart)
+    place.recipe.write_text(recipe_yaml(recipe))
+    caption.run(recipe.dataset, place.captions, recipe.caption, restart=restart)
     for arm, config in recipe.arms.items():
-        refine.run(captions, root / arm / "dataset", config, arm=arm, restart=restart)
-    comparisons = {seed: _train_and_compare(recipe, root, seed, restart) for seed in recipe.seeds}
+        refine.run(place.captions, place.dataset(arm), config, arm=arm, restart=restart)
+    comparisons = {seed: _train_and_compare(recipe, place, seed, restart) for seed in recipe.seeds}
     if all(comparisons.values()):
-        _write_comparison(root, comparisons)
-    page.run(root)
+        _write_comparison(place, comparisons)
+    page.run(place.root)
 
 
-def _train_and_compare(recipe: Recipe, root: Path, seed: int, restart: bool) -> dict:
+def _train_and_compare(recipe: Recipe, place: RunDir, seed: int, restart: bool) -> dict:
     """Train, merge, serve and evaluate every arm with one seed; the comparison of the arms, empty for a single arm."""
     from pipelines.adapters import merge
     from pipelines.evaluate import compare
@@ -72,28 +72,25 @@ def _train_and_compare(recipe: Recipe, root: Path, seed: int, restart: bool) -> 
     from pipelines.train import stage as loop
     from ray_jobs.evaluate import served
 
+    base, train = Path(recipe.train.model), replace(recipe.train, seed=seed)
     evaluations = {}
     for arm in recipe.arms:
-        name = arm if len(recipe.seeds) == 1 else f"{arm}-seed{seed}"
-        place = root / name
-        train = replace(recipe.train, seed=seed)
-        loop.run(root / arm / "dataset", Path(train.model), place / "adapter", train, arm=name, restart=restart)
-        merge.run(Path(train.model), place / "adapter", place / "merged", recipe.merge, restart=restart)
-        evaluations[arm] = place / "predictions" / recipe.evaluate.benchmark
+        walk = place.walk(arm, seed)
+        adapter, merged = walk.adapter.directory, walk.merged.directory
+        loop.run(place.dataset(arm), base, adapter, train, arm=walk.directory.name, restart=restart)
+        merge.run(base, adapter, merged, recipe.merge, restart=restart)
+        evaluations[arm] = walk.evaluation(recipe.evaluate.benchmark).directory
         evaluate.run(
             evaluations[arm],
             recipe.evaluate,
-            endpoint=partial(served, place / "merged", recipe.serve),
-            model_identity=identity(place / "merged"),
+            endpoint=partial(served, merged, recipe.serve),
+            model_identity=identity(merged),
             restart=restart,
         )
-    if len(evaluations) < 2:
-        return {}
-    output = root if len(recipe.seeds) == 1 else root / f"comparison-seed{seed}"
-    return compare.run(evaluations, output, recipe.compare)
+    return compare.run(evaluations, place.comparing(seed), recipe.compare) if len(evaluations) > 1 else {}
 
 
-def _write_comparison(root: Path, comparisons: dict[int, dict]) -> None:
+def _write_comparison(place: RunDir, comparisons: dict[int, dict]) -> None:
     """Say the result; with several seeds, `comparison.json` is the first seed's with all of them summarised in it."""
     from pipelines.evaluate import compare
     from pipelines.manifest import write_json
@@ -108,7 +105,7 @@ def _write_comparison(root: Path, comparisons: dict[int, dict]) -> None:
         first = next(iter(comparisons.values()))
         seeds = [{**found, "seed": seed} for seed, found in comparisons.items()]
         summary = compare.summarise(list(comparisons.values()))
-        write_json(root / "comparison.json", {**first, "summary": summary, "seeds": seeds})
+        write_json(place.comparison, {**first, "summary": summary, "seeds": seeds})
 
 
 if __name__ == "__main__":

@@ -11,11 +11,11 @@ from pipelines.errors import UserError
 from pipelines.evaluate.config import CompareConfig
 from pipelines.evaluate.stage import read_scores
 from pipelines.manifest import write_json
+from pipelines.rundir import COMPARISON
 
 if TYPE_CHECKING:
     import numpy as np
 
-COMPARISON = "comparison.json"
 CORRECT_FROM = 0.5
 """McNemar's test needs right and wrong: an answer counts as right when its soft score is at least this, which takes two
 agreeing humans."""

@@ -11,9 +11,8 @@ from typing import Any
 
 from pipelines.files import write_text
 from pipelines.report import answer, charts, data, examples, numbers, overview, training
-from pipelines.rundir import Run, collect
+from pipelines.rundir import Run, RunDir, collect
 
-REPORT = Path("report") / "index.html"
 QUESTIONS = 12
 """Questions won, and as many lost, that are open to see; the other examples of the comparison unfold."""
 
@@ -25,7 +24,7 @@ def run(run_dir: Path | str) -> Path:
         UserError: no such directory, nothing of a run in it, or a file of it is damaged (the file is named).
     """
     found = collect(run_dir)
-    path = Path(run_dir) / REPORT
+    path = RunDir(Path(run_dir)).report
     write_text(path, render(found))
     return path
 

@@ -243,6 +243,12 @@ def test_a_stage_of_an_arm_has_that_arms_name_and_files() -> None:
     assert "runs/mgm2b_30k/original/dataset" in job["spec"]["entrypoint"]
 
 
+def test_captioning_needs_no_arms(tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text("run_dir: runs/x\ndataset: pairs.jsonl\n")
+    job = the(render.render(recipe(str(tmp_path / "r.yaml")), "kind", "caption"), "RayJob", "captune-caption")
+    assert job["spec"]["entrypoint"].endswith("--output runs/x/captions")
+
+
 def test_ones_own_data_juicer_recipe_travels_with_the_recipe(tmp_path: Path) -> None:
     (tmp_path / "strict.yaml").write_text("process:\n  - words_num_filter: {min_num: 9}\n")
     (tmp_path / "r.yaml").write_text(
