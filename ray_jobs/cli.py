@@ -21,6 +21,7 @@ COMMANDS = {
     "train": "align the projector, then LoRA-tune the language model",
     "merge": "merge an adapter into its base model",
     "check": "check a model or an adapter",
+    "assemble": "make an MGM with a fresh projector from its parts",
     "convert": "turn an original MGM checkpoint into a Hugging Face directory",
     "export-original": "turn it back, bit for bit",
     "convert-lora": "turn the original trainer's LoRA output into an adapter",

@@ -59,8 +59,8 @@ def build_config(
     try:
         return MGMConfig(
             text_config=text,
-            vision_config=_clip_config(shapes, clip_dir),
-            vision_config_aux=_convnext_config(shapes),
+            vision_config=clip_config(shapes, clip_dir),
+            vision_config_aux=convnext_config(shapes),
             # Outside of the vocabulary unless the tokenizer says otherwise: no embedding has to be made up for it.
             image_token_id=text["vocab_size"],
             mm_projector_type=original.get("mm_projector_type", "linear"),
@@ -94,7 +94,7 @@ def build_text_config(original: dict[str, Any], text_type: str) -> dict[str, Any
     return text
 
 
-def _clip_config(shapes: Shapes, clip_dir: Path | None) -> dict[str, Any]:
+def clip_config(shapes: Shapes, clip_dir: Path | None) -> dict[str, Any]:
     """From the CLIP directory; without one, from the tensors if they are shaped like an OpenAI CLIP."""
     if clip_dir is not None:
         config = read_json(clip_dir / "config.json")
@@ -119,7 +119,7 @@ def _clip_config(shapes: Shapes, clip_dir: Path | None) -> dict[str, Any]:
     }
 
 
-def _convnext_config(shapes: Shapes) -> dict[str, Any]:
+def convnext_config(shapes: Shapes) -> dict[str, Any]:
     """From the tensors: everything about a ConvNeXt trunk is in their shapes, except the norms' epsilon."""
     stages = "model.vision_tower_aux.encoder.stages."
     count = _count(shapes, stages)

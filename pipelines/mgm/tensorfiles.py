@@ -80,10 +80,17 @@ class ShardWriter:
         directory: exists already.
         max_bytes: size of a shard; a larger single tensor gets a shard of its own.
         always_index: write an index for a single file too (the original's loader needs one).
+        dtype: cast floating-point tensors to it; None leaves every tensor as it comes.
     """
 
-    def __init__(self, directory: Path, max_bytes: int = 5_000_000_000, always_index: bool = False) -> None:
-        self.directory = directory
+    def __init__(
+        self,
+        directory: Path,
+        max_bytes: int = 5_000_000_000,
+        always_index: bool = False,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        self.directory, self.dtype = directory, dtype
         self.max_bytes = max_bytes
         self.always_index = always_index
         self.shapes: dict[str, tuple[int, ...]] = {}
@@ -93,6 +100,8 @@ class ShardWriter:
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
         """Take one tensor; it may be written now or later."""
+        if self.dtype is not None and tensor.is_floating_point():
+            tensor = tensor.to(self.dtype)
         size = tensor.numel() * tensor.element_size()
         if self._pending and self._pending_bytes + size > self.max_bytes:
             self._flush()

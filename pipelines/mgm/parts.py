@@ -1,0 +1,167 @@
+"""The parts of a model directory, from wherever they come: tensors, towers, tokenizer, processor.
+
+Strict: a tensor that is neither part of the model nor known to be unused, or a part of the model that no file holds, is
+an error that names it.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer, GenerationConfig
+
+from pipelines.errors import UserError
+from pipelines.mgm import names
+from pipelines.mgm.configuration import MGMConfig
+from pipelines.mgm.convert_config import expected_shapes
+from pipelines.mgm.image_processing import MGMImageProcessor
+from pipelines.mgm.processing import MGMProcessor
+from pipelines.mgm.templates import template_for
+from pipelines.mgm.tensorfiles import ShardWriter, find_files, read_file, read_json
+
+ORIGINAL_DIR = "original"
+"""Inside a model directory: files that the way back needs and nobody else."""
+EMBEDDING, HEAD = "model.language_model.embed_tokens.weight", "lm_head.weight"
+TOKENIZER_FILES = [
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+]
+
+
+def new_directory(path: Path) -> None:
+    """Make a directory that is empty. Raises `UserError` when it is not."""
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise UserError(f"{path}: exists and is not an empty directory")
+    path.mkdir(parents=True, exist_ok=True)
+
+
+def rename_tensors(
+    checkpoint: Path, writer: ShardWriter, drop_head: bool
+) -> tuple[dict[str, torch.Tensor], bool, torch.dtype | None]:
+    """Every tensor of the checkpoint goes to `writer` or is one of: a buffer, the copy of a tied head."""
+    buffers: dict[str, torch.Tensor] = {}
+    unknown: list[str] = []
+    embedding = head = None
+    for file in find_files(checkpoint):
+        for name, tensor in read_file(file).items():
+            target = names.to_hf(name)
+            if names.is_buffer(name):
+                buffers[name] = tensor.clone()
+            elif target is None:
+                unknown.append(name)
+            elif target == HEAD and drop_head:
+                head = tensor
+            else:
+                writer.add(target, tensor)
+                embedding = tensor if target == EMBEDDING else embedding
+    if unknown:
+        raise UserError(f"{checkpoint}: {len(unknown)} tensors that no MGM has: {listed(unknown)}")
+    if head is not None and (embedding is None or not torch.equal(head, embedding)):
+        raise UserError(f"{checkpoint}: lm_head.weight differs from the embeddings that the config says it is tied to")
+    return buffers, head is not None, None if embedding is None else embedding.dtype
+
+
+def add_tower(
+    writer: ShardWriter, directory: Path | None, rename: Callable[[str], str | None], tower: str, option: str
+) -> None:
+    """Take a tower's tensors from its own directory."""
+    if directory is None:
+        raise UserError(f"the checkpoint has no {tower} tensors: give that tower's directory as {option}")
+    unknown, found = [], 0
+    for file in find_files(directory):
+        for name, tensor in read_file(file).items():
+            target = rename(name)
+            if target is None:
+                unknown.append(name)
+            elif target:
+                writer.add(target, tensor)
+                found += 1
+    if unknown:
+        raise UserError(f"{directory}: {len(unknown)} tensors that no {tower} has: {listed(unknown)}")
+    if not found:
+        raise UserError(f"{directory}: holds no tensors of a {tower} image tower")
+
+
+def check_names(shapes: dict[str, tuple[int, ...]], checkpoint: Path) -> None:
+    """Fail early, and by the original's name, when a tensor is missing from which the configuration is read."""
+    needed = [
+        "model.vision_tower.embeddings.patch_embedding.weight",
+        "model.vision_tower.embeddings.position_embedding.weight",
+        "model.vision_tower.encoder.layers.0.mlp.fc1.weight",
+        "model.vision_tower_aux.embeddings.patch_embeddings.weight",
+        "model.vision_tower_aux.encoder.stages.0.layers.0.dwconv.weight",
+        EMBEDDING,
+    ]
+    if missing := [name for name in needed if name not in shapes]:
+        raise UserError(f"{checkpoint}: missing tensors: {listed(map(_original_name, missing))}")
+
+
+def check_shapes(config: MGMConfig, shapes: dict[str, tuple[int, ...]], checkpoint: Path) -> None:
+    """The model's tensors, all of them and nothing else, in the shapes that the configuration asks for."""
+    expected = expected_shapes(config)
+    complaints = []
+    if missing := expected.keys() - shapes.keys():
+        complaints.append(f"{len(missing)} missing: {listed(map(_original_name, missing))}")
+    if unexpected := shapes.keys() - expected.keys():
+        complaints.append(
+            f"{len(unexpected)} not part of the configured model: {listed(map(_original_name, unexpected))}"
+        )
+    wrong = [
+        f"{_original_name(name)} {shapes[name]} instead of {shape}"
+        for name, shape in expected.items()
+        if name in shapes and shapes[name] != shape
+    ]
+    if wrong:
+        complaints.append(f"{len(wrong)} of another shape: {listed(wrong)}")
+    if complaints:
+        raise UserError(f"{checkpoint}: tensors and configuration disagree; {'; '.join(complaints)}")
+
+
+def write_processor(config: MGMConfig, checkpoint: Path, clip_dir: Path | None, output: Path) -> None:
+    """The processor; only its image half when the checkpoint has no tokenizer."""
+    pixels: dict[str, Any] = {}
+    for directory in (clip_dir, checkpoint):
+        if directory is not None and (directory / "preprocessor_config.json").exists():
+            saved = read_json(directory / "preprocessor_config.json")
+            pixels |= {key: saved[key] for key in ("image_mean", "image_std") if key in saved}
+    pixels["do_pad"] = (config.original_config or {}).get("image_aspect_ratio", "pad") == "pad"
+    if not any((checkpoint / name).exists() for name in TOKENIZER_FILES):
+        MGMImageProcessor.from_config(config, **pixels).save_pretrained(output)
+        return
+    # From the copy, which has no config.json: the checkpoint's says "mgm" for a Llama, and means another class by it.
+    tokenizer = AutoTokenizer.from_pretrained(output / ORIGINAL_DIR)
+    config.image_token_id = MGMProcessor.add_image_token(tokenizer)
+    template = template_for(config.text_config, tokenizer.get_vocab())
+    MGMProcessor.from_config(config, tokenizer, template, **pixels).save_pretrained(output)
+
+
+def generation_config(config: MGMConfig, checkpoint: Path) -> GenerationConfig:
+    """The checkpoint's own, or what its configuration implies."""
+    if (checkpoint / "generation_config.json").exists():
+        return GenerationConfig.from_pretrained(checkpoint)
+    return GenerationConfig.from_model_config(config)
+
+
+def copy_files(source: Path, target: Path, files: Iterable[str]) -> None:
+    """Copy those of the files that are there."""
+    for name in files:
+        if (source / name).exists():
+            shutil.copyfile(source / name, target / name)
+
+
+def _original_name(name: str) -> str:
+    return names.to_original(name) or name
+
+
+def listed(items: Iterable[str], limit: int = 200) -> str:
+    """Sorted and, when there are very many, cut off with the number left out."""
+    items = sorted(items)
+    more = f" and {len(items) - limit} more" if len(items) > limit else ""
+    return ", ".join(items[:limit]) + more
