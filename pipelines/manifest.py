@@ -48,11 +48,20 @@ class StageOutput:
     manifest: dict[str, Any] = field(default_factory=dict)
     _started: float = field(default_factory=time.time)
 
-    def accept(self) -> None:
-        """Claim a directory that has `grown`: from here on it is unfinished, and belongs to this run."""
+    @property
+    def new(self) -> bool:
+        """Nothing is there yet."""
+        return not (self.complete or self.resumed or self.grown)
+
+    def claim(self) -> None:
+        """Write down whose directory it is."""
         write_json(
             self.directory / CLAIM, {"stage": self.stage, "fingerprint": self.fingerprint, "inputs": self.inputs}
         )
+
+    def accept(self) -> None:
+        """Claim a directory that has `grown`: from here on it is unfinished, and belongs to this run."""
+        self.claim()
         (self.directory / MANIFEST).unlink(missing_ok=True)
 
     def finish(self, **facts: Any) -> dict[str, Any]:
@@ -92,18 +101,29 @@ def open_stage(
         UserError: the directory holds another run's output and `restart` is not set, or something captune never wrote.
     """
     directory = Path(directory)
+    if restart and (directory / CLAIM).exists():
+        shutil.rmtree(directory)
+    output = look(directory, stage, inputs, grows=grows)
+    if output.new:
+        directory.mkdir(parents=True, exist_ok=True)
+        output.claim()
+    return output
+
+
+def look(directory: Path | str, stage: str, inputs: dict[str, Any], *, grows: Collection[str] = ()) -> StageOutput:
+    """What `open_stage` would find in `directory`; writes nothing.
+
+    Raises:
+        UserError: as `open_stage`.
+    """
+    directory = Path(directory)
     inputs = json.loads(json.dumps(inputs, default=_jsonable, sort_keys=True))
     output = StageOutput(directory, stage, fingerprint(inputs), inputs)
-    claim = read_json(directory / CLAIM) if (directory / CLAIM).exists() else None
-    if restart and claim is not None:
-        shutil.rmtree(directory)
-        claim = None
-    if claim is None:
+    if not (directory / CLAIM).exists():
         if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
             raise UserError(f"{directory}: already holds files that no captune stage wrote; choose an empty directory")
-        directory.mkdir(parents=True, exist_ok=True)
-        write_json(directory / CLAIM, {"stage": stage, "fingerprint": output.fingerprint, "inputs": inputs})
         return output
+    claim = read_json(directory / CLAIM)
     if claim["stage"] != stage:
         raise UserError(
             f"{directory}: holds the output of stage '{claim['stage']}', not of '{stage}'; choose another directory"
