@@ -156,8 +156,8 @@ def fingerprint(inputs: Any) -> str:
 def identity(path: Path | str) -> str:
     """Identity of a file or directory: name-independent digest of its contents.
 
-    A stage output is identified by its own manifest's fingerprint and a model by its configuration and weights'
-    digests, so that a moved directory keeps its identity and a changed one never does.
+    A stage output is identified by its own manifest's fingerprint, so that a moved directory keeps its identity. Of a
+    model, ask `pipelines.modelfiles.model_identity`.
     """
     path = Path(path)
     if (path / CLAIM).exists():

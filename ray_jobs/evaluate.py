@@ -39,7 +39,7 @@ def main(argv: list[str]) -> int:
 
     from pipelines.errors import UserError
     from pipelines.evaluate import stage
-    from pipelines.manifest import identity
+    from pipelines.modelfiles import model_identity
 
     named = {key: options[key] for key in ("benchmark", "annotations", "images") if options[key]}
     config = replace(recipe.evaluate, **named)
@@ -55,7 +55,7 @@ def main(argv: list[str]) -> int:
             output,
             config,
             endpoint=lambda: served(model, recipe.serve),
-            model_identity=identity(model),
+            model_identity=model_identity(model),
             restart=options.restart,
         )
     return 0

@@ -68,7 +68,7 @@ def _train_and_compare(recipe: Recipe, place: RunDir, seed: int, restart: bool) 
     from pipelines.adapters import merge
     from pipelines.evaluate import compare
     from pipelines.evaluate import stage as evaluate
-    from pipelines.manifest import identity
+    from pipelines.modelfiles import model_identity
     from pipelines.train import stage as loop
     from ray_jobs.evaluate import served
 
@@ -84,7 +84,7 @@ def _train_and_compare(recipe: Recipe, place: RunDir, seed: int, restart: bool) 
             evaluations[arm],
             recipe.evaluate,
             endpoint=partial(served, merged, recipe.serve),
-            model_identity=identity(merged),
+            model_identity=model_identity(merged),
             restart=restart,
         )
     return compare.run(evaluations, place.comparing(seed), recipe.compare) if len(evaluations) > 1 else {}

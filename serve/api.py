@@ -134,13 +134,14 @@ def parse(body: bytes, model: str, config: ServeConfig) -> tuple[ChatRequest, Re
     return chat, Request(messages, images, limit, temperature, seed)
 
 
-def completion(chat: ChatRequest, answer: Answer) -> dict[str, Any]:
-    """A finished answer as `chat.completion`."""
+def completion(chat: ChatRequest, answer: Answer, identity: str) -> dict[str, Any]:
+    """A finished answer as `chat.completion`; its `system_fingerprint` is the model's `identity`."""
     return {
         "id": f"chatcmpl-{uuid.uuid4().hex}",
         "object": "chat.completion",
         "created": int(time.time()),
         "model": chat.model,
+        "system_fingerprint": identity,
         "choices": [
             {
                 "index": 0,
@@ -157,9 +158,10 @@ def completion(chat: ChatRequest, answer: Answer) -> dict[str, Any]:
     }
 
 
-def models(model: str, created: int) -> dict[str, Any]:
-    """`GET /v1/models`."""
-    return {"object": "list", "data": [{"id": model, "object": "model", "created": created, "owned_by": "captune"}]}
+def models(model: str, created: int, identity: str) -> dict[str, Any]:
+    """`GET /v1/models`; beside OpenAI's fields, `identity` says which directory answers (`model_identity`)."""
+    entry = {"id": model, "object": "model", "created": created, "owned_by": "captune", "identity": identity}
+    return {"object": "list", "data": [entry]}
 
 
 def _validate(body: bytes) -> ChatRequest:

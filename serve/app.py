@@ -25,6 +25,7 @@ from starlette.exceptions import HTTPException
 
 from pipelines.errors import UserError, WorkFailed
 from pipelines.mgm.directory import check_model_directory
+from pipelines.modelfiles import model_identity
 from serve.api import ApiError, ChatRequest, completion, models, parse
 from serve.config import ServeConfig
 from serve.gate import BatchGate
@@ -81,6 +82,7 @@ class Captune:
         self.config = ServeConfig(**args["config"])
         threads = max(1, int(self.config.cpus_per_replica))
         torch.set_num_threads(threads)
+        self.identity = model_identity(args["model"])
         self.engine = Engine(args["model"], dtype=self.config.dtype)
         self.preparing = ThreadPoolExecutor(max(2, threads), thread_name_prefix="prepare")
         self.generating = ThreadPoolExecutor(1, thread_name_prefix="generate")
@@ -103,8 +105,8 @@ class Captune:
 
     @api.get("/v1/models")
     async def models(self) -> JSONResponse:
-        """The one model here."""
-        return JSONResponse(models(self.name, self.created))
+        """The one model here, and its identity."""
+        return JSONResponse(models(self.name, self.created, self.identity))
 
     @api.get("/health")
     @api.get("/healthz")
@@ -126,7 +128,7 @@ class Captune:
             answer = await self._batched(prepared)
         if answer.error is not None:
             raise ApiError(500, answer.error)
-        return completion(chat, answer)
+        return completion(chat, answer, self.identity)
 
     def _prepare(self, body: bytes) -> tuple[ChatRequest, Any]:
         chat, request = parse(body, self.name, self.config)

@@ -22,6 +22,7 @@ from pipelines.manifest import CLAIM, MANIFEST, identity, open_stage
 from pipelines.mgm.adapter import WEIGHTS, has_lora, read_non_lora, read_weights, towers_trained
 from pipelines.mgm.load import load_base, load_processor, quiet
 from pipelines.mgm.names import TOWERS
+from pipelines.modelfiles import model_identity
 from pipelines.progress import say
 
 
@@ -43,7 +44,7 @@ def run(
             f"{adapter}: its training has not finished (there is no {MANIFEST}); run captune train again first"
         )
     has_lora(adapter)
-    inputs = {"config": dataclasses.asdict(config), "model": identity(model), "adapter": identity(adapter)}
+    inputs = {"config": dataclasses.asdict(config), "model": model_identity(model), "adapter": identity(adapter)}
     stage = open_stage(output, "merge", inputs, restart=restart)
     if stage.complete:
         return stage.manifest

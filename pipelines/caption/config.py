@@ -52,8 +52,8 @@ class CaptionConfig(BlipConfig):
         sections = {"decoding": asdict(self.decoding), "candidates": asdict(self.candidates)}
         if self.candidates.clip_model:
             from pipelines.blip2.checkpoint import resolve
-            from pipelines.manifest import identity
+            from pipelines.modelfiles import model_identity
 
             clip = resolve(self.candidates.clip_model, "caption.candidates.clip_model")
-            sections["candidates"]["clip_model"] = identity(clip)
+            sections["candidates"]["clip_model"] = model_identity(clip)
         return {key: getattr(self, key) for key in keys} | sections

@@ -31,7 +31,8 @@ from pipelines.caption.results import Results, count_work
 from pipelines.caption.watch import SHEET
 from pipelines.errors import WorkFailed
 from pipelines.formats import Dataset, open_dataset
-from pipelines.manifest import StageOutput, fingerprint, identity, open_stage
+from pipelines.manifest import StageOutput, fingerprint, open_stage
+from pipelines.modelfiles import model_identity
 from pipelines.progress import say
 
 WORK = "_work"
@@ -56,7 +57,7 @@ def run(input: str, output: Path, config: CaptionConfig, *, restart: bool = Fals
     dataset = open_dataset(input)
     model = checkpoint.resolve(config.model)
     checkpoint.check(model, config.prompt, config.max_new_tokens)
-    decides = {"model": identity(model), **config.decides()}
+    decides = {"model": model_identity(model), **config.decides()}
     contents = dataset.identity()
     stage = open_stage(
         output,

@@ -39,7 +39,7 @@ def run(
     Args:
         endpoint: base URL of an OpenAI-compatible service, with or without `/v1`; or what starts one and gives its URL,
             called only when there is something to ask.
-        model_identity: of the model behind it (`manifest.identity` of its directory); it decides whether this directory
+        model_identity: of the model behind it (`model_identity` of its directory); it decides whether this directory
             is this run's.
 
     Raises:

@@ -18,8 +18,9 @@ from pipelines.errors import UserError
 from pipelines.mgm import names, parts
 from pipelines.mgm.configuration import MGMConfig
 from pipelines.mgm.convert_config import build_text_config, clip_config, convnext_config, is_tied
-from pipelines.mgm.tensorfiles import ShardWriter, find_files, read_file, read_json
+from pipelines.mgm.tensorfiles import ShardWriter, read_file
 from pipelines.mgm.vision import MGMUniProjector, build_projector
+from pipelines.modelfiles import read_object, weight_files
 
 LANGUAGE_MODELS = ("gemma", "llama", "mistral", "mixtral")
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -68,7 +69,7 @@ def assemble(language_model: Path, clip: Path, openclip: Path, output: Path, geo
         UserError: another kind of model, no tokenizer, unreadable files, missing or unaccounted tensors, wrong shapes,
             or parts that do not fit each other.
     """
-    text = read_json(language_model / "config.json")
+    text = read_object(language_model / "config.json")
     text_type = str(text.get("model_type"))
     if text_type not in LANGUAGE_MODELS:
         raise UserError(
@@ -126,14 +127,14 @@ def assemble_from(model: Path, output: Path, seed: int = 0) -> MGMConfig:
     Raises:
         UserError: not such a directory, or its tensors are not those of its configuration.
     """
-    if read_json(model / "config.json").get("model_type") != "mgm":
+    if read_object(model / "config.json").get("model_type") != "mgm":
         raise UserError(f"{model / 'config.json'}: not an MGM directory; an original checkpoint is converted first")
     parts.new_directory(output)
     try:
         config: MGMConfig = MGMConfig.from_pretrained(model)
         writer = ShardWriter(output)
         dtype = None
-        for file in find_files(model):
+        for file in weight_files(model):
             for name, tensor in read_file(file).items():
                 if not name.startswith(names.PROJECTOR):
                     writer.add(name, tensor)
@@ -190,7 +191,7 @@ def _config(
 
 def _copy_rest(model: Path, output: Path) -> None:
     """Configuration, tokenizer, processor, template: all but the weights, and what stages say of themselves."""
-    weights = {file.name for file in find_files(model)}
+    weights = {file.name for file in weight_files(model)}
     for path in sorted(model.iterdir()):
         if path.name in weights or path.name.endswith(".index.json") or path.name.startswith((".", "MANIFEST")):
             continue

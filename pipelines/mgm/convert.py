@@ -32,7 +32,8 @@ from pipelines.mgm.parts import (
     rename_tensors,
     write_processor,
 )
-from pipelines.mgm.tensorfiles import ShardWriter, find_files, read_file, read_json
+from pipelines.mgm.tensorfiles import ShardWriter, read_file
+from pipelines.modelfiles import read_object, weight_files
 
 _TOWERS = {"vision_tower", "vision_tower_aux"}
 
@@ -56,7 +57,7 @@ def convert_checkpoint(
         UserError: another architecture, unreadable files, missing or unaccounted tensors, wrong shapes.
     """
     checkpoint, output = Path(checkpoint), Path(output)
-    original = read_json(checkpoint / "config.json")
+    original = read_object(checkpoint / "config.json")
     text_type_of(original, checkpoint / "config.json")
     clip_dir = _tower_directory(clip, original["mm_vision_tower"], checkpoint, "--clip")
     openclip_dir = _tower_directory(openclip, original["mm_vision_tower_aux"], checkpoint, "--openclip")
@@ -109,7 +110,7 @@ def export_original(model_dir: str | Path, output: str | Path, towers: bool | No
         UserError: not an MGM directory, unreadable files, unaccounted tensors.
     """
     model_dir, output = Path(model_dir), Path(output)
-    saved = read_json(model_dir / "config.json")
+    saved = read_object(model_dir / "config.json")
     if saved.get("model_type") != "mgm" or "vision_config_aux" not in saved:
         raise UserError(
             f"{model_dir / 'config.json'}: not a Hugging Face MGM directory (model_type {saved.get('model_type')!r})"
@@ -133,7 +134,7 @@ def _export(model_dir: Path, output: Path, inside: set[str], head: bool) -> None
     # The original reads its patch mining weights by way of the index, even when there is one file only.
     writer = ShardWriter(output, always_index=True)
     unknown = []
-    for file in find_files(model_dir):
+    for file in weight_files(model_dir):
         for name, tensor in read_file(file).items():
             target = names.to_original(name)
             if target is None:

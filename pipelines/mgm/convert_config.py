@@ -15,7 +15,7 @@ from transformers import CONFIG_MAPPING
 from pipelines.errors import UserError
 from pipelines.mgm.configuration import MGMConfig
 from pipelines.mgm.modeling import MGMForConditionalGeneration
-from pipelines.mgm.tensorfiles import read_json
+from pipelines.modelfiles import read_object
 
 # The original's model types (and those from before it was renamed) and the language models behind them.
 TEXT_TYPES = {
@@ -97,7 +97,7 @@ def build_text_config(original: dict[str, Any], text_type: str) -> dict[str, Any
 def clip_config(shapes: Shapes, clip_dir: Path | None) -> dict[str, Any]:
     """From the CLIP directory; without one, from the tensors if they are shaped like an OpenAI CLIP."""
     if clip_dir is not None:
-        config = read_json(clip_dir / "config.json")
+        config = read_object(clip_dir / "config.json")
         config = config.get("vision_config", config)
         return {key: value for key, value in config.items() if key not in ("architectures", "dtype", "torch_dtype")}
     embeddings = "model.vision_tower.embeddings."

@@ -16,7 +16,8 @@ from pipelines.mgm import names
 from pipelines.mgm.adapter import write_adapter
 from pipelines.mgm.configuration import MGMConfig
 from pipelines.mgm.convert_config import Shapes, expected_shapes
-from pipelines.mgm.tensorfiles import read_file, read_json
+from pipelines.mgm.tensorfiles import read_file
+from pipelines.modelfiles import read_object
 
 _PEFT_PREFIX = "base_model.model."
 _TOWERS = ("model.vision_tower.", "model.vision_tower_aux.")
@@ -39,7 +40,7 @@ def convert_lora(adapter: str | Path, model: str | Path, output: str | Path) -> 
 
     adapter, output = Path(adapter), Path(output)
     shapes = expected_shapes(MGMConfig.from_pretrained(model))
-    saved = read_json(adapter / "adapter_config.json")
+    saved = read_object(adapter / "adapter_config.json")
     if saved.get("peft_type") != "LORA":
         raise UserError(f"{adapter / 'adapter_config.json'}: peft_type {saved.get('peft_type')!r}, only LORA is known")
     lora = _renamed(_existing(adapter, "adapter_model"))

@@ -21,7 +21,8 @@ from pipelines.mgm.convert_config import expected_shapes
 from pipelines.mgm.image_processing import MGMImageProcessor
 from pipelines.mgm.processing import MGMProcessor
 from pipelines.mgm.templates import template_for
-from pipelines.mgm.tensorfiles import ShardWriter, find_files, read_file, read_json
+from pipelines.mgm.tensorfiles import ShardWriter, read_file
+from pipelines.modelfiles import read_object, weight_files
 
 ORIGINAL_DIR = "original"
 """Inside a model directory: files that the way back needs and nobody else."""
@@ -49,7 +50,7 @@ def rename_tensors(
     buffers: dict[str, torch.Tensor] = {}
     unknown: list[str] = []
     embedding = head = None
-    for file in find_files(checkpoint):
+    for file in weight_files(checkpoint):
         for name, tensor in read_file(file).items():
             target = names.to_hf(name)
             if names.is_buffer(name):
@@ -75,7 +76,7 @@ def add_tower(
     if directory is None:
         raise UserError(f"the checkpoint has no {tower} tensors: give that tower's directory as {option}")
     unknown, found = [], 0
-    for file in find_files(directory):
+    for file in weight_files(directory):
         for name, tensor in read_file(file).items():
             target = rename(name)
             if target is None:
@@ -129,7 +130,7 @@ def write_processor(config: MGMConfig, checkpoint: Path, clip_dir: Path | None, 
     pixels: dict[str, Any] = {}
     for directory in (clip_dir, checkpoint):
         if directory is not None and (directory / "preprocessor_config.json").exists():
-            saved = read_json(directory / "preprocessor_config.json")
+            saved = read_object(directory / "preprocessor_config.json")
             pixels |= {key: saved[key] for key in ("image_mean", "image_std") if key in saved}
     pixels["do_pad"] = (config.original_config or {}).get("image_aspect_ratio", "pad") == "pad"
     if not any((checkpoint / name).exists() for name in TOKENIZER_FILES):

@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 from pipelines.errors import UserError
-from pipelines.mgm.tensorfiles import read_json
+from pipelines.modelfiles import read_object
 
 # These import nothing of captune but each other, by relative imports.
 _FILES = ["configuration.py", "image_processing.py", "modeling.py", "processing.py", "templates.py", "vision.py"]
@@ -32,7 +32,7 @@ def add_remote_code(model_dir: str | Path) -> None:
         UserError: not a saved MGM model.
     """
     model_dir = Path(model_dir)
-    if read_json(model_dir / "config.json").get("model_type") != "mgm":
+    if read_object(model_dir / "config.json").get("model_type") != "mgm":
         raise UserError(f"{model_dir / 'config.json'}: not an MGM model")
     for name in _FILES:
         shutil.copyfile(Path(__file__).parent / name, model_dir / name)
@@ -43,7 +43,7 @@ def add_remote_code(model_dir: str | Path) -> None:
 
 
 def _add_map(path: Path, classes: dict[str, str]) -> None:
-    config = read_json(path)
+    config = read_object(path)
     if path.name == "tokenizer_config.json":  # here `auto_map` means tokenizers, and there is no custom one
         classes = {key: value for key, value in classes.items() if key == "AutoProcessor"}
     config["auto_map"] = config.get("auto_map", {}) | classes

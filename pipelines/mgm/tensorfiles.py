@@ -14,39 +14,6 @@ from safetensors.torch import save_file
 
 from pipelines.errors import UserError
 
-# In the order in which transformers prefers them.
-_WHOLE = ["model.safetensors", "pytorch_model.bin", "open_clip_model.safetensors", "open_clip_pytorch_model.bin"]
-_INDEXES = ["model.safetensors.index.json", "pytorch_model.bin.index.json"]
-
-
-def read_json(path: Path) -> dict:
-    """A JSON object from a file, or a `UserError` that names it."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not JSON ({error})") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: a JSON object is expected, not {type(value).__name__}")
-    return value
-
-
-def find_files(directory: Path) -> list[Path]:
-    """The tensor files of a model directory, by its index or by the usual names."""
-    for name in _WHOLE[:1] + _INDEXES + _WHOLE[1:]:
-        path = directory / name
-        if not path.exists():
-            continue
-        if not name.endswith(".json"):
-            return [path]
-        files = [directory / shard for shard in sorted(set(read_json(path).get("weight_map", {}).values()))]
-        if missing := [file.name for file in files if not file.exists()]:
-            raise UserError(f"{path}: names files that are not there: {', '.join(missing)}")
-        if files:
-            return files
-    raise UserError(f"{directory}: no tensor files ({', '.join(_WHOLE + _INDEXES)})")
-
 
 def read_file(path: Path) -> dict[str, torch.Tensor]:
     """All tensors of a safetensors file or of a pickled state dict (read with `weights_only=True`)."""

@@ -10,6 +10,7 @@ from typing import Any
 
 from pipelines.errors import UserError, WorkFailed
 from pipelines.manifest import identity, open_stage
+from pipelines.modelfiles import model_identity
 from pipelines.progress import Progress, say
 from pipelines.train.config import TrainConfig
 
@@ -53,7 +54,7 @@ def run(
     settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in _NOT_RESULT}
     identities = {phase: identity(path) for phase, path in data.items()}
     stage = open_stage(
-        output, "train", {"config": settings, "model": identity(model), "data": identities}, restart=restart
+        output, "train", {"config": settings, "model": model_identity(model), "data": identities}, restart=restart
     )
     if stage.complete:
         return stage.manifest

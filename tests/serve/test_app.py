@@ -14,6 +14,7 @@ import pytest
 from pipelines.errors import UserError
 from pipelines.evaluate.config import EvaluateConfig
 from pipelines.evaluate.stage import run, score
+from pipelines.modelfiles import model_identity
 from serve.config import ServeConfig
 
 pytestmark = pytest.mark.heavy
@@ -45,6 +46,16 @@ def test_models_and_health(http: httpx.Client) -> None:
     assert http.get("/health").status_code == http.get("/healthz").status_code == 200
     listed = http.get("/v1/models").json()
     assert listed["object"] == "list" and [model["id"] for model in listed["data"]] == ["captune"]
+
+
+def test_the_service_says_which_model_answers(
+    http: httpx.Client, tiny_model: Path, chat_body: Callable[..., dict[str, Any]]
+) -> None:
+    """An evaluation must be able to tell this directory from any other, before it asks and with every answer."""
+    identity = model_identity(tiny_model)
+    assert [model["identity"] for model in http.get("/v1/models").json()["data"]] == [identity]
+    answer = http.post("/v1/chat/completions", json=chat_body("What?", max_tokens=1)).json()
+    assert answer["system_fingerprint"] == identity
 
 
 def test_an_answer_has_openai_shape_and_true_token_counts(

@@ -13,7 +13,8 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForImage
 
 from pipelines.adapters.check import check_model
 from pipelines.mgm.names import PROJECTOR, TOWERS
-from pipelines.mgm.tensorfiles import find_files, read_file
+from pipelines.mgm.tensorfiles import read_file
+from pipelines.modelfiles import weight_files
 from ray_jobs import cli
 
 from .conftest import chat, noise_image
@@ -29,7 +30,7 @@ FAMILIES = {
 
 
 def tensors(directory: Path) -> Tensors:
-    return {name: tensor for file in find_files(directory) for name, tensor in read_file(file).items()}
+    return {name: tensor for file in weight_files(directory) for name, tensor in read_file(file).items()}
 
 
 @pytest.fixture(scope="session")

@@ -25,7 +25,8 @@ from pipelines.mgm.convert import convert_checkpoint, export_original
 from pipelines.mgm.modeling import MGMForConditionalGeneration
 from pipelines.mgm.names import from_openclip, to_hf, to_original
 from pipelines.mgm.processing import MGMProcessor
-from pipelines.mgm.tensorfiles import find_files, read_file
+from pipelines.mgm.tensorfiles import read_file
+from pipelines.modelfiles import weight_files
 from ray_jobs import cli
 
 from .conftest import chat, noise_image
@@ -43,7 +44,7 @@ def checkpoint(data: Path, tmp_path: Path) -> Path:
 
 
 def tensors(directory: Path) -> Tensors:
-    return {name: tensor for file in find_files(directory) for name, tensor in read_file(file).items()}
+    return {name: tensor for file in weight_files(directory) for name, tensor in read_file(file).items()}
 
 
 def same(first: Tensors, second: Tensors) -> None:
