@@ -10,14 +10,10 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from pipelines.caption.config import CaptionConfig
+from pipelines.caption.sizing import cpus_beside, cpus_wanted, most_actors
 from pipelines.errors import UserError
 from ray_jobs.recipe import Recipe
-
-FEEDER_CPUS = 4.0
-"""CPUs that read, decode and write beside one captioning GPU. One CPU decodes about 200 JPEGs of 640 x 480 a second, 80
-of 1024 x 768 (tests/bench/bench_decode.py), and a card captions some hundreds."""
-FILTER_CPUS = 1.0
-"""Ray Data's checkpoint filter, which a continued captioning pass runs beside everything else."""
 
 
 @dataclass(frozen=True)
@@ -43,9 +39,8 @@ class Demand:
 def demands(recipe: Recipe, serving: int) -> dict[str, Demand]:
     """Group -> demand. `serving` is the most replicas that the endpoint may scale to."""
     caption, train, serve = recipe.caption, recipe.train, recipe.serve
-    actors = max(caption.actors, caption.max_actors)
     return {
-        "caption": Demand("caption", actors, caption.cpus_per_actor, caption.gpus_per_actor),
+        "caption": Demand("caption", most_actors(caption), caption.cpus_per_actor, caption.gpus_per_actor),
         "train": Demand("train", train.workers, train.cpus_per_worker, float(train.use_gpu)),
         "serve": Demand("serve", max(serving, serve.replicas), serve.cpus_per_replica, serve.gpus_per_replica),
     }
@@ -107,15 +102,33 @@ def _per_pod(demand: Demand, pod: Pod) -> int:
 
 def _cpu_pods(wanted: dict[str, Demand], pod: Pod, recipe: Recipe) -> int:
     """Group cpu serves the hungriest of the stages, which come one after another."""
-    caption, train = wanted["caption"], wanted["train"]
-    feeders = FEEDER_CPUS * caption.count if caption.gpus else caption.count * caption.cpus
-    needs = [math.ceil((FILTER_CPUS + feeders) / pod.cpus)]
+    train = wanted["train"]
+    needs = [_caption_pods(wanted["caption"], pod, recipe.caption)]
     if train.gpus == 0:
         needs.append(pods(train, pod))
         _check_cache(recipe, train, pod)
     if wanted["serve"].gpus == 0:  # the replicas of an evaluation; those of the endpoint have a group of their own
         needs.append(pods(Demand("serve", recipe.serve.replicas, recipe.serve.cpus_per_replica, 0), pod))
     return max(needs)
+
+
+def _caption_pods(demand: Demand, pod: Pod, config: CaptionConfig) -> int:
+    """Pods of group cpu in which captioning runs every replica that the recipe asks for, or feeds those on GPUs."""
+    if demand.gpus:
+        return math.ceil(cpus_beside(config) / pod.cpus)
+    count = max(math.ceil(cpus_wanted(config) / pod.cpus - 1e-9), pods(demand, pod))
+    if demand.count > 1:
+        while _whole_cpus_left(demand, pod, count) < int(cpus_beside(config)):
+            count += 1  # a filter or a task of a whole CPU finds none in what replicas leave of two pods
+    return count
+
+
+def _whole_cpus_left(demand: Demand, pod: Pod, count: int) -> int:
+    """Whole CPUs that `count` pods have left once they hold a demand, packed as tightly as it goes."""
+    per_pod = _per_pod(demand, pod)
+    full, rest = divmod(demand.count, per_pod)
+    held = [per_pod] * full + [rest] + [0] * count
+    return sum(int(pod.cpus - replicas * demand.cpus + 1e-9) for replicas in held[:count])
 
 
 def _check_cache(recipe: Recipe, train: Demand, pod: Pod) -> None:
