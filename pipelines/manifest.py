@@ -216,15 +216,35 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def training_text(directory: Path) -> str:
-    """The column that the directory's own manifest names as training text; `recaption` after captune caption."""
-    if not (directory / MANIFEST).exists():
-        if (directory / CLAIM).exists():
-            raise UserError(
-                f"{directory}: its stage has not finished (there is no {MANIFEST}); run that stage again first"
-            )
-        return "caption"
-    manifest = read_json(directory / MANIFEST)
-    inputs = manifest.get("inputs", {})
-    named = manifest.get("text") or inputs.get("text") or inputs.get("config", {}).get("text")
-    return str(named) if named else ("recaption" if manifest.get("stage") == "caption" else "caption")
+def require_finished(directory: Path | str) -> None:
+    """Nothing when `directory` is a finished stage's output, or no stage's at all.
+
+    Raises:
+        UserError: a stage has begun there and has not ended.
+    """
+    directory = Path(directory)
+    if (directory / CLAIM).exists() and not (directory / MANIFEST).exists():
+        stage = read_json(directory / CLAIM)["stage"]
+        raise UserError(
+            f"{directory}: captune {stage} has not finished there (there is no {MANIFEST}); run it again first"
+        )
+
+
+def training_text(directory: Path | str) -> str:
+    """The column that trains, of a directory of sample records: the one that it was refined for, or the new captions
+    where there are any.
+
+    Raises:
+        UserError: its stage has not finished.
+    """
+    require_finished(directory)
+    directory = Path(directory)
+    manifest = read_json(directory / MANIFEST) if (directory / MANIFEST).exists() else {}
+    if "text" in manifest:
+        return str(manifest["text"])
+    if manifest.get("stage") == "caption":
+        return "recaption"
+    from pipelines.records import read_shards
+
+    recaptions = read_shards(directory, columns=["recaption"])["recaption"]
+    return "recaption" if recaptions.null_count < len(recaptions) else "caption"

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TypedDict
 
 from pipelines.errors import UserError
 from pipelines.files import replacing
+from pipelines.storage import AnyPath, files_in
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -136,6 +137,30 @@ def read_shards(directory: Path | str, columns: Iterable[str] | None = None) -> 
             raise UserError(f"{path}: not a readable Parquet shard of sample records ({error})") from error
     table = pa.concat_tables(tables, promote_options="permissive")
     return table.sort_by("sample_id") if "sample_id" in wanted else table
+
+
+def holds_records(path: AnyPath) -> bool:
+    """Whether `path` is a shard of sample records or a folder of them, as against anybody's Parquet.
+
+    Raises:
+        UserError: a file that is named like Parquet and is none.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    file = next((file for file in files_in(path, "*.parquet") if file.suffix == ".parquet"), None)
+    if file is None:
+        return False
+    try:
+        names = pq.read_schema(file if isinstance(file, Path) else file.open()).names
+    except (pa.ArrowInvalid, OSError) as error:
+        raise UserError(f"{file}: not a readable Parquet file ({error})") from error
+    return is_record(names)
+
+
+def is_record(names: Iterable[str]) -> bool:
+    """Whether these columns are a sample record's."""
+    return {"sample_id", "image", "image_uri", "caption", "meta"} <= set(names)
 
 
 def shard_paths(directory: Path | str) -> list[Path]:

@@ -18,7 +18,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from pipelines.adapters import probe
 from pipelines.adapters.config import MergeConfig
 from pipelines.errors import UserError, WorkFailed
-from pipelines.manifest import CLAIM, MANIFEST, identity, open_stage
+from pipelines.manifest import identity, open_stage, require_finished
 from pipelines.mgm.adapter import WEIGHTS, has_lora, read_non_lora, read_weights, towers_trained
 from pipelines.mgm.load import load_base, load_processor, quiet
 from pipelines.mgm.names import TOWERS
@@ -39,10 +39,7 @@ def run(
         WorkFailed: the merged model differs from base + adapter; nothing was written.
     """
     model, adapter, output = Path(model).resolve(), Path(adapter).resolve(), Path(output).resolve()
-    if (adapter / CLAIM).exists() and not (adapter / MANIFEST).exists():
-        raise UserError(
-            f"{adapter}: its training has not finished (there is no {MANIFEST}); run captune train again first"
-        )
+    require_finished(adapter)
     has_lora(adapter)
     inputs = {"config": dataclasses.asdict(config), "model": model_identity(model), "adapter": identity(adapter)}
     stage = open_stage(output, "merge", inputs, restart=restart)

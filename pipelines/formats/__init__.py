@@ -14,6 +14,7 @@ from pathlib import Path
 
 from pipelines.errors import UserError
 from pipelines.formats.rows import Row, error_kind, to_record
+from pipelines.manifest import require_finished
 from pipelines.storage import SCHEMES, AnyPath, RemotePath, expand, files_in, is_glob, is_remote
 
 __all__ = ["READABLE", "Dataset", "Row", "error_kind", "open_dataset", "to_record"]
@@ -29,7 +30,6 @@ _BY_SUFFIX = {
     ".parquet": "parquet",
     ".tar": "webdataset",
 }
-_MARKERS = (".stage.json", "MANIFEST.json")
 
 
 @dataclass(frozen=True)
@@ -126,8 +126,8 @@ def _format_of_file(path: AnyPath) -> str:
 def _open_folder(path: AnyPath) -> Dataset:
     from pipelines.formats.imagefolder import METADATA, has_pictures
 
-    if (path / _MARKERS[0]).exists() and not (path / _MARKERS[1]).exists():
-        raise UserError(f"{path}: a captune stage writes or wrote here and is not finished; run that stage again first")
+    if isinstance(path, Path):
+        require_finished(path)
     for suffix in (".parquet", ".tar"):
         if any(path.glob(f"*{suffix}")):
             return Dataset(path, _BY_SUFFIX[suffix])

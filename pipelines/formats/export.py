@@ -11,8 +11,8 @@ from typing import Any
 from pipelines.errors import UserError
 from pipelines.formats import datajuicer, llava, parquet, webdataset
 from pipelines.images import BadImage, read_bytes
-from pipelines.manifest import CLAIM, MANIFEST, read_json
-from pipelines.records import Record, shard_paths
+from pipelines.manifest import require_finished, training_text
+from pipelines.records import Record, is_record, shard_paths
 
 FORMATS = ("datajuicer", "llava", "webdataset", "parquet")
 _MAGIC = (
@@ -33,8 +33,7 @@ def export(input_dir: Path | str, output_file: Path | str, format: str, text: st
 
     Args:
         format: datajuicer, llava, webdataset or parquet.
-        text: column that becomes the text: `caption`, `recaption`, or `auto`: what the stage's manifest says it was
-            refined for, else the recaption where there is one.
+        text: column that becomes the text: `caption`, `recaption`, or `auto`, the one that trains (`training_text`).
 
     Returns:
         `{"rows_in", "written", "left_out", "text", "output"}`.
@@ -47,10 +46,9 @@ def export(input_dir: Path | str, output_file: Path | str, format: str, text: st
         raise UserError(f"--format must be one of {', '.join(FORMATS)}, not '{format}'")
     if text not in ("auto", "caption", "recaption"):
         raise UserError(f"--text must be auto, caption or recaption, not '{text}'")
-    if (input_dir / CLAIM).exists() and not (input_dir / MANIFEST).exists():
-        raise UserError(f"{input_dir}: this stage is not finished; run it again first")
+    require_finished(input_dir)
     if text == "auto":
-        text = _refined_text(input_dir)
+        text = training_text(input_dir)
     total = sum(1 for _ in _records(input_dir))
     output_file.parent.mkdir(parents=True, exist_ok=True)
     part = output_file.with_name(output_file.name + ".part")
@@ -66,14 +64,6 @@ def export(input_dir: Path | str, output_file: Path | str, format: str, text: st
     return {"rows_in": total, "written": written, "left_out": total - written, "text": text, "output": str(output_file)}
 
 
-def _refined_text(input_dir: Path) -> str:
-    if not (input_dir / MANIFEST).exists():
-        return "auto"
-    manifest = read_json(input_dir / MANIFEST)
-    chosen = manifest.get("text") or manifest.get("inputs", {}).get("config", {}).get("text")
-    return chosen if chosen in ("caption", "recaption") else "auto"
-
-
 def _records(input_dir: Path) -> Iterator[Record]:
     """Shard by shard, so that a dataset larger than memory can be exported."""
     for path in shard_paths(input_dir):
@@ -87,7 +77,7 @@ def _read_shard(path: Path) -> Any:
     import pyarrow.parquet as pq
 
     table = pq.read_table(path)
-    if not {"sample_id", "image", "image_uri", "caption", "error", "keep"} <= set(table.column_names):
+    if not is_record(table.column_names):
         raise UserError(f"{path}: not a shard of sample records")
     return table
 
@@ -97,10 +87,9 @@ def _usable(record: Record) -> bool:
 
 
 def _sample(record: Record, text: str) -> dict[str, Any]:
-    caption = record["recaption"] or record["caption"] if text == "auto" else record[text]  # type: ignore[literal-required]
     return {
         "sample_id": record["sample_id"],
-        "caption": caption or "",
+        "caption": record[text] or "",  # type: ignore[literal-required]
         "meta": json.loads(record["meta"] or "{}"),
         "stats": json.loads(record["stats"] or "{}"),
     }

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipelines.errors import UserError
 from pipelines.formats.rows import Row, bad_row, with_image_path
-from pipelines.records import COLUMNS, Record, write_shard
+from pipelines.records import COLUMNS, Record, is_record, write_shard
 from pipelines.storage import AnyPath, files_in
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def rows(path: AnyPath) -> Iterator[Row]:
     for file in files_in(path, "*.parquet"):
         number = 0
         shard = _open(file)
-        captune = {"sample_id", "image", "image_uri", "caption", "meta"} <= set(shard.schema_arrow.names)
+        captune = is_record(shard.schema_arrow.names)
         image, text = ("", "") if captune else _columns(shard, file)
         try:
             for batch in shard.iter_batches(batch_size=_BATCH):

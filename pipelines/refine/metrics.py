@@ -11,8 +11,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipelines.errors import UserError
-from pipelines.manifest import MANIFEST, read_json
+from pipelines.manifest import MANIFEST, read_json, require_finished, training_text
+from pipelines.records import holds_records, read_shards
 from pipelines.text import mattr, words_of
 
 MATTR_WINDOW = 500
@@ -84,45 +84,31 @@ def repetition(texts: Sequence[str]) -> tuple[list[float], list[float]]:
 def stats(input: Path | str) -> dict[str, Any]:
     """Metrics of a dataset: those of its training text at the top, those of every text column under `columns`.
 
-    The training text of a refined dataset is the column that its manifest names; of captioned records the `recaption`;
-    of any other dataset the caption as found.
+    The training text of records is what `manifest.training_text` says, of any other dataset the caption as found.
 
     Raises:
-        UserError: nothing readable at `input`.
+        UserError: nothing readable at `input`, or a stage that has not finished.
     """
     directory = Path(input)
-    is_records = _holds_records(directory)
-    columns = dict(_record_texts(directory)) if is_records else {"caption": _dataset_texts(input)}
+    require_finished(directory)
+    is_records = directory.is_dir() and holds_records(directory)
+    text = training_text(directory) if is_records else "caption"
+    columns = dict(_record_texts(directory, text)) if is_records else {"caption": _dataset_texts(input)}
     metrics = {name: text_metrics(texts) for name, texts in columns.items()}
-    text = "recaption" if "recaption" in metrics else "caption"
     result: dict[str, Any] = {}
     if is_records and (directory / MANIFEST).exists():
         manifest = read_json(directory / MANIFEST)
-        text = manifest.get("inputs", {}).get("text", text)
         result = {key: manifest[key] for key in ("rows_in", "kept", "rejected", "retention") if key in manifest}
     return {"input": str(input), "text": text, **metrics[text], **result, "columns": metrics}
 
 
-def _holds_records(directory: Path) -> bool:
-    """Captune's own shards, as against anybody's folder of Parquet files."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    for path in sorted(directory.glob("*.parquet")):
-        try:
-            return "sample_id" in pq.read_schema(path).names
-        except (pa.ArrowInvalid, OSError) as error:
-            raise UserError(f"{path}: not a readable Parquet file ({error})") from error
-    return False
-
-
-def _record_texts(directory: Path) -> Iterator[tuple[str, list[str]]]:
-    """Text columns of a record directory that hold anything; a row without a text counts as one without words."""
-    from pipelines.records import read_shards
-
+def _record_texts(directory: Path, training: str) -> Iterator[tuple[str, list[str]]]:
+    """Caption, training text, and any other text column that holds something; a row without a text counts as one
+    without words.
+    """
     table = read_shards(directory, columns=["sample_id", "caption", "recaption"])
     for name in ("caption", "recaption"):
-        if name == "caption" or table[name].null_count < table.num_rows:
+        if name in ("caption", training) or table[name].null_count < table.num_rows:
             yield name, [text or "" for text in table[name].to_pylist()]
 
 

@@ -14,9 +14,9 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipelines.errors import UserError, WorkFailed
+from pipelines.errors import WorkFailed
 from pipelines.formats import error_kind
-from pipelines.manifest import CLAIM, MANIFEST, identity, open_stage, write_json
+from pipelines.manifest import MANIFEST, identity, open_stage, require_finished, write_json
 from pipelines.progress import say
 from pipelines.records import Record, read_shards, shard_paths, write_shard
 from pipelines.refine.apply import Outcome
@@ -58,8 +58,7 @@ def run(
     input, output = Path(input), Path(output)
     process = read_recipe(config.recipe) if config.recipe else []
     inputs = {"input": identity(input), "text": config.text, "process": process}
-    if (input / CLAIM).exists() and not (input / MANIFEST).exists():
-        raise UserError(f"{input}: the stage that writes these records has not finished; run it again first")
+    require_finished(input)
     shards = shard_paths(input)
     if (output / MANIFEST).exists() and not restart:
         return open_stage(output, "refine", inputs).manifest  # complete, or refused as another run's

@@ -7,6 +7,7 @@ from typing import Any
 
 from markupsafe import Markup
 
+from pipelines.manifest import training_text
 from pipelines.report import charts, numbers
 from pipelines.rundir import Run, Stage
 
@@ -38,8 +39,8 @@ class ArmData:
 
     @property
     def text(self) -> str:
-        """The column that trains."""
-        return str(self.metrics.get("text") or "")
+        """The column that trains; empty until refining has finished."""
+        return training_text(self.stage.directory) if self.stage.state == "done" else ""
 
 
 def arms(run: Run, styles: dict[str, int]) -> list[ArmData]:

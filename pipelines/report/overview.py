@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pipelines.manifest import training_text
 from pipelines.report import numbers
 from pipelines.report.answer import BENCHMARKS
 from pipelines.rundir import Run, Stage, Walk
@@ -132,7 +133,7 @@ def _refine(stage: Stage) -> Card:
     manifest = stage.manifest
     facts = []
     if manifest:
-        text = {"caption": "captions as found", "recaption": "new captions"}.get(manifest["text"], manifest["text"])
+        text = {"caption": "captions as found", "recaption": "new captions"}[training_text(stage.directory)]
         operators = len(stage.inputs.get("process") or [])
         facts = [
             f"of {manifest['rows_in']:,} ({numbers.percent_text(manifest['retention'])})",

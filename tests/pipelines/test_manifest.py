@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from pipelines.errors import UserError
-from pipelines.manifest import identity, open_stage, read_json, write_json
+from pipelines.manifest import identity, open_stage, read_json, require_finished, training_text, write_json
+from pipelines.records import new_record, write_shard
 
 
 @dataclass
@@ -61,3 +62,32 @@ def test_identity_and_json(tmp_path: Path) -> None:
     (tmp_path / "bad.json").write_text("{")
     with pytest.raises(UserError, match=r"bad\.json: not valid JSON"):
         read_json(tmp_path / "bad.json")
+
+
+def test_a_stage_that_has_not_ended_is_refused_by_its_name(tmp_path: Path) -> None:
+    """What no stage wrote is nobody's to refuse."""
+    require_finished(tmp_path / "gone")
+    require_finished(tmp_path)
+    stage = open_stage(tmp_path / "out", "refine", {})
+    for asked in (require_finished, training_text):
+        with pytest.raises(UserError, match=r"out: captune refine has not finished"):
+            asked(tmp_path / "out")
+    stage.finish()
+    require_finished(tmp_path / "out")
+
+
+def test_which_text_trains(tmp_path: Path) -> None:
+    """The column a dataset was refined for; the new captions of `captune caption`; without a manifest, those that are
+    there.
+    """
+    for text in ("caption", "recaption"):
+        open_stage(tmp_path / text, "refine", {}).finish(text=text)
+        assert training_text(tmp_path / text) == text
+    open_stage(tmp_path / "captions", "caption", {}).finish()
+    assert training_text(tmp_path / "captions") == "recaption"
+    record = new_record("as found", image=b"x")
+    write_shard(tmp_path / "bare" / "0.parquet", [record])
+    assert training_text(tmp_path / "bare") == "caption"
+    record["recaption"] = "new"
+    write_shard(tmp_path / "bare" / "1.parquet", [record])
+    assert training_text(tmp_path / "bare") == "recaption"

@@ -100,7 +100,7 @@ def write_dataset(directory: Path, rows: int = 12, *, broken: int = 0, in_record
     from pipelines.manifest import open_stage
     from pipelines.records import new_record, write_shard
 
-    stage = open_stage(directory, "refine", {"config": {"text": "recaption"}, "rows": rows})
+    stage = open_stage(directory, "refine", {"text": "recaption", "rows": rows})
     names = list(COLOURS)
     records = []
     for number in range(rows + broken):
@@ -115,7 +115,7 @@ def write_dataset(directory: Path, rows: int = 12, *, broken: int = 0, in_record
         records.append(record)
     write_shard(directory / "part-0.parquet", records[::2])
     write_shard(directory / "part-1.parquet", records[1::2])
-    stage.finish(rows_in=len(records), rows_out=len(records))
+    stage.finish(text="recaption", rows_in=len(records), kept=len(records))
     return directory
 
 

@@ -109,7 +109,7 @@ def test_adapters_of_another_model_are_refused(tiny: Any, model_dir: Path, adapt
     with pytest.raises(UserError, match="half an adapter"):
         merge.run(model_dir, broken, tmp_path / "merged", MergeConfig())
     (broken / ".stage.json").write_text("{}")
-    with pytest.raises(UserError, match="training has not finished"):
+    with pytest.raises(UserError, match="captune train has not finished"):
         merge.run(model_dir, broken, tmp_path / "merged", MergeConfig())
     with pytest.raises(UserError, match="not an adapter directory"):
         merge.run(model_dir, tmp_path, tmp_path / "merged", MergeConfig())

@@ -74,7 +74,7 @@ def test_export_is_asked_the_right_thing(records: Path, tmp_path: Path) -> None:
         export(records, tmp_path / "y", "llava", text="stats")
     (records / "MANIFEST.json").unlink()
     for refused in (lambda: export(records, tmp_path / "y", "llava"), lambda: open_dataset(records)):
-        with pytest.raises(UserError, match="not finished"):
+        with pytest.raises(UserError, match="captune caption has not finished"):
             refused()
 
 

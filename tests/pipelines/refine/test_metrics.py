@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from pipelines.errors import UserError
+from pipelines.manifest import open_stage
 from pipelines.records import new_record, write_shard
 from pipelines.refine import metrics
 
@@ -68,6 +69,16 @@ def test_stats_of_records_shows_every_text_column(tmp_path: Path) -> None:
     found = metrics.stats(tmp_path)
     assert found["text"] == "recaption" and found["words"] == 6
     assert found["columns"]["caption"]["words"] == 1
+
+
+def test_stats_of_a_stage_that_has_not_finished_is_refused(tmp_path: Path) -> None:
+    """Half of the captions would pass for all of them."""
+    stage = open_stage(tmp_path / "captions", "caption", {})
+    write_shard(tmp_path / "captions" / "shard-0.parquet", [new_record("image", image=b"x")])
+    with pytest.raises(UserError, match="captune caption has not finished"):
+        metrics.stats(tmp_path / "captions")
+    stage.finish()
+    assert metrics.stats(tmp_path / "captions")["text"] == "recaption"
 
 
 def test_stats_reads_any_dataset_and_counts_no_format_tokens(tmp_path: Path) -> None:
