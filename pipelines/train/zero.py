@@ -69,7 +69,7 @@ class ZeroEngine:
         try:
             import deepspeed
         except ImportError as error:
-            raise UserError(f"train.strategy zero{stage} needs DeepSpeed: install captune[zero] ({error})") from error
+            raise UserError(f"train.strategy zero{stage} needs DeepSpeed, which cannot be imported: {error}") from error
         logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
         if device.type == "cpu":
             build_cpu_operator()
