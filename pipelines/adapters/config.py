@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from pipelines.errors import UserError
 
@@ -24,3 +25,8 @@ class MergeConfig:
             raise UserError(f"merge.dtype must be auto, float32, bfloat16 or float16, not '{self.dtype}'")
         if self.tolerance <= 0:
             raise UserError("merge.tolerance must be positive")
+
+
+def decides(model: str, adapter: str, config: MergeConfig) -> dict[str, Any]:
+    """Everything that decides the merged model, by the identities of its parts."""
+    return {"config": asdict(config), "model": model, "adapter": adapter}

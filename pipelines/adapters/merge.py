@@ -6,7 +6,6 @@ compared with what it has to be. Otherwise nothing stays on disk.
 
 from __future__ import annotations
 
-import dataclasses
 import shutil
 from collections.abc import Collection
 from pathlib import Path
@@ -16,7 +15,7 @@ import torch
 from transformers.core_model_loading import revert_weight_conversion
 
 from pipelines.adapters import probe
-from pipelines.adapters.config import MergeConfig
+from pipelines.adapters.config import MergeConfig, decides
 from pipelines.errors import UserError, WorkFailed
 from pipelines.manifest import identity, open_stage, require_finished
 from pipelines.mgm.adapter import WEIGHTS, has_lora, read_non_lora, read_weights, towers_trained
@@ -41,8 +40,7 @@ def run(
     model, adapter, output = Path(model).resolve(), Path(adapter).resolve(), Path(output).resolve()
     require_finished(adapter)
     has_lora(adapter)
-    inputs = {"config": dataclasses.asdict(config), "model": model_identity(model), "adapter": identity(adapter)}
-    stage = open_stage(output, "merge", inputs, restart=restart)
+    stage = open_stage(output, "merge", decides(model_identity(model), identity(adapter), config), restart=restart)
     if stage.complete:
         return stage.manifest
     say(f"merge: {adapter} into {model}")

@@ -36,6 +36,8 @@ from pipelines.modelfiles import model_identity
 from pipelines.progress import say
 
 WORK = "_work"
+GROWS = ("input", "rows_per_shard")
+"""Keys of `inputs` that may change between two runs: the captions that are there stand."""
 
 
 def run(input: str, output: Path, config: CaptionConfig, *, restart: bool = False) -> dict[str, Any]:
@@ -57,25 +59,24 @@ def run(input: str, output: Path, config: CaptionConfig, *, restart: bool = Fals
     dataset = open_dataset(input)
     model = checkpoint.resolve(config.model)
     checkpoint.check(model, config.prompt, config.max_new_tokens)
-    decides = {"model": model_identity(model), **config.decides()}
-    contents = dataset.identity()
-    stage = open_stage(
-        output,
-        "caption",
-        {**decides, "input": contents, "rows_per_shard": config.rows_per_shard},
-        restart=restart,
-        grows=("input", "rows_per_shard"),
-    )
+    wanted = inputs(dataset, model, config)
+    stage = open_stage(output, "caption", wanted, restart=restart, grows=GROWS)
     work = stage.directory / WORK
     if stage.complete:
         shutil.rmtree(work, ignore_errors=True)  # a kill between the manifest and the clean-up
         say(f"caption: {output} is complete already ({stage.manifest['rows_out']} rows)")
         return stage.manifest
-    results = Results(work, fingerprint(decides))
+    results = Results(work, fingerprint({key: value for key, value in wanted.items() if key not in GROWS}))
     with _naming_full_disks(output):
         if stage.grown:
             _take_over(stage, results)
-        return _caption(dataset, work / f"index-{contents}", results, model, config, stage)
+        return _caption(dataset, work / f"index-{wanted['input']}", results, model, config, stage)
+
+
+def inputs(dataset: Dataset, model: Path, config: CaptionConfig) -> dict[str, Any]:
+    """Everything that decides the captions of a dataset."""
+    decides = {"model": model_identity(model), **config.decides()}
+    return {**decides, "input": dataset.identity(), "rows_per_shard": config.rows_per_shard}
 
 
 def _caption(

@@ -47,16 +47,10 @@ def run(
         WorkFailed: the endpoint went away, or answered no question at all.
     """
     benchmark = open_benchmark(config.benchmark)
-    questions = _questions(benchmark, config)
-    images = _images(benchmark, config, questions)
-    inputs = {
-        "annotations": identity(config.annotations),
-        "ocr": identity(config.ocr) if config.ocr and config.ocr_tokens else None,
-        "images": _digest(images),
-        "model": model_identity,
-        **{key: value for key, value in asdict(config).items() if key not in _NOT_RESULTS},
-    }
-    stage = open_stage(output, "evaluate", inputs, restart=restart)
+    questions = read_questions(config)
+    images = find_images(config, questions)
+    wanted = inputs(config, images, model_identity)
+    stage = open_stage(output, "evaluate", wanted, restart=restart)
     if stage.complete:
         return stage.manifest
     with nullcontext(endpoint) if isinstance(endpoint, str) else endpoint() as base:
@@ -65,7 +59,7 @@ def run(
         **_score(benchmark, config.benchmark, questions, predictions),
         "ocr_tokens": config.ocr_tokens,
         "max_new_tokens": config.max_new_tokens,
-        "annotations": {"path": str(Path(config.annotations).resolve()), "identity": inputs["annotations"]},
+        "annotations": {"path": str(Path(config.annotations).resolve()), "identity": wanted["annotations"]},
         "images": str(Path(config.images).resolve()),
         "model": model_identity,
         "questions_per_second": round(asked / seconds, 3) if asked else None,
@@ -74,6 +68,17 @@ def run(
     write_json(stage.directory / SCORES, scores)
     keys = ("benchmark", "accuracy", "count", "errors", "ocr_tokens", "questions_per_second")
     return stage.finish(rows_in=len(questions), rows_out=len(predictions), **{key: scores[key] for key in keys})
+
+
+def inputs(config: EvaluateConfig, images: dict[str, Path], model_identity: str) -> dict[str, Any]:
+    """Everything that decides answers and scores."""
+    return {
+        "annotations": identity(config.annotations),
+        "ocr": identity(config.ocr) if config.ocr and config.ocr_tokens else None,
+        "images": _digest(images),
+        "model": model_identity,
+        **{key: value for key, value in asdict(config).items() if key not in _NOT_RESULTS},
+    }
 
 
 def score(benchmark: str, annotations: Path | str, predictions: Path | str) -> dict[str, Any]:
@@ -131,7 +136,13 @@ def _score(
     }
 
 
-def _questions(benchmark: ModuleType, config: EvaluateConfig) -> list[Question]:
+def read_questions(config: EvaluateConfig) -> list[Question]:
+    """The questions that the benchmark asks, at most `config.limit`.
+
+    Raises:
+        UserError: no such benchmark, or annotations that cannot be asked and scored.
+    """
+    benchmark = open_benchmark(config.benchmark)
     if not config.annotations:
         raise UserError("evaluate.annotations: name the benchmark's annotation file")
     questions: list[Question] = benchmark.load(config.annotations, ocr_tokens=config.ocr_tokens, ocr=config.ocr or None)
@@ -143,12 +154,13 @@ def _questions(benchmark: ModuleType, config: EvaluateConfig) -> list[Question]:
     return questions[: config.limit]
 
 
-def _images(benchmark: ModuleType, config: EvaluateConfig, questions: Sequence[Question]) -> dict[str, Path]:
+def find_images(config: EvaluateConfig, questions: Sequence[Question]) -> dict[str, Path]:
     """Picture of every question. A missing one is refused up front: a score without it would look like the model's
     fault.
     """
     if not Path(config.images).is_dir() or not config.images:
         raise UserError(f"evaluate.images: '{config.images}' is no directory")
+    benchmark = open_benchmark(config.benchmark)
     found = {question.id: benchmark.image_path(Path(config.images), question.image_id) for question in questions}
     missing = sorted({path.name for path in found.values() if not path.is_file()})
     if missing:

@@ -57,15 +57,15 @@ def run(
     """
     input, output = Path(input), Path(output)
     process = read_recipe(config.recipe) if config.recipe else []
-    inputs = {"input": identity(input), "text": config.text, "process": process}
+    wanted = inputs(identity(input), process, config)
     require_finished(input)
     shards = shard_paths(input)
     if (output / MANIFEST).exists() and not restart:
-        return open_stage(output, "refine", inputs).manifest  # complete, or refused as another run's
+        return open_stage(output, "refine", wanted).manifest  # complete, or refused as another run's
     # Before the directory is claimed: a recipe or a shard that is broken must not leave a claim behind.
     operators = build(process)
     table = read_shards(input, columns=["sample_id", "caption", "recaption", "error", "meta"])
-    stage = open_stage(output, "refine", inputs, restart=restart)
+    stage = open_stage(output, "refine", wanted, restart=restart)
     _remove_leftovers(output)
 
     what = f"refine {arm}".strip()
@@ -86,6 +86,11 @@ def run(
     }
     write_json(output / "metrics.json", {**facts, **_metrics(table, outcomes, operators, what)})
     return stage.finish(**facts)
+
+
+def inputs(records: str, process: Process, config: RefineConfig) -> dict[str, Any]:
+    """Everything that decides what is kept; `records` is the identity of the directory that is refined."""
+    return {"input": records, "text": config.text, "process": process}
 
 
 def _remove_leftovers(output: Path) -> None:

@@ -48,14 +48,11 @@ def run(
         WorkFailed: training itself failed.
     """
     input, model, output = Path(input).resolve(), Path(model).resolve(), Path(output).resolve()
-    data = _phases(input, config)
+    data = phases(input, config)
     if not (model / "config.json").exists():
         raise UserError(f"{model}: not a model directory (it has no config.json)")
-    settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in _NOT_RESULT}
-    identities = {phase: identity(path) for phase, path in data.items()}
-    stage = open_stage(
-        output, "train", {"config": settings, "model": model_identity(model), "data": identities}, restart=restart
-    )
+    wanted = inputs(model_identity(model), {phase: identity(path) for phase, path in data.items()}, config)
+    stage = open_stage(output, "train", wanted, restart=restart)
     if stage.complete:
         return stage.manifest
     what = f"train {arm}".strip()
@@ -77,7 +74,13 @@ def run(
     )
 
 
-def _phases(input: Path, config: TrainConfig) -> dict[str, str]:
+def inputs(model: str, data: dict[str, str], config: TrainConfig) -> dict[str, Any]:
+    """Everything that decides the adapter, with the identities of the model and of each phase's data."""
+    settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in _NOT_RESULT}
+    return {"config": settings, "model": model, "data": data}
+
+
+def phases(input: Path, config: TrainConfig) -> dict[str, str]:
     """Phase -> its data, for the phases that have steps."""
     data = {}
     if config.align.steps > 0:
