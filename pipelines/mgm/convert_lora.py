@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -45,18 +46,57 @@ def convert_lora(adapter: str | Path, model: str | Path, output: str | Path) -> 
         raise UserError(f"{adapter / 'adapter_config.json'}: peft_type {saved.get('peft_type')!r}, only LORA is known")
     lora = _renamed(_existing(adapter, "adapter_model"))
     other = _renamed(_existing(adapter, "non_lora_trainables"))
-    _check(adapter, lora, other, shapes, rank=saved["r"])
     modules = {name.split(".lora_")[0] for name in lora}
+    ranks = dict.fromkeys(modules, saved["r"]) | _pattern_by_module(saved.get("rank_pattern") or {}, modules)
+    _refuse_switches(adapter / "adapter_config.json", saved)
+    _check(adapter, lora, other, shapes, ranks)
     config = LoraConfig(
         r=saved["r"],
         lora_alpha=saved["lora_alpha"],
         lora_dropout=saved.get("lora_dropout", 0.0),
+        use_rslora=bool(saved.get("use_rslora", False)),
+        alpha_pattern=_pattern_by_module(saved.get("alpha_pattern") or {}, modules),
+        rank_pattern=_pattern_by_module(saved.get("rank_pattern") or {}, modules),
         bias="none",
         task_type="CAUSAL_LM",
         target_modules=_target_pattern(modules),
         base_model_name_or_path=str(model),
     )
     write_adapter(output, lora | other, config, towers=any(name.startswith(_TOWERS) for name in other))
+
+
+_CARRIED = {"r", "lora_alpha", "lora_dropout", "use_rslora", "alpha_pattern", "rank_pattern", "target_modules"}
+# Which say nothing about the numbers of a finished adapter, or something that is looked at elsewhere.
+_WITHOUT_EFFECT = {
+    "peft_type", "task_type", "base_model_name_or_path", "revision", "inference_mode", "auto_mapping", "peft_version",
+    "init_lora_weights", "modules_to_save", "runtime_config", "layers_to_transform", "layers_pattern",
+    "exclude_modules", "eva_config", "corda_config", "loftq_config", "ensure_weight_tying", "qalora_group_size",
+    "megatron_core",
+}  # fmt: skip
+
+
+def _refuse_switches(path: Path, saved: dict[str, Any]) -> None:
+    """A switch that changes what the tensors mean, and that is not carried over, must not be lost without a word."""
+    set_ones = {key: value for key, value in saved.items() if value not in (None, False, {}, [], "none", "")}
+    unknown = sorted(set_ones.keys() - _CARRIED - _WITHOUT_EFFECT)
+    if unknown:
+        raise UserError(
+            f"{path}: {unknown[0]} is {set_ones[unknown[0]]!r}, and what it means for the weights is not known here; "
+            f"carried over are {', '.join(sorted(_CARRIED))}"
+        )
+
+
+def _pattern_by_module(pattern: dict[str, int], modules: set[str]) -> dict[str, int]:
+    """A pattern over the original's names as one entry per module, which no other module's name can match."""
+    found: dict[str, int] = {}
+    for module in sorted(modules):
+        theirs = names.to_original(f"{module}.weight") or ""
+        for key, value in pattern.items():
+            # as PEFT matches them: the whole name, or its end behind a dot
+            if re.fullmatch(rf"(.*\.)?({key})", theirs.removesuffix(".weight")):
+                found[module] = value
+                break
+    return found
 
 
 def _existing(directory: Path, stem: str) -> dict[str, torch.Tensor]:
@@ -76,7 +116,7 @@ def _renamed(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def _check(
-    adapter: Path, lora: dict[str, torch.Tensor], other: dict[str, torch.Tensor], shapes: Shapes, rank: int
+    adapter: Path, lora: dict[str, torch.Tensor], other: dict[str, torch.Tensor], shapes: Shapes, ranks: dict[str, int]
 ) -> None:
     complaints = []
     for name, tensor in (lora | other).items():
@@ -89,6 +129,7 @@ def _check(
         else:
             expected = weight
             if match:
+                rank = ranks[match["module"]]
                 expected = (rank, weight[1]) if match["part"] == "lora_A" else (weight[0], rank)
             if tuple(tensor.shape) != expected:
                 complaints.append(f"{name}: {tuple(tensor.shape)} instead of {expected}")

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 Parts = tuple[torch.Tensor, torch.Tensor]
 _IMAGES_PER_CALL = 32
+_CALL_BYTES = 2 << 30
+"""Outputs of one call: on the way there are about five times as many bytes, which a card of 24 GB has room for."""
 
 
 @torch.no_grad()
@@ -46,6 +48,22 @@ def image_features(model: MGMModel, parts: Parts) -> torch.Tensor:
     tokens, normalized = parts
     mined = mine_normalized(model.uni_query(tokens), normalized, model.uni_key, model.uni_value)
     return model.multi_modal_projector(tokens + mined)
+
+
+def blank_outputs(model: MGMModel) -> Parts:
+    """`tower_outputs` of no image: one token that sees one position, all zeros; for batches that show none."""
+    width, width_aux = model.uni_query.proj.in_features, model.uni_value.proj.in_features
+    like = model.uni_query.proj.weight
+    return like.new_zeros((1, 1, width)), like.new_zeros((1, 1, 1, width_aux))
+
+
+def output_bytes(model: MGMModel, dtype: torch.dtype) -> int:
+    """Bytes of one image's `tower_outputs` in `dtype`, from the configuration alone."""
+    config = model.config
+    side = config.image_size_aux // config.vision_config_aux.patch_size
+    positions = (side // (config.image_grid * config.patches_per_side)) ** 2
+    numbers = config.vision_config.hidden_size + positions * sum(config.vision_config_aux.hidden_sizes)
+    return int(config.num_image_tokens * numbers * dtype.itemsize)
 
 
 class FeatureCache:
@@ -92,29 +110,37 @@ def fill(
     autocast: Any,
     progress: Progress | None = None,
 ) -> FeatureCache | None:
-    """Encode `images` (see `Loader.images`), or return None when their features would not fit into `limit_bytes`.
+    """Encode `images` (see `Loader.images`), or return None, before anything is computed, when their features would not
+    fit into `limit_bytes`.
 
-    The grouping into calls depends on `images` alone, so a restarted worker computes the very same bits.
+    The grouping into calls depends on `images` and the model alone, so a restarted worker computes the very same bits.
     """
-    device = next(model.parameters()).device
+    parameter = next(model.parameters())
+    device = parameter.device
+    with autocast():
+        cast = torch.is_autocast_enabled(device.type)
+        one = output_bytes(model, torch.get_autocast_dtype(device.type) if cast else parameter.dtype)
+    if one * len(images) > limit_bytes:
+        return None
     cache = FeatureCache(len(images))
-    for keys, pixels in prefetch(_groups(loader, images, cache), depth=2):
+    for keys, pixels in prefetch(_groups(loader, images, cache, _images_per_call(one)), depth=2):
         with autocast():
-            parts = tower_outputs(model, *normalize(pixels.to(device)))
-        if sum(part.nbytes for part in parts) // len(keys) * len(images) > limit_bytes:
-            return None
-        cache.add(keys, parts)
+            cache.add(keys, tower_outputs(model, *normalize(pixels.to(device))))
         if progress is not None:
             progress.update(len(keys))
     return cache
 
 
+def _images_per_call(image_bytes: int) -> int:
+    return max(1, min(_IMAGES_PER_CALL, _CALL_BYTES // image_bytes))
+
+
 def _groups(
-    loader: Loader, images: list[tuple[Any, Row]], cache: FeatureCache
+    loader: Loader, images: list[tuple[Any, Row]], cache: FeatureCache, size: int
 ) -> Iterator[tuple[list[Any], torch.Tensor]]:
-    for start in range(0, len(images), _IMAGES_PER_CALL):
+    for start in range(0, len(images), size):
         keys, pixels = [], []
-        for key, row in images[start : start + _IMAGES_PER_CALL]:
+        for key, row in images[start : start + size]:
             try:
                 pixels.append(loader.pixels(row))
                 keys.append(key)

@@ -24,7 +24,7 @@ from pipelines.mgm.modeling import MGMForConditionalGeneration
 from pipelines.mgm.names import LANGUAGE_MODEL, PROJECTOR, WITHOUT_EFFECT
 from pipelines.train.config import LoraSettings, PhaseConfig
 from pipelines.train.data import IGNORE, Batch
-from pipelines.train.features import image_features, tower_outputs
+from pipelines.train.features import blank_outputs, image_features, tower_outputs
 
 
 @dataclass
@@ -104,6 +104,11 @@ def lora_targets(model: nn.Module, pattern: str) -> list[str]:
             if name.startswith(LANGUAGE_MODEL) and isinstance(module, nn.Linear)
         )
         raise UserError(f"{key} matches no module; it must match full paths such as {example}")
+    modules = dict(model.named_modules())
+    other = [name for name in names if not isinstance(modules[name], nn.Linear)]
+    if other:
+        kind = type(modules[other[0]]).__name__
+        raise UserError(f"{key} matches {len(other)} module(s) that are no linear layer, e.g. {other[0]}, a {kind}")
     outside = [name for name in names if not name.startswith(LANGUAGE_MODEL)]
     if outside:
         raise UserError(f"{key} matches {len(outside)} module(s) outside of the language model, e.g. {outside[0]}")
@@ -136,27 +141,32 @@ class TrainForward(nn.Module):
 
     def forward(self, batch: Batch) -> torch.Tensor:
         """Cross-entropy summed over the batch's target tokens, in float32."""
-        features = None
         parts = batch.features
         if batch.pixels is not None:
             parts = tower_outputs(self.model.model, *self.normalize(batch.pixels))
-        if parts is not None:
-            if self.dtype is not None:
-                parts = (parts[0].to(self.dtype), parts[1].to(self.dtype))
-            features = image_features(self.model.model, parts)
+        shown = parts is not None
+        if parts is None:
+            parts = blank_outputs(self.model.model)
+        if self.dtype is not None:
+            parts = (parts[0].to(self.dtype), parts[1].to(self.dtype))
+        features = image_features(self.model.model, parts)
         labels = batch.labels[:, 1:]
         # Logits are the largest tensor of all (a vocabulary wide): only where some row has a target.
         wanted = (labels != IGNORE).any(0).nonzero().squeeze(-1)
         logits = self.model(
             input_ids=batch.input_ids,
             attention_mask=batch.attention_mask,
-            image_features=features,
+            image_features=features if shown else None,
             use_cache=False,
             logits_to_keep=wanted,
         ).logits
-        return F.cross_entropy(
+        loss = F.cross_entropy(
             logits.float().flatten(0, 1), labels[:, wanted].flatten(), ignore_index=IGNORE, reduction="sum"
         )
+        # What learns takes part in every micro-batch, where there is no image with a gradient of zero: ZeRO-3 and DDP
+        # count on every parameter, and would otherwise use what an earlier micro-batch left (the original's trainer
+        # feeds a blank image for the same reason).
+        return loss if shown else loss + 0.0 * features.float().sum()
 
 
 def autocast(device: torch.device, precision: str) -> Callable[[], contextlib.AbstractContextManager[Any]]:
@@ -204,11 +214,7 @@ def require_finite(loss: float, grad_norm: float) -> None:
 
 
 class TorchEngine:
-    """Single-process or DistributedDataParallel training with float32 master weights.
-
-    Args:
-        text_only_rows: some batch may hold no image, and then the projector gets no gradient (DDP must expect that).
-    """
+    """Single-process or DistributedDataParallel training with float32 master weights."""
 
     def __init__(
         self,
@@ -216,7 +222,6 @@ class TorchEngine:
         phase: PhaseConfig,
         precision: str,
         device: torch.device,
-        text_only_rows: bool = False,
     ) -> None:
         self.phase, self.device = phase, device
         self.autocast = autocast(device, precision)
@@ -229,7 +234,6 @@ class TorchEngine:
                 forward,
                 device_ids=[device] if device.type == "cuda" else None,
                 forward_sync_buffers=False,
-                find_unused_parameters=text_only_rows,
             )
 
     def step(self, batches: list[Batch], learning_rate: float) -> StepResult:

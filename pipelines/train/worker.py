@@ -163,7 +163,7 @@ class Run:
         )
         if self.state.step < phase.steps:
             self._cache_features(name, model, loader, self.state.position - self.state.step * share.per_step)
-        engine = self._engine(model, phase, any(row.image is None for row in rows.rows))
+        engine = self._engine(model, phase)
         if checkpoint is not None:
             engine.load(checkpoint)
         self.state.phases[name] = {
@@ -195,10 +195,10 @@ class Run:
         model.to(self.device)  # type: ignore[arg-type]
         return model
 
-    def _engine(self, model: Any, phase: PhaseConfig, text_only_rows: bool) -> Engine:
+    def _engine(self, model: Any, phase: PhaseConfig) -> Engine:
         forward = TrainForward(model, self.processor.image_processor.normalize)
         if self.config.strategy == "ddp":
-            return TorchEngine(forward, phase, self.config.precision, self.device, text_only_rows)
+            return TorchEngine(forward, phase, self.config.precision, self.device)
         from pipelines.train.zero import ZeroEngine
 
         return ZeroEngine(forward, int(self.config.strategy[-1]), phase, self.config.precision, self.device)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -61,6 +62,38 @@ def test_adapter_changes_the_model_as_lora_says(
     other = torch.load(adapter / "non_lora_trainables.bin", weights_only=True)
     assert torch.equal(merged.model.multi_modal_projector[0].bias, other[f"{PREFIX}mm_projector.0.bias"])
     assert torch.equal(merged.model.uni_query.proj.bias, other[f"{PREFIX}vlm_uni_query_projector.1.bias"])
+
+
+@pytest.mark.parametrize(
+    ("switches", "scale"),
+    [
+        ({"use_rslora": True}, ALPHA / RANK**0.5),
+        ({"alpha_pattern": {"self_attn.q_proj": 3}}, 3 / RANK),
+        ({"alpha_pattern": {r"layers\.1\..*q_proj": 3, "q_proj": 5}}, 3 / RANK),
+        ({"alpha_pattern": {"down_proj": 3}}, ALPHA / RANK),
+    ],
+)
+def test_scaling_switches_travel(
+    adapter: Path, converted: Path, tmp_path: Path, switches: dict[str, Any], scale: float
+) -> None:
+    """They change every number of the update, and nothing in the tensors tells of them."""
+    saved = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(saved | switches))
+    convert_lora(adapter, converted, tmp_path / "out")
+    base = AutoModelForImageTextToText.from_pretrained(converted)
+    weight = base.model.language_model.layers[1].self_attn.q_proj.weight.detach().clone()
+    merged = PeftModel.from_pretrained(base, tmp_path / "out").merge_and_unload()
+    tensors = torch.load(adapter / "adapter_model.bin", weights_only=True)
+    a, b = (tensors[f"{PREFIX}layers.1.self_attn.q_proj.lora_{part}.weight"] for part in "AB")
+    torch.testing.assert_close(merged.model.language_model.layers[1].self_attn.q_proj.weight, weight + b @ a * scale)
+
+
+def test_a_switch_that_is_not_carried_over_is_refused(adapter: Path, converted: Path, tmp_path: Path) -> None:
+    saved = json.loads((adapter / "adapter_config.json").read_text())
+    for switch in ({"use_dora": True}, {"bias": "all"}, {"trainable_token_indices": [1]}):
+        (adapter / "adapter_config.json").write_text(json.dumps(saved | switch))
+        with pytest.raises(UserError, match=f"{next(iter(switch))} is .* not known here"):
+            convert_lora(adapter, converted, tmp_path / "out")
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import torch
 
 from pipelines.errors import UserError, WorkFailed
 from pipelines.mgm.load import load_base
+from pipelines.mgm.names import PROJECTOR
 from pipelines.train import features
 from pipelines.train.config import LoraSettings, PhaseConfig
 from pipelines.train.log import TrainLog, read_log
@@ -74,6 +75,8 @@ def test_instruct_may_leave_the_projector_alone(model_dir: Path) -> None:
         (r"q_proj", "matches no module.*model.language_model.layers.0"),
         (r".*\.q_proj", r"outside of the language model, e.g. model.vision_tower"),
         (r"(", "is not a regular expression"),
+        (r"model\.language_model\.layers\.\d+\.self_attn", r"no linear layer, e.g. \S+\.self_attn, a GemmaAttention"),
+        (r"model\.language_model\.norm", "a GemmaRMSNorm"),
     ],
 )
 def test_wrong_lora_targets_are_errors(model_dir: Path, pattern: str, message: str) -> None:
@@ -124,9 +127,35 @@ def _normalize(model_dir: Path) -> Any:
 
 
 def test_features_that_do_not_fit_are_not_kept(tiny: Any, model_dir: Path, tmp_path: Path) -> None:
-    """The memory limit decides before more than one group of images was encoded."""
+    """The memory limit decides from shapes, which are those of the outputs, before any image is encoded."""
     model, loader = _aligning(model_dir), tiny.loader(model_dir, tiny.write_dataset(tmp_path / "data"), "align")
-    assert features.fill(model.model, _normalize(model_dir), loader, loader.images(0, 3), 1000, nullcontext) is None
+    parts = features.tower_outputs(model.model, torch.zeros(2, 3, 32, 32), torch.zeros(2, 3, 64, 64))
+    assert features.output_bytes(model.model, torch.float32) == sum(part.nbytes for part in parts) / 2
+
+    def fails(pixels: torch.Tensor) -> Any:
+        raise AssertionError("an image was prepared")
+
+    assert features.fill(model.model, fails, loader, loader.images(0, 3), 1000, nullcontext) is None
+
+
+def test_a_batch_without_images_gives_the_projector_a_gradient_of_zero(
+    tiny: Any, model_dir: Path, tmp_path: Path
+) -> None:
+    """ZeRO-3 and DDP count on a gradient of every parameter; a missing one would be an earlier micro-batch's."""
+    model = _aligning(model_dir)
+    add_lora(model, LoraSettings(dropout=0.0), seed=0)
+    data = tiny.write_instructions(tmp_path / "i.json", rows=0, text_only=2)
+    engine = tiny.engine(model, model_dir, PHASE)
+    (batch,) = tiny.loader(model_dir, data, "instruct", micro_batch=2, accumulation=1).step(0)
+    assert batch.pixels is None
+    loss = engine.forward(batch)
+    loss.backward()
+    plain = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=batch.labels).loss
+    assert float(loss.detach()) == pytest.approx(float(plain.detach()) * batch.targets, rel=1e-6)
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    assert all(gradient is not None for gradient in gradients.values())
+    assert {bool(g.any()) for name, g in gradients.items() if name.startswith(PROJECTOR)} == {False}
+    assert any(bool(g.any()) for name, g in gradients.items() if "lora_B" in name)
 
 
 def test_tower_outputs_lead_to_the_models_own_features(model_dir: Path) -> None:
