@@ -17,7 +17,7 @@ from pipelines.blip2.pixels import PixelSpec
 from pipelines.caption.config import CaptionConfig
 from pipelines.caption.index import index_files
 from pipelines.caption.replica import Captioner, DecodingCaptioner, decode_batch
-from pipelines.caption.results import Results, count_work
+from pipelines.caption.results import Results, Work
 from pipelines.caption.sizing import Sizing, rows_per_batch, size_pass
 from pipelines.caption.tally import Tally
 from pipelines.caption.watch import Watch
@@ -42,12 +42,13 @@ one."""
 
 
 def caption_index(
-    index: Path, results: Results, model: Path, spec: PixelSpec, config: CaptionConfig, sheet: Path
+    index: Path, results: Results, work: Work, model: Path, spec: PixelSpec, config: CaptionConfig, sheet: Path
 ) -> None:
     """Caption every index row that has no committed result yet.
 
     Args:
         index: directory of index files.
+        work: what `count_work` found in it.
         sheet: where the contact sheet goes.
 
     Raises:
@@ -58,14 +59,13 @@ def caption_index(
     import ray
     from ray.data import ActorPoolStrategy
 
-    total, done = count_work(index, results)
-    if done >= total:
+    if work.done >= work.rows:
         return  # nothing left: no need to load a model to learn that
     cluster = _largest_cluster()
     sizing = size_pass(config, cluster.get("CPU", 0.0), cluster.get("GPU", 0.0))
-    tally = _beside_this_driver(total - done, config)
-    progress = Progress(total, "caption", "images")
-    with _quiet_data_context(results), Watch(tally, progress, done, sheet) as watch:
+    tally = _beside_this_driver(work.rows - work.done, config)
+    progress = Progress(work.rows, "caption", "images")
+    with _quiet_data_context(results), Watch(tally, progress, work.done, sheet) as watch:
         files = [str(file) for file in reversed(index_files(index))]
         fused = sizing.decode_inside and not results.any()
         read = ray.data.read_parquet(

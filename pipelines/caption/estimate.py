@@ -4,16 +4,19 @@ sample of it. No Ray.
 
 from __future__ import annotations
 
-import random
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 from pipelines.blip2 import checkpoint
 from pipelines.blip2.pixels import PixelSpec
 from pipelines.caption.config import CaptionConfig
+from pipelines.caption.guards import all_failed
 from pipelines.caption.replica import load_engine
-from pipelines.formats import Dataset, Row, open_dataset
+from pipelines.caption.reservoir import Reservoir
+from pipelines.errors import UserError, WorkFailed
+from pipelines.formats import Dataset, Row, error_kind, open_dataset
 from pipelines.images import BadImage, decode, read_bytes
 from pipelines.progress import clock
 from pipelines.storage import files_in
@@ -34,16 +37,22 @@ def estimate(input: str, config: CaptionConfig) -> dict[str, Any]:
         actors: list of actors, hours, images_per_second, decode_cpus (cores that keep so many actors fed).
 
     Raises:
-        UserError: no dataset, no model.
+        UserError: no dataset, no row in it, no model.
+        WorkFailed: not one row of the sample has a usable picture, so that a run would end in failure.
     """
     dataset = open_dataset(input)
     model = checkpoint.resolve(config.model)
     checkpoint.check(model, config.prompt, config.max_new_tokens)
     spec = checkpoint.pixel_spec(model)
     counted = _count(dataset)
-    pixels, looked = _decode(counted.pop("sampled"), spec)
-    measured = _caption(model, config, pixels) if len(pixels) else {}
-    rows, caption_ms = counted["rows"], measured.pop("caption_ms", None)
+    if not counted["rows"]:
+        raise UserError(f"{input}: this dataset has no rows")
+    pixels, looked, errors = _decode(counted.pop("sampled"), spec)
+    if not len(pixels):
+        kinds = Counter(map(error_kind, errors))
+        raise WorkFailed(f"{input}, a random sample of {len(errors)} rows: {all_failed(kinds, errors[0])}")
+    measured = _caption(model, config, pixels)
+    rows, caption_ms = counted["rows"], measured.pop("caption_ms")
     if counted["bytes"] is None:  # files by name: their mean size times their number
         counted["bytes"] = round(rows * looked["mean_bytes"])
     return {
@@ -53,29 +62,26 @@ def estimate(input: str, config: CaptionConfig) -> dict[str, Any]:
         "sample": {
             **looked,
             "caption_ms": caption_ms,
-            "device": measured.pop("device", None),
+            "device": measured.pop("device"),
             "pixels": spec.row_bytes,
         },
         **measured,
-        "actors": _table(rows * (1 - looked["failed"]), caption_ms, looked["decode_ms"], config) if caption_ms else [],
+        "actors": _table(rows * (1 - looked["failed"]), caption_ms, looked["decode_ms"], config),
     }
 
 
 def _count(dataset: Dataset) -> dict[str, Any]:
     """Rows, image bytes where rows carry them (None where they name files), and a random sample of rows."""
-    choose, sampled = random.Random(0), list[Row]()
+    sampled: Reservoir[Row] = Reservoir(SAMPLE, seed=0)
     rows = held = 0
     until = time.monotonic() + _COUNT_SECONDS
     for row in dataset.rows():
         rows += 1
         held += len(row.image or b"")
-        if len(sampled) < SAMPLE:
-            sampled.append(row)
-        elif (place := choose.randrange(rows)) < SAMPLE:  # reservoir sampling
-            sampled[place] = row
+        sampled.offer(row)
         if rows % 256 == 0 and time.monotonic() > until:
-            return _extrapolated(dataset, rows, held) | {"sampled": sampled}
-    return {"rows": rows, "rows_exact": True, "bytes": held or None, "sampled": sampled}
+            return _extrapolated(dataset, rows, held) | {"sampled": sampled.items}
+    return {"rows": rows, "rows_exact": True, "bytes": held or None, "sampled": sampled.items}
 
 
 def _extrapolated(dataset: Dataset, rows: int, held: int) -> dict[str, Any]:
@@ -93,29 +99,32 @@ def _local_files(dataset: Dataset) -> list[Path]:
     return [file for file in files if isinstance(file, Path)]
 
 
-def _decode(rows: list[Row], spec: PixelSpec) -> tuple[Any, dict[str, Any]]:
-    """uint8 (B, 3, H, W) of the usable pictures, and what decoding them took."""
+def _decode(rows: list[Row], spec: PixelSpec) -> tuple[Any, dict[str, Any], list[str]]:
+    """uint8 (B, 3, H, W) of the usable pictures, what decoding them took, and the errors of the others."""
     import numpy as np
 
-    found, sizes, seconds = [], [], []
+    found, sizes, seconds, errors = [], [], [], []
     for row in rows:
         if row.error is not None:
+            errors.append(row.error)
             continue
         started = time.perf_counter()
         try:
             data = row.image if row.image is not None else read_bytes(row.image_uri or "")
             found.append(spec.pixels(decode(data, max_side=spec.draft_side)))
-        except BadImage:
+        except BadImage as problem:
+            errors.append(f"{problem} ({row.where})")
             continue
         seconds.append(time.perf_counter() - started)
         sizes.append(len(data))
     warm = seconds[1:] or seconds or [0.0]  # the first one pays for loading the decoders
-    return np.stack(found) if found else np.empty((0, 3, spec.height, spec.width), np.uint8), {
+    took = {
         "rows": len(rows),
-        "failed": round(1 - len(found) / len(rows), 4) if rows else 0.0,
+        "failed": round(len(errors) / len(rows), 4),
         "mean_bytes": round(sum(sizes) / len(sizes)) if sizes else 0,
         "decode_ms": round(1e3 * sum(warm) / len(warm), 3),
     }
+    return np.stack(found) if found else np.empty((0, 3, spec.height, spec.width), np.uint8), took, errors
 
 
 def _caption(model: Path, config: CaptionConfig, pixels: Any) -> dict[str, Any]:
@@ -158,8 +167,6 @@ def describe(found: dict[str, Any]) -> str:
         f"sample of {sample['rows']}: {100 * sample['failed']:.0f} % unusable, {_size(sample['mean_bytes'])} an image, "
         f"{sample['decode_ms']:.1f} ms to read and decode one on one core",
     ]
-    if not found["actors"]:
-        return "\n".join([*lines, "no picture of the sample is usable: nothing to measure the model with"])
     lines += [
         f"model: {sample['caption_ms']:.1f} ms an image on one actor ({sample['device']}), "
         f"{_size(found['memory_per_actor'])} per actor",

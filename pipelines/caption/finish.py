@@ -7,13 +7,14 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipelines.caption.guards import all_failed
 from pipelines.caption.index import index_files
 from pipelines.caption.results import SCORES, Results
 from pipelines.errors import WorkFailed
 from pipelines.files import replacing
 from pipelines.formats import error_kind
 from pipelines.records import COLUMNS, schema
-from pipelines.text import Words
+from pipelines.text import Texts, usable_texts
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -25,7 +26,7 @@ def write_records(index: Path, results: Results, output: Path, rows_per_shard: i
     """Write the final shards and return the manifest's facts.
 
     Raises:
-        WorkFailed: rows that the model should have seen have no result.
+        WorkFailed: rows that the model should have seen have no result, or not one row has a caption.
     """
     import pyarrow as pa
     import pyarrow.compute as pc
@@ -44,6 +45,8 @@ def write_records(index: Path, results: Results, output: Path, rows_per_shard: i
             writer.write(records)
     for stale in set(output.glob("part-*.parquet")) - set(writer.paths):  # of a run over more rows
         stale.unlink()
+    if not facts.captioned:
+        raise WorkFailed(all_failed(facts.failed, facts.example))
     rows_out = sum(pq.read_metadata(path).num_rows for path in writer.paths)
     return {"rows_in": facts.rows, "rows_out": rows_out, **facts.summary()}
 
@@ -124,26 +127,29 @@ class _ShardWriter:
 class _Facts:
     """Every input row accounted for: captioned, failed (by kind) or duplicate; and what captioning did to the text.
 
-    `vanished` are captions of rows that the dataset no longer has.
+    `vanished` are captions of rows that the dataset no longer has, `example` is one of the errors.
     """
 
     def __init__(self, vanished: int = 0) -> None:
         self.vanished = vanished
         self.rows = self.captioned = self.duplicates = 0
         self.failed: Counter[str] = Counter()
-        self._words = {"caption": Words(), "recaption": Words()}
+        self.example = ""
+        self._texts = {"caption": Texts(), "recaption": Texts()}
 
     def add(self, records: pa.Table) -> None:
         import pyarrow.compute as pc
 
         self.rows += len(records)
-        self.failed.update(error_kind(error) for error in records["error"].drop_null().to_pylist())
+        errors = records["error"].to_pylist()
+        self.failed.update(error_kind(error) for error in errors if error)
+        self.example = self.example or next(filter(None, errors), "")
         usable = records.filter(pc.is_null(records["error"]))
         duplicate = pc.match_substring(usable["meta"], '"duplicate_of"')
         self.duplicates += int(pc.sum(duplicate).as_py() or 0)
         self.captioned += len(usable) - int(pc.sum(duplicate).as_py() or 0)
-        for name, words in self._words.items():
-            words.add(usable[name].to_pylist())
+        for name, texts in self._texts.items():
+            texts.add(usable_texts(records[name].to_pylist(), errors))
 
     def summary(self) -> dict[str, Any]:
         return {
@@ -151,5 +157,5 @@ class _Facts:
             "failed": dict(sorted(self.failed.items())),
             "duplicates": self.duplicates,
             "vanished": self.vanished,
-            "metrics": {name: words.summary() for name, words in self._words.items()},
+            "metrics": {name: texts.metrics() for name, texts in self._texts.items()},
         }

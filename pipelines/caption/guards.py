@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 
+from pipelines.caption.window import Window
 from pipelines.errors import UserError, WorkFailed
 from pipelines.formats import error_kind
 
@@ -37,23 +38,52 @@ class GuardConfig:
             raise UserError(f"{name}.min_rows: {self.min_rows} is not between 1 and window, {self.window}")
 
 
+def judge(recent: Window, guards: GuardConfig, failed: Counter[str], last_error: str) -> str:
+    """Why a run has to stop; empty while it may go on.
+
+    Args:
+        recent: its last rows.
+        failed: rows of the whole run that failed, by kind.
+        last_error: of the row that failed last.
+    """
+    if recent.rows < guards.min_rows:
+        return ""
+    if recent.error_share > guards.max_error_share:
+        return _too_many_errors(recent.error_share, recent.rows, guards, failed, last_error)
+    if recent.repetition > guards.max_repetition:
+        return (
+            f"the last {recent.rows} captions repeat themselves: {recent.repetition:.2f} of their two-word sequences, "
+            f"and caption.guards.max_repetition is {guards.max_repetition:g}; e.g. '{recent.most_repetitive()[:120]}'"
+        )
+    return ""
+
+
 def refuse_useless(errors: list[str | None], guards: GuardConfig) -> None:
-    """Stop before any model loads when so many rows have no picture that the dataset must be in the wrong place.
+    """Stop before any model loads when so many rows have no picture that the dataset must be in the wrong place: more
+    than the guard allows, or all.
 
     Args:
         errors: of each row of the dataset, None where there is none.
 
     Raises:
-        WorkFailed: the share of failed rows passes `guards.max_error_share`.
+        WorkFailed: the share of failed rows passes `guards.max_error_share`, or is 1.
     """
     failed = [error for error in errors if error is not None]
+    kinds = Counter(error_kind(error) for error in failed)
     if len(errors) >= guards.min_rows and len(failed) > guards.max_error_share * len(errors):
-        kinds = Counter(error_kind(error) for error in failed)
-        reason = too_many_errors(len(failed) / len(errors), len(errors), guards, kinds, failed[0])
+        reason = _too_many_errors(len(failed) / len(errors), len(errors), guards, kinds, failed[0])
         raise WorkFailed(f"{reason}. Nothing was captioned; put it right and run the same command again")
+    if errors and len(failed) == len(errors):
+        raise WorkFailed(all_failed(kinds, failed[0]))
 
 
-def too_many_errors(share: float, rows: int, guards: GuardConfig, kinds: Counter[str], example: str) -> str:
+def all_failed(kinds: Counter[str], example: str) -> str:
+    """What to say when not one row is left, however few there were."""
+    each = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())
+    return f"not one row could be used: {each}; e.g. {example[:200]}. Put it right and run the same command again"
+
+
+def _too_many_errors(share: float, rows: int, guards: GuardConfig, kinds: Counter[str], example: str) -> str:
     """The guard's sentence."""
     kind = kinds.most_common(1)[0][0]
     return (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -144,8 +145,16 @@ def _write(table: pa.Table, path: Path) -> None:
         pq.write_table(table, part)
 
 
-def count_work(index: Path, results: Results) -> tuple[int, int]:
-    """Index rows that the model has to see, and how many of them have a committed result."""
+@dataclass(frozen=True)
+class Work:
+    """Index rows that the model has to see, and how many of them have a committed result already."""
+
+    rows: int
+    done: int
+
+
+def count_work(index: Path, results: Results) -> Work:
+    """What is there to do."""
     import pyarrow as pa
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
@@ -155,4 +164,4 @@ def count_work(index: Path, results: Results) -> tuple[int, int]:
     ids = table.filter(pc.invert(table["skip"]))["sample_id"]
     # all ids at once: the set that they are looked up in is built anew for each call
     done = pc.sum(pc.is_in(ids, value_set=results.ids().combine_chunks())).as_py()
-    return len(ids), int(done or 0)
+    return Work(len(ids), int(done or 0))

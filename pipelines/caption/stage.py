@@ -38,6 +38,8 @@ from pipelines.progress import say
 WORK = "_work"
 GROWS = ("input", "rows_per_shard")
 """Keys of `inputs` that may change between two runs: the captions that are there stand."""
+_STOPPED = "stopped"
+"""In `WORK`: why the last try ended. The next one tries again what failed in it."""
 
 
 def run(input: str, output: Path, config: CaptionConfig, *, restart: bool = False) -> dict[str, Any]:
@@ -92,22 +94,30 @@ def _caption(
         except WorkFailed:
             shutil.rmtree(index)  # made anew when the files are where they should be
             raise
-    resumed = count_work(index, results)[1]
-    started = time.monotonic()
+    stopped = index.parent / _STOPPED
+    if stopped.exists():
+        results.forget_failed()
+        stopped.unlink()
+    todo = count_work(index, results)
     sheet = index.parent / SHEET
-    _caption_resumably(index, results, model, config, sheet)
-    seconds = max(time.monotonic() - started, 1e-9)
-    facts = write_records(index, results, stage.directory, config.rows_per_shard)
+    started = time.monotonic()
+    try:
+        caption_index(index, results, todo, model, checkpoint.pixel_spec(model), config, sheet)
+        seconds = max(time.monotonic() - started, 1e-9)
+        facts = write_records(index, results, stage.directory, config.rows_per_shard)
+    except WorkFailed as reason:
+        stopped.write_text(str(reason))
+        raise
     if facts["rows_in"] != facts["rows_out"]:
         raise WorkFailed(f"{stage.directory}: {facts['rows_in']} rows came in and {facts['rows_out']} went out")
     if sheet.exists():
         sheet.replace(stage.directory / SHEET)
-    new = count_work(index, results)[1] - resumed
+    new = todo.rows - todo.done
     manifest = stage.finish(
         **facts,
         model={"path": str(model), "identity": stage.inputs["model"]},
         input={"path": str(dataset.path), "format": dataset.format},
-        resumed_rows=resumed,
+        resumed_rows=todo.done,
         new_rows=new,
         images_per_second=round(new / seconds, 3),
         caption_seconds=round(seconds, 3),
@@ -125,19 +135,6 @@ def _summary(manifest: dict[str, Any]) -> str:
         f"caption: {manifest['rows_in']} rows in: {manifest['captioned']} captioned, {failed}, "
         f"{manifest['duplicates']} duplicates"
     )
-
-
-def _caption_resumably(index: Path, results: Results, model: Path, config: CaptionConfig, sheet: Path) -> None:
-    """The captioning pass; rows that failed before a guard stopped an earlier one are tried again."""
-    stopped = index.parent / "stopped"
-    if stopped.exists():
-        results.forget_failed()
-        stopped.unlink()
-    try:
-        caption_index(index, results, model, checkpoint.pixel_spec(model), config, sheet)
-    except WorkFailed as reason:
-        stopped.write_text(str(reason))
-        raise
 
 
 def _take_over(stage: StageOutput, results: Results) -> None:

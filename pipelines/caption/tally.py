@@ -7,9 +7,12 @@
     captune_caption_failed_total        counter   rows that failed; tag `kind`
     captune_caption_images_per_second   gauge     over the last half minute
     captune_caption_remaining_images    gauge     rows still to do
-    captune_caption_error_share gauge 0 to 1, over the last `caption.guards.window` rows, as are the next three
-    captune_caption_mean_words gauge words per caption captune_caption_lexical_diversity gauge unique words / words
-    captune_caption_repetition gauge mean share of two-word sequences that a caption says more than once
+    captune_caption_error_share         gauge     0 to 1, over the last `caption.guards.window` rows, as the next three
+    captune_caption_mean_words          gauge     words per caption
+    captune_caption_lexical_diversity   gauge     unique words / words
+    captune_caption_repetition          gauge     mean share of two-word sequences that a caption says more than once
+
+What a word is, and how repetition is counted, `pipelines.text` says, as it does for manifests and `captune stats`.
 """
 
 from __future__ import annotations
@@ -20,8 +23,9 @@ from collections import Counter, deque
 from dataclasses import dataclass
 from typing import Any
 
-from pipelines.caption.guards import GuardConfig, too_many_errors
-from pipelines.text import _repetition
+from pipelines.caption.guards import GuardConfig, judge
+from pipelines.caption.reservoir import Reservoir
+from pipelines.caption.window import Window
 
 _SHEET = 24
 _SPEED_SECONDS = 30.0
@@ -63,12 +67,11 @@ class Tally:
     def __init__(self, remaining: int, guards: GuardConfig) -> None:
         self._guards, self._remaining = guards, remaining
         self.rows, self.failed = 0, Counter[str]()
-        self._recent = _Window(guards.window)
+        self._recent = Window(guards.window)
         self._moments: deque[tuple[float, int]] = deque([(time.monotonic(), 0)])
         self._last_error = ""
         self._stop = ""
-        self._sheet: list[Example] = []
-        self._offered = 0
+        self._sheet: Reservoir[Example] = Reservoir(_SHEET)
         self._metrics = _Metrics()
 
     def add(self, texts: list[str], errors: list[tuple[str, str]], examples: list[Example]) -> str:
@@ -85,10 +88,10 @@ class Tally:
         if errors:
             self._last_error = errors[-1][1]
         for example in examples:
-            self._offer(example)
+            self._sheet.offer(example)
         self._moments.append((time.monotonic(), self.rows))
+        self._stop = self._stop or judge(self._recent, self._guards, self.failed, self._last_error)
         live = self.live()
-        self._stop = self._stop or self._judge(live)
         self._metrics.update(len(mixed), kinds, live, max(self._remaining - self.rows, 0))
         return self._stop
 
@@ -102,85 +105,16 @@ class Tally:
             rows=self.rows,
             failed=self.failed.total(),
             images_per_second=(self.rows - before) / max(now - since, 1e-9),
-            error_share=recent.failed / max(recent.rows, 1),
-            mean_words=recent.words / max(recent.captions, 1),
-            lexical_diversity=recent.unique_words / max(recent.words, 1),
-            repetition=recent.repetition / max(recent.captions, 1),
+            error_share=recent.error_share,
+            mean_words=recent.mean_words,
+            lexical_diversity=recent.lexical_diversity,
+            repetition=recent.repetition,
             stop=self._stop,
         )
 
     def sheet(self) -> list[Example]:
         """A random sample of what was captioned so far."""
-        return list(self._sheet)
-
-    def _offer(self, example: Example) -> None:
-        """Reservoir sampling (Vitter 1985), so that every picture offered is as likely to be on the sheet."""
-        self._offered += 1
-        if len(self._sheet) < _SHEET:
-            self._sheet.append(example)
-        elif (place := random.randrange(self._offered)) < _SHEET:
-            self._sheet[place] = example
-
-    def _judge(self, live: Live) -> str:
-        guards, seen = self._guards, self._recent.rows
-        if seen < guards.min_rows:
-            return ""
-        if live.error_share > guards.max_error_share:
-            return too_many_errors(live.error_share, seen, guards, self.failed, self._last_error)
-        if live.repetition > guards.max_repetition:
-            return (
-                f"the last {seen} captions repeat themselves: {live.repetition:.2f} of their two-word sequences, and "
-                f"caption.guards.max_repetition is {guards.max_repetition:g}; e.g. "
-                f"'{self._recent.most_repetitive()[:120]}'"
-            )
-        return ""
-
-
-class _Window:
-    """The last `size` rows. Sums go along with what enters and leaves, since every batch of every replica asks for
-    them.
-    """
-
-    def __init__(self, size: int) -> None:
-        self._size = size
-        self._rows: deque[tuple[str | None, list[str], float]] = (
-            deque()
-        )  # caption (None: failed), its words and repetition
-        self._words: Counter[str] = Counter()
-        self.captions = self.words = 0
-        self.repetition = 0.0
-
-    @property
-    def rows(self) -> int:
-        return len(self._rows)
-
-    @property
-    def failed(self) -> int:
-        return self.rows - self.captions
-
-    @property
-    def unique_words(self) -> int:
-        return len(self._words)
-
-    def add(self, text: str | None) -> None:
-        words = (text or "").lower().split()
-        self._rows.append((text, words, _repetition(words)))
-        self._count(self._rows[-1], 1)
-        if len(self._rows) > self._size:
-            self._count(self._rows.popleft(), -1)
-
-    def most_repetitive(self) -> str:
-        return max(self._rows, key=lambda row: row[2])[0] or ""
-
-    def _count(self, row: tuple[str | None, list[str], float], sign: int) -> None:
-        text, words, repeated = row
-        self.captions += sign * (text is not None)
-        self.words += sign * len(words)
-        self.repetition += sign * repeated
-        for word in words:
-            self._words[word] += sign
-            if not self._words[word]:
-                del self._words[word]
+        return self._sheet.items
 
 
 class _Metrics:

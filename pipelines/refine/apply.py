@@ -12,6 +12,8 @@ from pipelines.images import BadImage, read_bytes
 from pipelines.refine.operators import Operator, missing_package
 
 STATS, CONTEXT = "__dj__stats__", "__dj__context__"
+_FAILED = "failed: "
+"""How the reason begins when an operator raised an error on the row."""
 _IMAGE_ROWS = 16
 """Rows whose decoded images are in memory at once: image operators share one decode, and a photograph is tens of
 megabytes."""
@@ -44,6 +46,11 @@ class Outcome:
     def reject(self, step: str, reason: str) -> None:
         """Let the row go at `step`."""
         self.step, self.reason = step, f"{step}: {reason}"
+
+    @property
+    def failed(self) -> bool:
+        """Whether the row could not be judged, as against being judged unfit."""
+        return self.step == "error" or (self.reason or "").startswith(f"{self.step}: {_FAILED}")
 
 
 def run_operators(operators: Sequence[Operator], rows: Sequence[Row]) -> list[Outcome]:
@@ -119,7 +126,7 @@ def _apply_or_blame_rows(apply: Any, operator: Operator, samples: Samples, outco
     # it.
     except Exception as error:
         if len(outcomes) == 1:
-            outcomes[0].reject(operator.label, f"failed: {_short(error)}")
+            outcomes[0].reject(operator.label, f"{_FAILED}{_short(error)}")
             return
     failed = []
     for i, outcome in enumerate(outcomes):
@@ -127,7 +134,7 @@ def _apply_or_blame_rows(apply: Any, operator: Operator, samples: Samples, outco
             apply(operator, {key: _copy_value(key, values[i : i + 1]) for key, values in samples.items()}, [outcome])
         except Exception as error:
             failed.append(error)
-            outcome.reject(operator.label, f"failed: {_short(error)}")
+            outcome.reject(operator.label, f"{_FAILED}{_short(error)}")
     if len(failed) == len(outcomes):
         raise WorkFailed(
             f"{operator.label} failed on all of {len(failed)} rows; the last error: {_short(failed[-1])}"

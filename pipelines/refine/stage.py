@@ -21,9 +21,9 @@ from pipelines.progress import say
 from pipelines.records import Record, read_shards, shard_paths, write_shard
 from pipelines.refine.apply import Outcome
 from pipelines.refine.config import RefineConfig
-from pipelines.refine.metrics import text_metrics
 from pipelines.refine.operators import Operator, Process, build, read_recipe
 from pipelines.refine.rowwise import run_stretch
+from pipelines.text import text_metrics, usable_texts
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -53,7 +53,8 @@ def run(
 
     Raises:
         UserError: `input` holds no finished records, the recipe cannot be run, `output` holds another run.
-        WorkFailed: an operator fails on rows in bulk, or rows got lost.
+        WorkFailed: every row failed (its image or an operator; being filtered out is no failure), an operator fails on
+            rows in bulk, or rows got lost.
     """
     input, output = Path(input), Path(output)
     process = read_recipe(config.recipe) if config.recipe else []
@@ -71,6 +72,7 @@ def run(
     what = f"refine {arm}".strip()
     outcomes = _screen(table, config.text)
     _run_recipe(process, operators, shards, outcomes, config, what)
+    _refuse_all_failed(outcomes, input)
     kept, rejected = _write(shards, output, outcomes, config.text)
     if kept + rejected != table.num_rows:
         raise WorkFailed(f"{output}: {table.num_rows} rows came in, {kept} kept + {rejected} rejected went out")
@@ -151,6 +153,13 @@ def _drop_same_documents(operator: Operator, outcomes: Outcomes) -> None:
                 outcome.reject(operator.label, f"duplicate_of={original}")
 
 
+def _refuse_all_failed(outcomes: Outcomes, input: Path) -> None:
+    failed = [outcome for outcome in outcomes.values() if outcome.failed]
+    if outcomes and len(failed) == len(outcomes):
+        each = ", ".join(f"{count} {kind}" for kind, count in Counter(map(_kind_of_reason, failed)).most_common())
+        raise WorkFailed(f"{input}: every row failed: {each}; e.g. {(failed[0].reason or '')[:200]}")
+
+
 def _write(shards: Sequence[Path], output: Path, outcomes: Outcomes, text: str) -> tuple[int, int]:
     """Write kept and rejected records, one task per shard; returns the numbers of both."""
     import pyarrow.parquet as pq
@@ -197,9 +206,7 @@ def _read_one(shard: Path) -> list[Record]:
 
 
 def _metrics(table: pa.Table, outcomes: Outcomes, operators: Sequence[Operator], what: str) -> dict[str, Any]:
-    """Funnel, reasons, and the quality of the captions before (all rows, as found) and after (kept rows, training
-    text).
-    """
+    """Funnel, reasons, and the quality of the captions before (as found) and after (kept rows, training text)."""
     rejected = Counter(outcome.step for outcome in outcomes.values() if outcome.step is not None)
     rejected["duplicate"] += table.num_rows - len(outcomes)
     reasons = Counter(_kind_of_reason(outcome) for outcome in outcomes.values() if outcome.step is not None)
@@ -212,7 +219,7 @@ def _metrics(table: pa.Table, outcomes: Outcomes, operators: Sequence[Operator],
         say(f"{what}: {step}: {funnel[-1]['rows_in']} -> {rows} rows")
     return {
         "funnel": funnel,
-        "before": text_metrics([text or "" for text in table["caption"].to_pylist()]),
+        "before": text_metrics(usable_texts(table["caption"].to_pylist(), table["error"].to_pylist())),
         "after": text_metrics([outcome.text for _, outcome in sorted(outcomes.items()) if outcome.step is None]),
         "reject_reasons": {reason: count for reason, count in sorted(reasons.items()) if count},
     }

@@ -30,7 +30,6 @@ from pipelines.caption.tally import Tally
 from pipelines.errors import UserError, WorkFailed
 from pipelines.formats import open_dataset
 from pipelines.records import Record, iter_records, read_shards
-from pipelines.text import repetition
 from ray_jobs import cli
 
 from ..tiny_blip2 import picture
@@ -233,13 +232,6 @@ def test_tally_judges_the_window(ray_cluster: None) -> None:
     few = Tally(1000, GuardConfig(min_rows=50, window=100))
     assert few.add([], [("missing file", "missing file: x")] * 49, []) == ""
     assert "most by 'missing file'" in few.add([], [("missing file", "missing file: x")], [])
-
-
-def test_repetition_is_data_juicers(ray_cluster: None) -> None:
-    from pipelines.refine import metrics
-
-    texts = ["a b a b a b", "one two three", "", "word", "the the the", "x y z x y"]
-    assert [repetition(text) for text in texts] == pytest.approx(metrics.repetition(texts)[1])
 
 
 def test_a_full_disk_names_the_output(blip2: Path, tmp_path: Path) -> None:

@@ -13,12 +13,16 @@ import pytest
 
 from pipelines.caption import stage
 from pipelines.caption.config import CaptionConfig
+from pipelines.caption.estimate import estimate
 from pipelines.caption.finish import write_records
+from pipelines.caption.guards import GuardConfig
 from pipelines.caption.index import build_index, index_files
-from pipelines.caption.results import Results, count_work, result_schema
+from pipelines.caption.results import Results, Work, count_work, result_schema
+from pipelines.caption.tally import Tally
 from pipelines.errors import UserError, WorkFailed
 from pipelines.formats import open_dataset
 from pipelines.records import iter_records
+from pipelines.refine.metrics import stats
 
 from ..tiny_blip2 import picture
 
@@ -58,7 +62,7 @@ def test_index_is_small_files_in_order(work: Path) -> None:
     assert [len(table) for table in tables] == [32, 32, 32, 32, 23]
     rows = [row for table in tables for row in table.to_pylist()]
     assert [row["caption"] for row in rows] == [f"c{i}" for i in range(70)] + ["c3"] + [f"c{i}" for i in range(70, 150)]
-    assert count_work(work / "index", Results(work, "f")) == (149, 0)
+    assert count_work(work / "index", Results(work, "f")) == Work(149, 0)
     assert sum(not row["skip"] for row in rows) == 149
     assert rows[70]["sample_id"] == rows[3]["sample_id"] + "-2" and rows[70]["result_of"] == rows[3]["sample_id"]
     assert rows[9]["error"].startswith("missing file") and "set.jsonl:10)" in rows[9]["error"]
@@ -75,7 +79,7 @@ def test_doubles_and_half_files_do_not_count(work: Path, tmp_path: Path) -> None
     commit(results, "b_000001", done[90:])
     commit(results, "c_000002", [(rows[-1]["sample_id"], "half", None)], pending=True)
     (results.shards / "c_000002.parquet").write_bytes(b"PAR1 half a file")
-    assert count_work(work / "index", results) == (149, 148)
+    assert count_work(work / "index", results) == Work(149, 148)
     (tmp_path / "out").mkdir()
     with pytest.raises(WorkFailed, match=r"1 rows never came back.*set\.jsonl:151"):
         write_records(work / "index", results, tmp_path / "out", 60)
@@ -95,16 +99,56 @@ def test_doubles_and_half_files_do_not_count(work: Path, tmp_path: Path) -> None
     assert all(r["candidates"] == [] and r["stats"] == "{}" for r in records if r["error"] is not None)
 
 
-def test_a_dataset_of_faults_needs_no_model_and_no_ray(blip2: Path, tmp_path: Path) -> None:
-    """When nothing can be captioned the stage still accounts for every row; an empty table is refused."""
-    (tmp_path / "set.jsonl").write_text(
-        '{"text": "a", "images": ["no.jpg"]}\n{"text": "b", "images": ["http://x/y.jpg"]}\n'
+def test_one_text_has_one_measure(ray_cluster: None, work: Path, tmp_path: Path) -> None:
+    """What was live on the terminal stands in the manifest and is what `captune stats` counts, in every script."""
+    said = ["A red sign, a red sign!", "“Cafe” for $5", "红色标志红色标志", "", "ป้ายหยุด sign"]
+    rows = [r for file in index_files(work / "index") for r in pq.read_table(file).to_pylist()]
+    wanted = [r for r in rows if not r["skip"]]
+    done = [(r["sample_id"], said[n % len(said)], None) for n, r in enumerate(wanted[2:])]
+    failed = [(r["sample_id"], None, "broken image: x") for r in wanted[:2]]
+    results = Results(work, "f")
+    commit(results, "a_000000", [*done, *failed])
+    facts = write_records(work / "index", results, tmp_path / "out", 60)
+    found = stats(tmp_path / "out")
+    for column in ("caption", "recaption"):
+        in_manifest = facts["metrics"][column]
+        assert in_manifest == {key: found["columns"][column][key] for key in in_manifest}
+    assert (found["rows"], found["texts"]) == (151, 148) and found["word_rep_ratio"] > 0.2
+
+    tally = Tally(len(wanted), GuardConfig(max_repetition=1, window=1000))
+    again = next(r["recaption"] for r in iter_records(tmp_path / "out") if r["sample_id"].endswith("-2"))
+    tally.add([*(text for _, text, _ in done), again], [("broken image", "broken image: x")] * 2, [])
+    live = tally.live()
+    assert (live.mean_words, live.lexical_diversity, live.repetition) == pytest.approx(
+        (found["mean_words"], found["lexical_diversity"], found["word_rep_ratio"]), abs=1e-6
     )
-    manifest = stage.run(str(tmp_path / "set.jsonl"), tmp_path / "out", CaptionConfig(model=str(blip2)))
-    assert manifest["rows_out"] == 2 and manifest["failed"] == {"missing file": 1, "remote image": 1}
-    assert not (tmp_path / "out" / "_work").exists()
+
+
+def test_no_caption_at_all_is_a_failure(work: Path, tmp_path: Path) -> None:
+    """However few rows there are: pictures that no decoder reads show in the second pass only."""
+    rows = [r for file in index_files(work / "index") for r in pq.read_table(file).to_pylist() if not r["skip"]]
+    results = Results(work, "f")
+    commit(results, "a_000000", [(r["sample_id"], None, f"broken image: x ({r['where']})") for r in rows])
+    with pytest.raises(WorkFailed, match=r"not one row could be used: 150 broken image, 1 missing file; e.g. broken"):
+        write_records(work / "index", results, tmp_path / "out", 60)
+
+
+def test_a_dataset_of_faults_is_a_failure_before_any_model_loads(blip2: Path, tmp_path: Path) -> None:
+    """Two rows are enough to say so, and `--dry-run` says it too; an empty table is refused."""
+    faults = tmp_path / "set.jsonl"
+    faults.write_text('{"text": "a", "images": ["no.jpg"]}\n{"text": "b", "images": ["http://x/y.jpg"]}\n')
+    config = CaptionConfig(model=str(blip2))
+    with pytest.raises(WorkFailed, match=r"not one row .*1 missing file, 1 remote image; e.g. .*set.jsonl:1"):
+        stage.run(str(faults), tmp_path / "out", config)
+    assert not (tmp_path / "out" / "MANIFEST.json").exists()
+    with pytest.raises(WorkFailed, match=r"sample of 2 rows: not one row could be used"):
+        estimate(str(faults), config)
     pq.write_table(
         pa.table({"image": pa.array([], pa.binary()), "text": pa.array([], pa.string())}), tmp_path / "e.parquet"
     )
-    with pytest.raises(UserError, match="no rows"):
-        stage.run(str(tmp_path / "e.parquet"), tmp_path / "none", CaptionConfig(model=str(blip2)))
+    for refused in (
+        lambda: stage.run(str(tmp_path / "e.parquet"), tmp_path / "none", config),
+        lambda: estimate(str(tmp_path / "e.parquet"), config),
+    ):
+        with pytest.raises(UserError, match="no rows"):
+            refused()

@@ -13,10 +13,11 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from pipelines.errors import UserError
+from pipelines.errors import UserError, WorkFailed
 from pipelines.records import Record, new_record, read_shards, write_shard
 from pipelines.refine import stage
 from pipelines.refine.config import RefineConfig
+from pipelines.refine.metrics import stats
 
 pytestmark = [pytest.mark.heavy, pytest.mark.usefixtures("ray_cluster")]  # workers that import Data-Juicer
 SAMPLE = Path(__file__).parents[3] / "pipelines" / "recipes" / "refine_captions.yaml"
@@ -83,8 +84,8 @@ def test_every_row_is_kept_or_rejected_with_its_reason(captions: Path, tmp_path:
     ]
     assert kept["keep"].to_pylist() == [True] * 6 and rejects["keep"].to_pylist() == [False] * 6
     assert kept["reject_reason"].null_count == 6
-    for text, stats in zip(kept["recaption"].to_pylist(), kept["stats"].to_pylist(), strict=True):
-        found = json.loads(stats)
+    for text, row in zip(kept["recaption"].to_pylist(), kept["stats"].to_pylist(), strict=True):
+        found = json.loads(row)
         assert found["text_len"] == len(text) and found["image_height"] == [80] and found["num_words"] == 9
     before = {row["sample_id"]: row for row in read_shards(captions).to_pylist()}
     for row in kept.to_pylist():  # nothing but the verdict was touched
@@ -108,8 +109,24 @@ def test_metrics_hold_funnel_reasons_and_quality_before_and_after(captions: Path
         "image_shape_filter": 1,
         "word_repetition_filter": 1,
     }
-    assert found["before"]["rows"] == 12 and found["before"]["unique_words"] == 2
+    assert (found["before"]["rows"], found["before"]["texts"], found["before"]["unique_words"]) == (12, 11, 2)
     assert found["after"]["rows"] == 6 and found["after"]["mean_words"] == 9
+    assert found["before"] == stats(captions)["columns"]["caption"]
+    assert found["after"] == stats(tmp_path / "out")["columns"]["recaption"]
+
+
+def test_every_row_failed_is_a_failure(tmp_path: Path) -> None:
+    """Pictures that went away since captioning; rows that the recipe judged and let go are none."""
+    rows: list[Any] = [new_record(f"photo {n}", image_uri=f"/gone/{n}.jpg", content=b"%d" % n) for n in range(3)]
+    write_shard(tmp_path / "captions" / "part-0.parquet", rows)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("process:\n  - image_shape_filter: {min_width: 64}\n")
+    with pytest.raises(WorkFailed, match="every row failed: 3 error: missing file; e.g. error: missing file: /gone/"):
+        stage.run(tmp_path / "captions", tmp_path / "out", RefineConfig(text="caption", recipe=str(recipe)))
+    assert not (tmp_path / "out" / "MANIFEST.json").exists()
+    recipe.write_text("process:\n  - text_length_filter: {min_len: 500}\n")
+    manifest = stage.run(tmp_path / "captions", tmp_path / "b", RefineConfig(text="caption", recipe=str(recipe)))
+    assert (manifest["kept"], manifest["rejected"]) == (0, 3)
 
 
 def test_without_a_recipe_every_usable_row_keeps_its_own_caption(captions: Path, tmp_path: Path) -> None:

@@ -21,9 +21,9 @@ from pipelines.evaluate.benchmark import Prediction
 from pipelines.evaluate.config import CompareConfig
 from pipelines.manifest import open_stage, write_json
 from pipelines.records import Record, new_record, write_shard
-from pipelines.refine.metrics import text_metrics
 from pipelines.sample.language import caption, human_answers, pick_question, poor_caption
 from pipelines.sample.scene import Scene, draw_scenes, jpeg
+from pipelines.text import text_metrics
 
 SCRIPT = "<script>alert('caption')</script>"
 ONERROR = '"><img src=x onerror=alert(1)>'
