@@ -7,43 +7,28 @@ training workers and serving replicas it wants, and how large each is. The numbe
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from pipelines.caption.config import CaptionConfig
-from pipelines.caption.sizing import cpus_beside, cpus_wanted, most_actors
+from pipelines.caption.sizing import cpus_beside, cpus_wanted
+from pipelines.demand import Demand, Node
 from pipelines.errors import UserError
 from ray_jobs.recipe import Recipe
 
 
 @dataclass(frozen=True)
-class Pod:
+class Pod(Node):
     """What one pod of a group offers. Memory in bytes."""
 
     group: str
-    cpus: float
-    gpus: float
     memory: float
-
-
-@dataclass(frozen=True)
-class Demand:
-    """What one section of a recipe asks for: so many of these at once."""
-
-    section: str
-    count: int
-    cpus: float
-    gpus: float
 
 
 def demands(recipe: Recipe, serving: int) -> dict[str, Demand]:
     """Group -> demand. `serving` is the most replicas that the endpoint may scale to."""
-    caption, train, serve = recipe.caption, recipe.train, recipe.serve
-    return {
-        "caption": Demand("caption", most_actors(caption), caption.cpus_per_actor, caption.gpus_per_actor),
-        "train": Demand("train", train.workers, train.cpus_per_worker, float(train.use_gpu)),
-        "serve": Demand("serve", max(serving, serve.replicas), serve.cpus_per_replica, serve.gpus_per_replica),
-    }
+    caption, train, serve = recipe.caption.demand(), recipe.train.demand(), recipe.serve.demand()
+    return {"caption": caption, "train": train, "serve": replace(serve, count=max(serving, serve.count))}
 
 
 def fit(cluster: dict[str, Any], recipe: Recipe, serving: int) -> None:
@@ -72,10 +57,10 @@ def offered(group: dict[str, Any]) -> Pod:
     """What a pod of a worker group offers: its Ray container's limits."""
     limits = group["template"]["spec"]["containers"][0]["resources"]["limits"]
     return Pod(
-        group["groupName"],
-        quantity(limits["cpu"]),
-        quantity(limits.get("nvidia.com/gpu", 0)),
-        quantity(limits["memory"]),
+        cpus=quantity(limits["cpu"]),
+        gpus=quantity(limits.get("nvidia.com/gpu", 0)),
+        group=group["groupName"],
+        memory=quantity(limits["memory"]),
     )
 
 
@@ -86,18 +71,9 @@ def pods(demand: Demand, pod: Pod) -> int:
 
 
 def _per_pod(demand: Demand, pod: Pod) -> int:
-    for what, asked, has in (("gpu", demand.gpus, pod.gpus), ("cpu", demand.cpus, pod.cpus)):
-        if asked > has:
-            key = {"caption": f"{what}s_per_actor", "train": f"{what}s_per_worker", "serve": f"{what}s_per_replica"}[
-                demand.section
-            ]
-            key = "use_gpu" if key == "gpus_per_worker" else key
-            raise UserError(
-                f"{demand.section}.{key}: one asks for {asked:g} {what.upper()}(s), a pod of the overlay's "
-                f"group {pod.group} has {has:g}"
-            )
-    room = [int(has / asked + 1e-9) for asked, has in ((demand.gpus, pod.gpus), (demand.cpus, pod.cpus)) if asked > 0]
-    return min(room, default=demand.count)
+    for problem in demand.too_large([pod], f"a pod of the overlay's group {pod.group}"):
+        raise UserError(str(problem))
+    return demand.per_node(pod)
 
 
 def _cpu_pods(wanted: dict[str, Demand], pod: Pod, recipe: Recipe) -> int:
@@ -108,7 +84,7 @@ def _cpu_pods(wanted: dict[str, Demand], pod: Pod, recipe: Recipe) -> int:
         needs.append(pods(train, pod))
         _check_cache(recipe, train, pod)
     if wanted["serve"].gpus == 0:  # the replicas of an evaluation; those of the endpoint have a group of their own
-        needs.append(pods(Demand("serve", recipe.serve.replicas, recipe.serve.cpus_per_replica, 0), pod))
+        needs.append(pods(recipe.serve.demand(), pod))
     return max(needs)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from pipelines.demand import Demand
 from pipelines.errors import UserError
 
 
@@ -50,3 +51,8 @@ class ServeConfig:
             raise UserError("serve: request_timeout_s must be positive and batch_wait_s not negative")
         if self.dtype not in ("auto", "float32", "bfloat16", "float16"):
             raise UserError(f"serve.dtype must be auto, float32, bfloat16 or float16, not '{self.dtype}'")
+
+    def demand(self) -> Demand:
+        """All replicas: the service is up when every one of them is."""
+        keys = ("replicas", "cpus_per_replica", "gpus_per_replica")
+        return Demand("serve", "replica", self.replicas, self.cpus_per_replica, self.gpus_per_replica, keys)

@@ -7,6 +7,7 @@ from typing import Any
 
 from pipelines.blip2.config import BlipConfig
 from pipelines.caption.guards import GuardConfig
+from pipelines.demand import Demand
 from pipelines.errors import UserError
 
 
@@ -41,6 +42,12 @@ class CaptionConfig(BlipConfig):
             raise UserError(f"caption.max_actors: {self.max_actors} is less than caption.actors, {self.actors}")
         if self.cpus_per_actor < 0 or self.gpus_per_actor < 0:
             raise UserError("caption.cpus_per_actor and caption.gpus_per_actor cannot be negative")
+
+    def demand(self) -> Demand:
+        """Every replica that is wished for; `caption.sizing` says with how few the pass makes do."""
+        most = max(self.actors, self.max_actors)
+        keys = ("max_actors" if self.max_actors else "actors", "cpus_per_actor", "gpus_per_actor")
+        return Demand("caption", "replica", most, self.cpus_per_actor, self.gpus_per_actor, keys)
 
     def decides(self) -> dict[str, Any]:
         """Every key that a caption depends on, for the fingerprint of a run; `model` stands there by its content, not

@@ -96,7 +96,7 @@ def size_pass(config: CaptionConfig, cpus: float, gpus: float) -> Sizing:
 
 def most_actors(config: CaptionConfig) -> int:
     """Replicas that a recipe wishes for, at most."""
-    return max(config.actors, config.max_actors)
+    return config.demand().count
 
 
 def cpus_wanted(config: CaptionConfig) -> float:

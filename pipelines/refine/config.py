@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from pipelines.demand import Demand
 from pipelines.errors import UserError
 
 
@@ -33,3 +34,7 @@ class RefineConfig:
             raise UserError(f"refine.batch_size must be at least 1, not {self.batch_size}")
         if self.cpus_per_task <= 0:
             raise UserError(f"refine.cpus_per_task must be positive, not {self.cpus_per_task}")
+
+    def demand(self, section: str = "refine") -> Demand:
+        """One operator task; more run where there is room. An arm's `section` is `arms.NAME`."""
+        return Demand(section, "task", 1, self.cpus_per_task, keys=("", "cpus_per_task", ""))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from pipelines.demand import Demand
 from pipelines.errors import UserError
 
 
@@ -135,3 +136,8 @@ class TrainConfig:
             raise UserError(f"train.strategy must be ddp, zero2 or zero3, not '{self.strategy}'")
         if self.precision not in ("bf16", "float32"):
             raise UserError(f"train.precision must be bf16 or float32, not '{self.precision}'")
+
+    def demand(self) -> Demand:
+        """All workers at once: a step needs every one of them."""
+        keys = ("workers", "cpus_per_worker", "use_gpu")
+        return Demand("train", "worker", self.workers, self.cpus_per_worker, float(self.use_gpu), keys)

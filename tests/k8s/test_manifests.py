@@ -196,9 +196,9 @@ def test_serve_accepts_the_endpoints_configuration(overlay: str) -> None:
 @pytest.mark.parametrize(
     ("overlay", "changes", "words"),
     [
-        ("kind", {"caption.gpus_per_actor": 1}, "caption.gpus_per_actor: one asks for 1 GPU"),
-        ("kind", {"train.use_gpu": True}, "train.use_gpu: one asks for 1 GPU"),
-        ("kind", {"train.workers": 2, "train.cpus_per_worker": 3}, "train.cpus_per_worker: one asks for 3 CPU"),
+        ("kind", {"caption.gpus_per_actor": 1}, "caption.gpus_per_actor: a replica needs 1 GPU"),
+        ("kind", {"train.use_gpu": True}, "train.use_gpu: a worker needs 1 GPU"),
+        ("kind", {"train.workers": 2, "train.cpus_per_worker": 3}, "train.cpus_per_worker: a worker needs 3 CPUs"),
         ("kind", {"train.feature_cache_mb": 4096}, "train.feature_cache_mb: 4.0 GiB"),
         ("gpu-24gb", {"caption.gpus_per_actor": 2}, "a pod of the overlay's group caption has 1"),
         ("kind", {"dataset": "/home/me/pairs"}, "dataset: /home/me/pairs is on this machine"),
