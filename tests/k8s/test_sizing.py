@@ -78,7 +78,7 @@ def test_every_replica_that_a_recipe_asks_for_runs_on_the_pods_that_are_rendered
     for wish in WISHES:
         fits = wish.gpus_per_actor <= gpus and wish.cpus_per_actor <= (2 if wish.gpus_per_actor else cpus)
         if not fits:
-            with pytest.raises(UserError, match=r"caption\.[cg]pus_per_actor: one asks for"):
+            with pytest.raises(UserError, match=r"caption\.[cg]pus_per_actor: a replica needs"):
                 _rendered(overlay, wish)
             continue
         pods = _rendered(overlay, wish)
