@@ -175,6 +175,40 @@ def identity(path: Path | str) -> str:
     return digest.hexdigest()
 
 
+def require_finished(directory: Path | str) -> None:
+    """Nothing when `directory` is a finished stage's output, or no stage's at all.
+
+    Raises:
+        UserError: a stage has begun there and has not ended.
+    """
+    directory = Path(directory)
+    if (directory / CLAIM).exists() and not (directory / MANIFEST).exists():
+        stage = read_json(directory / CLAIM)["stage"]
+        raise UserError(
+            f"{directory}: captune {stage} has not finished there (there is no {MANIFEST}); run it again first"
+        )
+
+
+def training_text(directory: Path | str) -> str:
+    """The column that trains, of a directory of sample records: the one that it was refined for, or the new captions
+    where there are any.
+
+    Raises:
+        UserError: its stage has not finished.
+    """
+    require_finished(directory)
+    directory = Path(directory)
+    manifest = read_json(directory / MANIFEST) if (directory / MANIFEST).exists() else {}
+    if "text" in manifest:
+        return str(manifest["text"])
+    if manifest.get("stage") == "caption":
+        return "recaption"
+    from pipelines.records import read_shards
+
+    recaptions = read_shards(directory, columns=["recaption"])["recaption"]
+    return "recaption" if recaptions.null_count < len(recaptions) else "caption"
+
+
 def read_json(path: Path) -> Any:
     """JSON of a file; a file that is no JSON is named in the error."""
     try:
@@ -214,37 +248,3 @@ def _versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             continue  # an extra that this machine does not need
     return found
-
-
-def require_finished(directory: Path | str) -> None:
-    """Nothing when `directory` is a finished stage's output, or no stage's at all.
-
-    Raises:
-        UserError: a stage has begun there and has not ended.
-    """
-    directory = Path(directory)
-    if (directory / CLAIM).exists() and not (directory / MANIFEST).exists():
-        stage = read_json(directory / CLAIM)["stage"]
-        raise UserError(
-            f"{directory}: captune {stage} has not finished there (there is no {MANIFEST}); run it again first"
-        )
-
-
-def training_text(directory: Path | str) -> str:
-    """The column that trains, of a directory of sample records: the one that it was refined for, or the new captions
-    where there are any.
-
-    Raises:
-        UserError: its stage has not finished.
-    """
-    require_finished(directory)
-    directory = Path(directory)
-    manifest = read_json(directory / MANIFEST) if (directory / MANIFEST).exists() else {}
-    if "text" in manifest:
-        return str(manifest["text"])
-    if manifest.get("stage") == "caption":
-        return "recaption"
-    from pipelines.records import read_shards
-
-    recaptions = read_shards(directory, columns=["recaption"])["recaption"]
-    return "recaption" if recaptions.null_count < len(recaptions) else "caption"

@@ -13,14 +13,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipelines.errors import UserError
-from pipelines.formats.rows import Row, error_kind, to_record
+from pipelines.formats.llava import is_row
+from pipelines.formats.rows import Row, error_kind, parse_json, to_record
 from pipelines.manifest import require_finished
 from pipelines.storage import SCHEMES, AnyPath, RemotePath, expand, files_in, is_glob, is_remote
 
 __all__ = ["READABLE", "Dataset", "Row", "error_kind", "open_dataset", "to_record"]
 
 READABLE = (
-    "Data-Juicer JSONL (.jsonl), LLaVA JSON (.json), WebDataset tars (.tar), Parquet (.parquet), "
+    "Data-Juicer JSONL (.jsonl), LLaVA JSON or JSONL (.json, .jsonl), WebDataset tars (.tar), Parquet (.parquet), "
     "a folder of any one of these, a pattern such as shards/*.tar, or a folder of pictures"
 )
 _BY_SUFFIX = {
@@ -30,6 +31,7 @@ _BY_SUFFIX = {
     ".parquet": "parquet",
     ".tar": "webdataset",
 }
+_LONGEST_LINE = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -115,12 +117,21 @@ def _format_of_file(path: AnyPath) -> str:
     if head[257:262] == b"ustar":
         return "webdataset"
     if text.startswith(b"{") and path.suffix.lower() in (".json", ".jsonl", ".ndjson", ""):
-        return "datajuicer"
+        return "llava" if _first_line_is_llava(path) else "datajuicer"
     if text.startswith(b"[") and path.suffix.lower() in (".json", ""):
         return "llava"
     if path.suffix.lower() in _BY_SUFFIX:  # damaged or odd, but named: its reader will say what is wrong with it
         return _BY_SUFFIX[path.suffix.lower()]
     raise UserError(f"{path}: no dataset that captune reads; a dataset is {READABLE}")
+
+
+def _first_line_is_llava(path: AnyPath) -> bool:
+    with path.open("rb") as stream:
+        line = stream.readline(_LONGEST_LINE).removeprefix(b"\xef\xbb\xbf")
+    try:
+        return is_row(parse_json(line))
+    except ValueError:  # a reader of lines will say what is wrong with it
+        return False
 
 
 def _open_folder(path: AnyPath) -> Dataset:
@@ -134,7 +145,7 @@ def _open_folder(path: AnyPath) -> Dataset:
     jsonl = [p for p in files_in(path, "*.jsonl") if p.name != METADATA]
     named = [p for p in jsonl if p.name == "dataset.jsonl"]
     if len(jsonl) == 1 or named:
-        return Dataset((named or jsonl)[0], "datajuicer")
+        return Dataset((named or jsonl)[0], _format_of_file((named or jsonl)[0]))
     if len(jsonl) > 1:
         raise UserError(
             f"{path}: holds several datasets ({', '.join(p.name for p in jsonl[:3])}, ...); name one of them, "

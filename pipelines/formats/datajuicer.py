@@ -9,8 +9,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from pipelines.errors import UserError
-from pipelines.formats.rows import Row, bad_row, parse_json, with_image_path
+from pipelines.formats.rows import Row, bad_row, rows_of_lines, with_image_path
 from pipelines.storage import AnyPath
 
 IMAGE_TOKEN = "<__dj__image>"
@@ -21,29 +20,12 @@ def rows(path: AnyPath) -> Iterator[Row]:
     """Rows of one JSONL file; blank lines are no rows.
 
     Raises:
-        UserError: not one of the first 100 lines is a JSON object, so this is no JSONL at all.
+        UserError: this is no JSONL at all.
     """
-    good = seen = 0
-    with path.open("rb") as stream:
-        for number, line in enumerate(stream, start=1):
-            if number == 1:
-                line = line.removeprefix(b"\xef\xbb\xbf")
-            if not line.strip():
-                continue
-            row = _row(line, f"{path.name}:{number}", path.parent)
-            seen, good = seen + 1, good + (row.error is None or "not valid JSON" not in row.error)
-            if seen == 100 and not good:
-                break
-            yield row
-    if not good:
-        raise UserError(f"{path}: no JSONL dataset, {'it is empty' if not seen else 'none of its lines is valid JSON'}")
+    return rows_of_lines(path, _row)
 
 
-def _row(line: bytes, where: str, base: AnyPath) -> Row:
-    try:
-        value = parse_json(line)
-    except ValueError as error:
-        return bad_row(where, str(error))
+def _row(value: Any, where: str, base: AnyPath) -> Row:
     if not isinstance(value, dict):
         return bad_row(where, f"a JSON {type(value).__name__} where an object was expected")
     text, images = value.pop("text", ""), value.pop("images", None)

@@ -1,51 +1,115 @@
-"""LLaVA's instruction JSON: a list of `{"id", "image", "conversations"}`, images relative to the file's own folder."""
+"""LLaVA's rows: `{"id", "image", "conversations"}` as a JSON list, or one a line; images relative to the file's folder.
+
+The only place that knows what a conversation looks like: captioning, training and export ask it, whichever format
+carried the row.
+"""
 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from pipelines.errors import UserError
-from pipelines.formats.rows import Row, bad_row, parse_json, with_image_path
+from pipelines.formats.rows import Row, bad_row, parse_json, rows_of_lines, with_image_path
 from pipelines.storage import AnyPath
 
-REQUEST = "<image>\nProvide a brief description of the given image."
-"""What the human says in an exported pair; the wording of LLaVA's own alignment data."""
+Turn = tuple[str, str]
+"""Who says it (`human` or `gpt`; another word stays as it is) and the text, in which `<image>` stands for the image."""
+IMAGE = "<image>"
+REQUEST = f"{IMAGE}\nProvide a brief description of the given image."
+"""What the human says about a caption that came without a request; the wording of LLaVA's own alignment data."""
+_WHO = {"user": "human", "assistant": "gpt"}
+
+
+def turns_of(conversations: Any) -> tuple[Turn, ...]:
+    """The turns of a `conversations` value, whatever its shape turns out to be.
+
+    Raises:
+        ValueError: not a list of turns with `from` and `value`; the text says what stands there instead.
+    """
+    if not isinstance(conversations, list) or not conversations:
+        raise ValueError("'conversations' is not a list of turns")
+    turns = []
+    for number, turn in enumerate(conversations):
+        who, text = (turn.get("from"), turn.get("value")) if isinstance(turn, dict) else (None, None)
+        if not isinstance(who, str) or not isinstance(text, str):
+            raise ValueError(f"'conversations' turn {number} is not a 'from' and a text 'value': {str(turn)[:80]}")
+        turns.append((_WHO.get(who, who), text))
+    return tuple(turns)
+
+
+def about(caption: str, conversations: Any = None) -> tuple[Turn, Turn]:
+    """The conversation that teaches a caption: the sample's own request where it had one, else `REQUEST`.
+
+    Args:
+        conversations: what came with the sample. One of more than a request and an answer was about more than the
+            caption, and is left out.
+    """
+    try:
+        own = turns_of(conversations)
+    except ValueError:
+        own = ()
+    asked = len(own) == 2 and own[0][0] == "human" and own[0][1].count(IMAGE) == 1
+    return ("human", own[0][1] if asked else REQUEST), ("gpt", caption)
+
+
+def is_row(value: Any) -> bool:
+    """Whether a JSON value is a row of this format, and not of another that is written one object a line."""
+    return isinstance(value, dict) and "conversations" in value and not {"text", "images"} & set(value)
 
 
 def rows(path: AnyPath) -> Iterator[Row]:
-    """Rows of one JSON list; the caption is the first answer, the whole conversation stays in `meta`.
+    """Rows of one file; the caption is the first answer, the whole conversation stays in `meta`. A row of text only has
+    no image and is not broken.
 
     Raises:
-        UserError: the file is not a JSON list.
+        UserError: the file is neither a JSON list nor JSON lines.
     """
+    with path.open("rb") as stream:
+        is_list = stream.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")
+    yield from _rows_of_list(path) if is_list else rows_of_lines(path, _row)
+
+
+def _rows_of_list(path: AnyPath) -> Iterator[Row]:
     try:
         items = parse_json(path.read_bytes())
     except ValueError as error:
         raise UserError(f"{path}: no LLaVA dataset ({error})") from None
-    if not isinstance(items, list) or not items:
-        raise UserError(f"{path}: no LLaVA dataset, it is not a JSON list of conversations")
-    for number, item in enumerate(items, start=1):
-        yield _row(item, f"{path.name}: item {number}", path.parent)
+    if not items:
+        raise UserError(f"{path}: no LLaVA dataset, the list is empty")
+    for number, item in enumerate(items):
+        yield _row(item, f"{path.name} row {number}", path.parent)
 
 
 def _row(item: Any, where: str, base: AnyPath) -> Row:
     if not isinstance(item, dict):
         return bad_row(where, f"a JSON {type(item).__name__} where an object was expected")
     meta = {key: value for key, value in item.items() if key != "image"}
-    turns, image = item.get("conversations"), item.get("image")
-    if not isinstance(turns, list) or not all(isinstance(t, dict) and isinstance(t.get("value"), str) for t in turns):
-        return bad_row(where, "'conversations' is not a list of turns", meta=meta)
-    caption = next((turn["value"] for turn in turns if turn.get("from") in ("gpt", "assistant")), "").strip()
+    try:
+        turns = turns_of(item.get("conversations"))
+    except ValueError as reason:
+        return bad_row(where, str(reason), meta=meta)
+    row = Row(where, next((text for who, text in turns if who == "gpt"), "").strip(), meta=meta)
+    image = item.get("image")
     if isinstance(image, list) and len(image) == 1:
         image = image[0]
     if not image:
-        return bad_row(where, "it lacks 'image'", caption=caption, meta=meta)
+        return row
+    if isinstance(image, list):
+        return bad_row(where, f"'image' names {len(image)} images, and a row has one", caption=row.caption, meta=meta)
     if not isinstance(image, str):
-        return bad_row(where, "'image' is not one file name", caption=caption, meta=meta)
-    return with_image_path(Row(where, caption, meta=meta), image, base)
+        return bad_row(where, "'image' is not a file name", caption=row.caption, meta=meta)
+    return with_image_path(row, image, _folder(base, image))
+
+
+def _folder(base: AnyPath, image: str) -> AnyPath:
+    """Where the image lies: in the file's folder, or in `images/` beside the file."""
+    if isinstance(base, Path) and not os.path.exists(base / image) and os.path.exists(base / "images" / image):
+        return base / "images"
+    return base
 
 
 def write(samples: Iterable[dict[str, Any]], path: Path) -> int:
@@ -54,21 +118,12 @@ def write(samples: Iterable[dict[str, Any]], path: Path) -> int:
     with path.open("w", encoding="utf-8") as stream:
         stream.write("[")
         for count, sample in enumerate(samples, start=1):
+            turns = about(sample["caption"], sample["meta"].get("conversations"))
             item = {
                 "id": str(sample["meta"].get("id", sample["sample_id"])),
                 "image": sample["image_path"],
-                "conversations": _conversation(sample["meta"].get("conversations"), sample["caption"]),
+                "conversations": [{"from": who, "value": text} for who, text in turns],
             }
             stream.write(("\n" if count == 1 else ",\n") + json.dumps(item, ensure_ascii=False))
         stream.write("\n]\n")
     return count
-
-
-def _conversation(turns: Any, caption: str) -> list[dict[str, str]]:
-    """The sample's own request with the new answer; a longer conversation was about more than the caption and is
-    replaced.
-    """
-    request = REQUEST
-    if isinstance(turns, list) and len(turns) == 2 and turns[0].get("from") == "human":
-        request = turns[0]["value"]
-    return [{"from": "human", "value": request}, {"from": "gpt", "value": caption}]

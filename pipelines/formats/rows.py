@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from pipelines.errors import UserError
 from pipelines.images import BadImage, read_bytes
 from pipelines.records import Record, new_record
 from pipelines.storage import AnyPath, is_remote
@@ -30,7 +32,8 @@ class Row:
             `dataset.jsonl:7`.
         caption: the text as found, without any format's special tokens.
         image: encoded bytes, for formats that hold them.
-        image_uri: absolute path or storage address, for formats that name a file.
+        image_uri: absolute path or storage address, for formats that name a file. A row that has neither is text only:
+            fit to train on, not to be captioned.
         error: why this row cannot be used; starts with its kind, see `error_kind`.
         meta: whatever else came with the row.
     """
@@ -93,9 +96,40 @@ def parse_json(text: bytes | str) -> Any:
     return value
 
 
+def rows_of_lines(path: AnyPath, read: Callable[[Any, str, AnyPath], Row]) -> Iterator[Row]:
+    """Rows of a file with a JSON value a line; blank lines are no rows.
+
+    Args:
+        read: makes a row of a value, given where it stands and the file's folder.
+
+    Raises:
+        UserError: not one of the first 100 lines is JSON, so this is no JSONL at all.
+    """
+    good = seen = 0
+    with path.open("rb") as stream:
+        for number, line in enumerate(stream, start=1):
+            if number == 1:
+                line = line.removeprefix(b"\xef\xbb\xbf")
+            if not line.strip():
+                continue
+            where, seen = f"{path.name}:{number}", seen + 1
+            try:
+                row = read(parse_json(line), where, path.parent)
+                good += 1
+            except ValueError as error:
+                row = bad_row(where, str(error))
+                if seen == 100 and not good:
+                    break
+            yield row
+    if not good:
+        raise UserError(f"{path}: no JSONL dataset, {'it is empty' if not seen else 'none of its lines is valid JSON'}")
+
+
 def to_record(row: Row) -> Record:
     """Read the image once for its content key; a record whose image is a file keeps the path and not the bytes."""
     content, error = row.image, row.error
+    if error is None and content is None and row.image_uri is None:
+        error = f"bad row: it has no image ({row.where})"
     if error is None and content is None:
         try:
             content = read_bytes(row.image_uri or "")

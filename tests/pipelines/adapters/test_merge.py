@@ -108,7 +108,7 @@ def test_adapters_of_another_model_are_refused(tiny: Any, model_dir: Path, adapt
     (broken / WEIGHTS).unlink()
     with pytest.raises(UserError, match="half an adapter"):
         merge.run(model_dir, broken, tmp_path / "merged", MergeConfig())
-    (broken / ".stage.json").write_text("{}")
+    (broken / ".stage.json").write_text('{"stage": "train"}')
     with pytest.raises(UserError, match="captune train has not finished"):
         merge.run(model_dir, broken, tmp_path / "merged", MergeConfig())
     with pytest.raises(UserError, match="not an adapter directory"):

@@ -7,13 +7,14 @@ import json
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from pipelines.errors import UserError
-from pipelines.formats import Row, error_kind, open_dataset, to_record
+from pipelines.formats import Row, error_kind, llava, open_dataset, to_record
 from pipelines.formats.export import export
 from pipelines.manifest import open_stage
 from pipelines.records import Record, new_record, write_shard
@@ -127,19 +128,73 @@ def test_jsonl_rows_of_every_kind(tmp_path: Path) -> None:
     json.dumps(records, ensure_ascii=False).encode()
 
 
-def test_llava_items_of_every_kind(tmp_path: Path) -> None:
-    """The first answer is the caption; an item without its parts is an error row with its number."""
-    turns = [
-        {"from": "human", "value": "<image>\nWhat?"},
-        {"from": "gpt", "value": " a sign "},
-        {"from": "gpt", "value": "more"},
+TURNS = [
+    {"from": "human", "value": "<image>\nWhat?"},
+    {"from": "gpt", "value": " a sign "},
+    {"from": "gpt", "value": "more"},
+]
+BROKEN_ITEMS = [
+    ({"image": "a.jpg"}, "'conversations' is not a list"),
+    ({"image": "a.jpg", "conversations": ["hi", "yes"]}, "turn 0 is not a 'from'"),
+    ({"image": "a.jpg", "conversations": [TURNS[0], None]}, "turn 1 is not a 'from'"),
+    ({"image": "a.jpg", "conversations": [{"from": ["human"], "value": "a"}]}, "turn 0 is not a 'from'"),
+    ({"image": "a.jpg", "conversations": [{"from": "human", "value": 3}]}, "turn 0 is not a 'from'"),
+    ({"image": {"path": "a.jpg"}, "conversations": TURNS}, "'image' is not a file name"),
+    ({"image": 5, "conversations": TURNS}, "'image' is not a file name"),
+    ({"image": ["a.jpg", "b.jpg"], "conversations": TURNS}, "'image' names 2 images"),
+    (5, "JSON int"),
+]
+
+
+@pytest.mark.parametrize("lines", [False, True])
+def test_llava_items_of_every_kind(tmp_path: Path, jpeg: Jpeg, lines: bool) -> None:
+    """The first answer is the caption; pictures may lie in `images/`; an item without its parts is an error row with
+    its place; one without a picture can be trained on and not be captioned.
+    """
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "b.jpg").write_bytes(jpeg(1))
+    items = [
+        {"id": "1", "image": "a.jpg", "conversations": TURNS},
+        {"image": ["b.jpg"], "conversations": [{"from": "user", "value": "?"}, {"from": "assistant", "value": "x"}]},
+        {"conversations": TURNS},
+        *(item for item, _ in BROKEN_ITEMS),
     ]
-    items = [{"id": "1", "image": "a.jpg", "conversations": turns}, {"conversations": turns}, {"image": "a.jpg"}, 5]
-    (tmp_path / "set.json").write_text(json.dumps(items))
-    good, no_image, no_turns, number = rows_of(tmp_path / "set.json")
-    assert good.caption == "a sign" and good.meta["conversations"] == turns and good.error is None
-    assert "lacks 'image' (set.json: item 2)" in (no_image.error or "")
-    assert "'conversations'" in (no_turns.error or "") and "JSON int" in (number.error or "")
+    path = tmp_path / ("set.jsonl" if lines else "set.json")
+    path.write_text("\n".join(map(json.dumps, items)) if lines else json.dumps(items))
+    good, beside, text_only, *broken = rows_of(path)
+    assert good.caption == "a sign" and good.meta["conversations"] == TURNS and good.error is None
+    assert good.image_uri == str(tmp_path / "a.jpg") and beside.image_uri == str(tmp_path / "images" / "b.jpg")
+    assert beside.caption == "x" and text_only.error is None and text_only.image_uri is None
+    place = "set.jsonl:3" if lines else "set.json row 2"
+    assert to_record(text_only)["error"] == f"bad row: it has no image ({place})"
+    for row, (_, reason) in zip(broken, BROKEN_ITEMS, strict=True):
+        assert reason in (row.error or "") and row.error == to_record(row)["error"]
+
+
+def test_lines_of_llava_and_of_data_juicer_are_told_apart(records: Path, tmp_path: Path) -> None:
+    """Data-Juicer's lines may carry conversations in their meta; the keys that make a line Data-Juicer's win."""
+    (tmp_path / "llava.jsonl").write_text(json.dumps({"id": 1, "conversations": TURNS}) + "\n")
+    line = {"conversations": TURNS, "text": "x", "images": ["a.jpg"]}
+    (tmp_path / "dj.jsonl").write_text(json.dumps(line) + "\n")
+    assert open_dataset(tmp_path / "llava.jsonl").format == "llava"
+    assert open_dataset(tmp_path / "dj.jsonl").format == "datajuicer"
+
+
+@pytest.mark.parametrize(
+    ("conversations", "request_kept"),
+    [
+        ([TURNS[0], TURNS[1]], True),
+        (TURNS, False),
+        ([{"from": "human", "value": "no picture"}, TURNS[1]], False),
+        ([None, 3], False),
+        (None, False),
+    ],
+)
+def test_a_caption_is_taught_with_the_samples_own_request(conversations: Any, request_kept: bool) -> None:
+    """Where the request is not about the one picture, LLaVA's own wording takes its place."""
+    request, answer = llava.about("a red sign", conversations)
+    assert answer == ("gpt", "a red sign")
+    assert request == ("human", TURNS[0]["value"] if request_kept else llava.REQUEST)
 
 
 def test_webdataset_with_faults(tmp_path: Path, jpeg: Jpeg) -> None:
