@@ -139,7 +139,7 @@ def look(directory: Path | str, stage: str, inputs: dict[str, Any], *, grows: Co
         changed = ", ".join(d for d in differences if d not in grows) or "its inputs"
         raise UserError(
             f"{directory}: holds the output of another run (what changed: {changed}). "
-            "Choose another directory, or pass --restart true to throw that output away and start over"
+            "Choose another directory, or pass --restart to throw that output away and start over"
         )
     output.resumed = True
     if finished is not None:

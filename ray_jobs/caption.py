@@ -2,51 +2,45 @@
 
 from __future__ import annotations
 
-import sys
+if __name__ == "__main__":
+    import _from_path  # noqa: F401
+
 from pathlib import Path
 
-if __name__ == "__main__":  # started by its path: the repository, not this folder, is where imports begin
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+from ray_jobs import _ending, _start, cli
+from ray_jobs._options import RESTART, Command, Option, parse, reading, required, writing
 
-import json
-from typing import TYPE_CHECKING
-
-from ray_jobs import _options, _start, cli
-
-if TYPE_CHECKING:
-    from jsonargparse import ArgumentParser
+COMMAND = Command(
+    "caption",
+    "Recaption an image-text dataset with BLIP-2 on Ray Data. A killed run continues; a dataset that has grown is "
+    "captioned on.",
+    (
+        reading("Data-Juicer JSONL, LLaVA JSON, WebDataset tars, Parquet or pictures", value="DATASET", key="dataset"),
+        writing("directory for the records", needed=False),
+        Option("--dry-run", about="say what the run would cost; needs no --output and writes nothing"),
+        RESTART,
+    ),
+    reads=("dataset", "caption"),
+    first="--input",
+    example="captune caption data/pairs.jsonl --output captions --caption.model Salesforce/blip2-opt-2.7b",
+)
 
 
 def main(argv: list[str]) -> int:
-    """`captune caption --input DATASET --output DIR --caption.model DIR`; `--dry-run` needs no output and writes
-    nothing.
-    """
-    recipe, options = _options.parse("caption", __doc__ or "", argv, _add_options)
-    dataset = _options.required(options.input or recipe.dataset, "--input DATASET", "caption")
+    """`captune caption DATASET --output DIR --caption.model DIR`."""
+    recipe, options = parse(COMMAND, argv)
     if options.dry_run:
         from pipelines.caption.estimate import describe, estimate
 
-        found = estimate(dataset, recipe.caption)
-        print(json.dumps(found) if options.json else describe(found))
-        return 0
+        found = estimate(recipe.dataset, recipe.caption)
+        return _ending.tell(options, found, describe(found))
+    output = required(options.output, "--output DIR", "caption")
     from pipelines.caption import stage
 
     with _start.ray_cluster():
-        manifest = stage.run(
-            dataset,
-            Path(_options.required(options.output, "--output DIR", "caption")),
-            recipe.caption,
-            restart=options.restart,
-        )
-    if options.json:
-        print(json.dumps(manifest))
-    return 0
-
-
-def _add_options(parser: ArgumentParser) -> None:
-    _options.input_output(parser)
-    parser.add_argument("--dry-run", action="store_true", help="say what the run would cost; write nothing")
-    parser.add_argument("--json", action="store_true", help="machine-readable, on standard output")
+        manifest = stage.run(recipe.dataset, Path(output), recipe.caption, restart=options.restart)
+    made = f"caption: {manifest['captioned']} of {manifest['rows_in']} rows captioned, in {output}"
+    return _ending.end(options, manifest, made, "captune", "refine", output, "--output", "DIR")
 
 
 if __name__ == "__main__":

@@ -2,39 +2,34 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
+if __name__ == "__main__":
+    import _from_path  # noqa: F401
 
-if __name__ == "__main__":  # started by its path: the repository, not this folder, is where imports begin
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)
-
-import json
 from dataclasses import asdict
 
-from ray_jobs import _options, cli
+from ray_jobs import _ending, cli
+from ray_jobs._options import Command, Option, parse, reading
+
+COMMAND = Command(
+    "check",
+    "Check a model, or an adapter against its base; a verdict per check, and exit status 1 when one fails.",
+    (
+        reading("model; with --adapter its base", "--model"),
+        Option("--adapter", "DIR", "what captune train wrote", path=True),
+    ),
+    first="--model",
+    example="captune check runs/sample/enhanced/merged",
+)
 
 
 def main(argv: list[str]) -> int:
-    """`captune check --model DIR [--adapter DIR]`: exit status 1 when a check fails."""
-    _, options = _options.parse(
-        "check",
-        __doc__ or "",
-        argv,
-        lambda parser: (
-            parser.add_argument("--model", type=str, help="model directory"),
-            parser.add_argument("--adapter", type=str, help="adapter directory; --model is then its base"),
-            parser.add_argument("--json", action="store_true", help="machine-readable"),
-        ),
-    )
+    """`captune check DIR [--adapter DIR]`: exit status 1 when a check fails."""
+    _, options = parse(COMMAND, argv)
     from pipelines.adapters.check import check_adapter, check_model
 
-    model = _options.required(options.model, "--model DIR", "check")
-    verdicts = check_adapter(options.adapter, model) if options.adapter else check_model(model)
-    if options.json:
-        print(json.dumps([asdict(verdict) for verdict in verdicts]))
-    else:
-        for verdict in verdicts:
-            print(f"{'ok  ' if verdict.passed else 'FAIL'}  {verdict.name}: {verdict.detail}")
+    verdicts = check_adapter(options.adapter, options.model) if options.adapter else check_model(options.model)
+    lines = [f"{'ok  ' if verdict.passed else 'FAIL'}  {verdict.name}: {verdict.detail}" for verdict in verdicts]
+    _ending.tell(options, [asdict(verdict) for verdict in verdicts], "\n".join(lines))
     return 0 if all(verdict.passed for verdict in verdicts) else 1
 
 

@@ -8,29 +8,38 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Callable
+from typing import NamedTuple
 
 from pipelines.errors import UserError, WorkFailed
 
+
+class Entry(NamedTuple):
+    """Where a command's `main` is, and what it does in a few words."""
+
+    room: str
+    about: str
+
+
 COMMANDS = {
-    "run": "walk the whole hallway for every arm of a recipe",
-    "sample": "draw the embedded sample world",
-    "caption": "recaption an image-text dataset with BLIP-2",
-    "refine": "choose and clean captions with a Data-Juicer recipe",
-    "export": "write kept records in another dataset format",
-    "stats": "quality metrics of a dataset's captions",
-    "train": "align the projector, then LoRA-tune the language model",
-    "merge": "merge an adapter into its base model",
-    "check": "check a model or an adapter",
-    "assemble": "make an MGM with a fresh projector from its parts",
-    "convert": "turn an original MGM checkpoint into a Hugging Face directory",
-    "export-original": "turn it back, bit for bit",
-    "convert-lora": "turn the original trainer's LoRA output into an adapter",
-    "serve": "answer over HTTP, OpenAI-compatible, in batches",
-    "evaluate": "ask a model the questions of a benchmark",
-    "score": "score answers made elsewhere",
-    "compare": "hold evaluations against each other",
-    "report": "draw the HTML report of a run directory",
-    "k8s": "render Kubernetes manifests for a recipe",
+    "run": Entry("ray_jobs.run", "walk the whole hallway for every arm of a recipe"),
+    "sample": Entry("ray_jobs.sample", "draw the embedded sample world"),
+    "caption": Entry("ray_jobs.caption", "recaption an image-text dataset with BLIP-2"),
+    "refine": Entry("ray_jobs.refine", "choose and clean captions with a Data-Juicer recipe"),
+    "export": Entry("ray_jobs.export", "write kept records in another dataset format"),
+    "stats": Entry("ray_jobs.stats", "quality metrics of a dataset's captions"),
+    "train": Entry("ray_jobs.train", "align the projector, then LoRA-tune the language model"),
+    "merge": Entry("ray_jobs.merge", "merge an adapter into its base model"),
+    "check": Entry("ray_jobs.check", "check a model or an adapter"),
+    "assemble": Entry("ray_jobs.assemble", "make an MGM with a fresh projector from its parts"),
+    "convert": Entry("ray_jobs.convert", "turn an original MGM checkpoint into a Hugging Face directory"),
+    "export-original": Entry("ray_jobs.export_original", "turn it back, bit for bit"),
+    "convert-lora": Entry("ray_jobs.convert_lora", "turn the original trainer's LoRA output into an adapter"),
+    "serve": Entry("ray_jobs.serve", "answer over HTTP, OpenAI-compatible, in batches"),
+    "evaluate": Entry("ray_jobs.evaluate", "ask a model the questions of a benchmark"),
+    "score": Entry("ray_jobs.score", "score answers made elsewhere"),
+    "compare": Entry("ray_jobs.compare", "hold evaluations against each other"),
+    "report": Entry("ray_jobs.report", "draw the HTML report of a run directory"),
+    "k8s": Entry("k8s.command", "render Kubernetes manifests for a recipe"),
 }
 
 
@@ -52,9 +61,7 @@ def main(argv: list[str] | None = None) -> int:
         hint = f"; did you mean '{near[0]}'?" if near else ""
         print(f"captune: error: there is no command '{argv[0]}'{hint} (captune --help lists them)", file=sys.stderr)
         return 2
-    room = "k8s.command" if argv[0] == "k8s" else f"ray_jobs.{argv[0].replace('-', '_')}"
-    module = importlib.import_module(room)
-    return guarded(module.main, argv[1:])
+    return guarded(importlib.import_module(COMMANDS[argv[0]].room).main, argv[1:])
 
 
 def guarded(work: Callable[[list[str]], int | None], argv: list[str] | None = None) -> int:
@@ -75,7 +82,7 @@ def guarded(work: Callable[[list[str]], int | None], argv: list[str] | None = No
 
 def _usage() -> str:
     width = max(map(len, COMMANDS))
-    lines = "\n".join(f"  {name:<{width}}  {text}" for name, text in COMMANDS.items())
+    lines = "\n".join(f"  {name:<{width}}  {entry.about}" for name, entry in COMMANDS.items())
     return (
         "usage: captune COMMAND [options]\n\n"
         f"{lines}\n\n"

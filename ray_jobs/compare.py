@@ -2,28 +2,30 @@
 
 from __future__ import annotations
 
-import sys
+if __name__ == "__main__":
+    import _from_path  # noqa: F401
+
 from pathlib import Path
 
-if __name__ == "__main__":  # started by its path: the repository, not this folder, is where imports begin
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+from ray_jobs import _ending, cli
+from ray_jobs._options import Command, Option, parse, writing
 
-from ray_jobs import _options, cli
+COMMAND = Command(
+    "compare",
+    "Hold evaluations against each other; the first is the baseline unless compare.baseline names one.",
+    (
+        Option("--evaluations", "DIR", "what captune evaluate wrote, two or more", path=True, needed=True, many=True),
+        writing("directory for comparison.json"),
+    ),
+    reads=("compare",),
+    first="--evaluations",
+    example="captune compare runs/x/original/predictions/textvqa runs/x/enhanced/predictions/textvqa --output compared",
+)
 
 
 def main(argv: list[str]) -> int:
-    """`captune compare DIR DIR [...] --output DIR`: the first directory is the baseline unless compare.baseline names
-    one.
-    """
-    recipe, options = _options.parse(
-        "compare",
-        __doc__ or "",
-        argv,
-        lambda parser: (
-            parser.add_argument("evaluations", type=str, nargs="+", help="directories that captune evaluate wrote"),
-            parser.add_argument("--output", type=str, help="directory to write comparison.json to"),
-        ),
-    )
+    """`captune compare DIR DIR [...] --output DIR`."""
+    recipe, options = parse(COMMAND, argv)
     from dataclasses import replace
 
     from pipelines.errors import UserError
@@ -36,10 +38,9 @@ def main(argv: list[str]) -> int:
     config = recipe.compare
     if config.baseline not in named:
         config = replace(config, baseline=next(iter(named)))
-    found = compare.run(named, Path(_options.required(options.output, "--output DIR", "compare")), config)
-    for name, difference in found["differences"].items():
-        print(sentence(config.baseline, name, found, difference))
-    return 0
+    found = compare.run(named, Path(options.output), config)
+    lines = [sentence(config.baseline, name, found, difference) for name, difference in found["differences"].items()]
+    return _ending.tell(options, found, "\n".join(lines))
 
 
 def sentence(baseline: str, arm: str, found: dict, difference: dict) -> str:

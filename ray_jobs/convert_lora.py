@@ -1,38 +1,36 @@
-"""Turn the original trainer's LoRA output into an adapter that captune merges."""
+"""Turn the original trainer's LoRA output into an adapter."""
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
+if __name__ == "__main__":
+    import _from_path  # noqa: F401
 
-if __name__ == "__main__":  # started by its path: the repository, not this folder, is where imports begin
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+from ray_jobs import _ending, cli
+from ray_jobs._options import Command, Option, parse, reading, writing
 
-from ray_jobs import _options, cli
+COMMAND = Command(
+    "convert-lora",
+    "Turn the original trainer's LoRA output into an adapter.",
+    (
+        reading("adapter_model and non_lora_trainables.bin of the original's trainer", "--adapter"),
+        Option("--model", "DIR", "converted base model", path=True, needed=True),
+        writing(),
+    ),
+    first="--adapter",
+    example="captune convert-lora mgm-2b-lora --model models/mgm-2b --output adapter",
+)
 
 
 def main(argv: list[str]) -> int:
-    """`captune convert-lora --adapter DIR --model DIR --output DIR`."""
-    _, options = _options.parse(
-        "convert-lora",
-        __doc__ or "",
-        argv,
-        lambda parser: (
-            parser.add_argument(
-                "--adapter", type=str, help="adapter_model and non_lora_trainables.bin of the original's trainer"
-            ),
-            parser.add_argument("--model", type=str, help="converted base model"),
-            parser.add_argument("--output", type=str, help="directory to write"),
-        ),
-    )
+    """`captune convert-lora DIR --model DIR --output DIR`."""
+    _, options = parse(COMMAND, argv)
     from pipelines.mgm.convert_lora import convert_lora
 
-    convert_lora(
-        _options.required(options.adapter, "--adapter DIR", "convert-lora"),
-        _options.required(options.model, "--model DIR", "convert-lora"),
-        _options.required(options.output, "--output DIR", "convert-lora"),
+    convert_lora(options.adapter, options.model, options.output)
+    following = ("captune", "merge", options.output, "--model", options.model, "--output", "DIR")
+    return _ending.end(
+        options, {"output": options.output}, f"convert-lora: an adapter, in {options.output}", *following
     )
-    return 0
 
 
 if __name__ == "__main__":

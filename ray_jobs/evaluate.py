@@ -2,63 +2,64 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
-if __name__ == "__main__":  # started by its path: the repository, not this folder, is where imports begin
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+if __name__ == "__main__":
+    import _from_path  # noqa: F401
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
-from ray_jobs import _options, _start, cli
+from ray_jobs import _ending, _start, cli
+from ray_jobs._options import RESTART, Command, Option, parse, reading, writing
 from serve.config import ServeConfig
+
+COMMAND = Command(
+    "evaluate",
+    "Ask a model the questions of a benchmark, over HTTP, many at a time, and score the answers.",
+    (
+        reading("model; it is served for the time of the evaluation", "--model", needed=False),
+        Option("--endpoint", "URL", "a running service, instead of --model"),
+        writing("directory for answers and scores"),
+        Option("--benchmark", "NAME", "textvqa", key="evaluate.benchmark"),
+        reading("the benchmark's annotation file", "--annotations", "FILE", key="evaluate.annotations", needed=False),
+        reading("its pictures", "--images", key="evaluate.images", needed=False),
+        RESTART,
+    ),
+    reads=("evaluate", "serve"),
+    first="--model",
+    example="captune evaluate merged --output scores --annotations TextVQA_0.5.1_val.json --images train_images",
+)
 
 
 def main(argv: list[str]) -> int:
-    """`captune evaluate --benchmark textvqa --annotations FILE --images DIR (--model DIR / --endpoint URL) --output
-    DIR`.
-    """
-    recipe, options = _options.parse(
-        "evaluate",
-        __doc__ or "",
-        argv,
-        lambda parser: (
-            parser.add_argument("--benchmark", type=str, help="textvqa (evaluate.benchmark)"),
-            parser.add_argument("--annotations", type=str, help="annotation file (evaluate.annotations)"),
-            parser.add_argument("--images", type=str, help="directory of pictures (evaluate.images)"),
-            parser.add_argument(
-                "--model", type=str, help="model directory; it is served for the time of the evaluation"
-            ),
-            parser.add_argument("--endpoint", type=str, help="URL of a running service, instead of --model"),
-            parser.add_argument("--output", type=str, help="directory to write"),
-            parser.add_argument("--restart", type=bool, default=False, help="throw away another run's output"),
-        ),
-    )
-    from dataclasses import replace
-
+    """`captune evaluate DIR --annotations FILE --images DIR --output DIR`, or with `--endpoint URL` instead of DIR."""
+    recipe, options = parse(COMMAND, argv)
     from pipelines.errors import UserError
     from pipelines.evaluate import stage
     from pipelines.modelfiles import model_identity
 
-    named = {key: options[key] for key in ("benchmark", "annotations", "images") if options[key]}
-    config = replace(recipe.evaluate, **named)
-    output = Path(_options.required(options.output, "--output DIR", "evaluate"))
+    config, output = recipe.evaluate, Path(options.output)
     if bool(options.model) == bool(options.endpoint):
         raise UserError("captune evaluate needs either --model DIR or --endpoint URL")
     if options.endpoint:
-        stage.run(output, config, endpoint=options.endpoint, model_identity=options.endpoint, restart=options.restart)
-        return 0
-    model = Path(options.model)
-    with _start.ray_cluster():
-        stage.run(
-            output,
-            config,
-            endpoint=lambda: served(model, recipe.serve),
-            model_identity=model_identity(model),
-            restart=options.restart,
+        manifest = stage.run(
+            output, config, endpoint=options.endpoint, model_identity=options.endpoint, restart=options.restart
         )
-    return 0
+    else:
+        model = Path(options.model)
+        with _start.ray_cluster():
+            manifest = stage.run(
+                output,
+                config,
+                endpoint=lambda: served(model, recipe.serve),
+                model_identity=model_identity(model),
+                restart=options.restart,
+            )
+    made = (
+        f"evaluate: {config.benchmark} {100 * manifest['accuracy']:.2f} % of {manifest['count']} questions, "
+        f"{manifest['errors']} errors, in {output}"
+    )
+    return _ending.end(options, manifest, made, "captune", "compare", "OTHER", str(output), "--output", "DIR")
 
 
 @contextmanager

@@ -1,39 +1,44 @@
-"""Write kept records in another dataset format."""
+"""Write kept records as another tool's dataset."""
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
-if __name__ == "__main__":  # started by its path: the repository, not this folder, is where imports begin
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+if __name__ == "__main__":
+    import _from_path  # noqa: F401
 
 import json
 
-from ray_jobs import _options, cli
+from pipelines.progress import say
+from ray_jobs import cli
+from ray_jobs._options import Command, Option, parse, reading, writing
+
+COMMAND = Command(
+    "export",
+    "Write the kept records of a captions or a refined directory as another tool's dataset. What was written is told "
+    "in JSON, with or without --json.",
+    (
+        reading("records: what captune caption or refine wrote"),
+        writing("file to write", "FILE"),
+        Option(
+            "--format",
+            "FORMAT",
+            "of the file",
+            choices=("llava", "datajuicer", "webdataset", "parquet"),
+            default="llava",
+        ),
+        Option("--text", "COLUMN", "to write", choices=("auto", "caption", "recaption"), default="auto"),
+    ),
+    first="--input",
+    example="captune export runs/sample/enhanced/dataset --output enhanced.json --format llava",
+)
 
 
 def main(argv: list[str]) -> int:
-    """`captune export --input DIR --output FILE --format llava`."""
-    _, options = _options.parse(
-        "export",
-        __doc__ or "",
-        argv,
-        lambda parser: (
-            parser.add_argument("--input", type=str, help="records: a captions or a refined directory"),
-            parser.add_argument("--output", type=str, help="file to write"),
-            parser.add_argument("--format", type=str, default="llava", help="datajuicer, llava, webdataset or parquet"),
-            parser.add_argument("--text", type=str, default="auto", help="column to write: auto, caption or recaption"),
-        ),
-    )
+    """`captune export DIR --output FILE --format llava`."""
+    _, options = parse(COMMAND, argv)
     from pipelines.formats.export import export
 
-    found = export(
-        _options.required(options.input, "--input DIR", "export"),
-        _options.required(options.output, "--output FILE", "export"),
-        options.format,
-        options.text,
-    )
+    found = export(options.input, options.output, options.format, options.text)
+    say(f"export: {found['written']} of {found['rows_in']} rows as {options.format}, in {options.output}")
     print(json.dumps(found))
     return 0
 

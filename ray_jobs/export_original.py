@@ -1,40 +1,39 @@
-"""Turn a Hugging Face MGM directory back into an original checkpoint."""
+"""Turn an MGM in Hugging Face form back into an original checkpoint, bit for bit."""
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
+if __name__ == "__main__":
+    import _from_path  # noqa: F401
 
-if __name__ == "__main__":  # started by its path: the repository, not this folder, is where imports begin
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+from ray_jobs import _ending, cli
+from ray_jobs._options import Command, Option, parse, reading, writing
 
-from ray_jobs import _options, cli
+COMMAND = Command(
+    "export-original",
+    "Turn an MGM in Hugging Face form back into an original checkpoint, bit for bit.",
+    (
+        reading("MGM in Hugging Face form", "--model"),
+        writing(),
+        Option(
+            "--towers",
+            "true|false",
+            "write the towers, too; left out: those that the converted checkpoint had inside",
+            choices=("true", "false"),
+        ),
+    ),
+    first="--model",
+    example="captune export-original models/mgm-2b --output mgm-original",
+)
 
 
 def main(argv: list[str]) -> int:
-    """`captune export-original --model DIR --output DIR [--towers true|false]`."""
-    _, options = _options.parse(
-        "export-original",
-        __doc__ or "",
-        argv,
-        lambda parser: (
-            parser.add_argument("--model", type=str, help="MGM in Hugging Face form"),
-            parser.add_argument("--output", type=str, help="directory to write"),
-            parser.add_argument(
-                "--towers",
-                type=bool,
-                help="write the towers too; left out: those that the converted checkpoint had inside",
-            ),
-        ),
-    )
+    """`captune export-original DIR --output DIR [--towers true|false]`."""
+    _, options = parse(COMMAND, argv)
     from pipelines.mgm.convert import export_original
 
-    export_original(
-        _options.required(options.model, "--model DIR", "export-original"),
-        _options.required(options.output, "--output DIR", "export-original"),
-        towers=options.towers,
-    )
-    return 0
+    export_original(options.model, options.output, towers=options.towers and options.towers == "true")
+    made = f"export-original: a checkpoint in the original's layout, in {options.output}"
+    return _ending.end(options, {"output": options.output}, made)
 
 
 if __name__ == "__main__":

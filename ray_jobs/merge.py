@@ -1,39 +1,39 @@
-"""Merge an adapter and a trained projector into one plain model directory."""
+"""Merge an adapter into its base model."""
 
 from __future__ import annotations
 
-import sys
+if __name__ == "__main__":
+    import _from_path  # noqa: F401
+
 from pathlib import Path
 
-if __name__ == "__main__":  # started by its path: the repository, not this folder, is where imports begin
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+from ray_jobs import _ending, cli
+from ray_jobs._options import RESTART, Command, parse, reading, writing
 
-from ray_jobs import _options, cli
+COMMAND = Command(
+    "merge",
+    "Merge an adapter into its base model; nothing is written unless the logits agree.",
+    (
+        reading("what captune train wrote", "--adapter"),
+        reading("base model", "--model", key="train.model"),
+        writing(),
+        RESTART,
+    ),
+    reads=("merge", "train.model"),
+    first="--adapter",
+    example="captune merge runs/x/enhanced/adapter --model models/mgm-2b --output merged",
+)
 
 
 def main(argv: list[str]) -> int:
-    """`captune merge --model DIR --adapter DIR --output DIR`."""
-    recipe, options = _options.parse(
-        "merge",
-        __doc__ or "",
-        argv,
-        lambda parser: (
-            parser.add_argument("--model", type=str, help="base model (train.model)"),
-            parser.add_argument("--adapter", type=str, help="what captune train wrote"),
-            parser.add_argument("--output", type=str, help="directory to write"),
-            parser.add_argument("--restart", type=bool, default=False, help="throw away another run's output"),
-        ),
-    )
+    """`captune merge ADAPTER --model DIR --output DIR`."""
+    recipe, options = parse(COMMAND, argv)
     from pipelines.adapters import merge
 
-    merge.run(
-        Path(_options.required(options.model or recipe.train.model, "--model DIR", "merge")),
-        Path(_options.required(options.adapter, "--adapter DIR", "merge")),
-        Path(_options.required(options.output, "--output DIR", "merge")),
-        recipe.merge,
-        restart=options.restart,
-    )
-    return 0
+    paths = (Path(options.model), Path(options.adapter), Path(options.output))
+    manifest = merge.run(*paths, recipe.merge, restart=options.restart)
+    made = f"merge: a plain model directory, in {options.output}"
+    return _ending.end(options, manifest, made, "captune", "check", options.output)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,16 @@
 """A recipe: one YAML file with a section per stage, and each section *is* that stage's config dataclass.
 
-It stands here and not in `pipelines` because it joins the sections of both `pipelines` and `serve`.
+It stands here and not in `pipelines` because it joins the sections of both `pipelines` and `serve`; `recipe_file` reads
+its files.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields, is_dataclass
+import os
+import re
+from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +20,28 @@ from pipelines.errors import UserError
 from pipelines.evaluate.config import CompareConfig, EvaluateConfig
 from pipelines.refine.config import RefineConfig
 from pipelines.sample.config import SampleConfig
+from pipelines.storage import is_remote
 from pipelines.train.config import TrainConfig
 from serve.config import ServeConfig
 
 RECIPES = Path(__file__).parent.parent / "pipelines" / "recipes"
 """Recipes that come with captune."""
+PATHS = (
+    "run_dir",
+    "dataset",
+    "sample.out",
+    "caption.model",
+    "caption.candidates.clip_model",
+    "refine.recipe",
+    "arms.*.recipe",
+    "train.model",
+    "train.instruct_data",
+    "evaluate.annotations",
+    "evaluate.images",
+    "evaluate.ocr",
+)
+"""Keys that hold a path; `*` stands for every arm. A model may also be a hub id, a dataset an address or a pattern."""
+_PLACEHOLDER = re.compile(r"\$\{[^}]*\}?")
 
 
 @dataclass
@@ -27,7 +49,7 @@ class Recipe:
     """The whole hallway.
 
     `${run_dir}` in a path stands for `run_dir`, so that a recipe which keeps its data there can be moved by that one
-    key.
+    key; `~` at the beginning of a path is the home directory.
 
     Attributes:
         run_dir: where the run writes; it explains itself (see the README).
@@ -58,7 +80,10 @@ class Recipe:
     compare: CompareConfig = field(default_factory=CompareConfig)
 
     def __post_init__(self) -> None:
-        _expand(self, self.run_dir)
+        if "${" in self.run_dir:
+            raise UserError(f"run_dir: '{self.run_dir}' cannot refer to anything")
+        self.run_dir = os.path.expanduser(self.run_dir)
+        _change_texts(self, lambda key, text: expanded(key, text, self.run_dir))
         for config in (self.refine, *self.arms.values()):
             config.recipe = _shipped(config.recipe)
         if not self.seeds or len(set(self.seeds)) != len(self.seeds):
@@ -72,15 +97,62 @@ class Recipe:
             )
 
 
-def _expand(section: Any, run_dir: str) -> None:
-    """Put `run_dir` in place of `${run_dir}`, in a section and those within."""
+def expanded(key: str, text: str, run_dir: str) -> str:
+    """A text with `run_dir` in place of `${run_dir}`; when `key` is one of PATHS, also without its `~`.
+
+    Raises:
+        UserError: it holds another `${...}`.
+    """
+    for mark in _PLACEHOLDER.findall(text):
+        if mark != "${run_dir}":
+            raise UserError(f"{key}: '{mark}' stands for nothing; ${{run_dir}} is all that a recipe can refer to")
+    text = text.replace("${run_dir}", run_dir)
+    return os.path.expanduser(text) if _is_path(key) else text
+
+
+def paths(recipe: Recipe) -> dict[str, str]:
+    """Dotted key -> path, of those keys that hold one."""
+    found: dict[str, str] = {}
+
+    def note(key: str, text: str) -> str:
+        if text and _is_path(key):
+            found[key] = text
+        return text
+
+    _change_texts(recipe, note)
+    return found
+
+
+def absolute(recipe: Recipe) -> Recipe:
+    """A copy that means the same wherever it is read from; hub ids and addresses in object stores stay as they are."""
+
+    def settle(key: str, text: str) -> str:
+        if not text or not _is_path(key) or is_remote(text):
+            return text
+        hub_id = key.endswith("model") and text.count("/") == 1 and not Path(text).exists()
+        return text if hub_id else str(Path(text).absolute())
+
+    copy = deepcopy(recipe)
+    _change_texts(copy, settle)
+    return copy
+
+
+def _is_path(key: str) -> bool:
+    head, _, rest = key.partition(".")
+    return (f"arms.*.{rest.partition('.')[2]}" if head == "arms" else key) in PATHS
+
+
+def _change_texts(section: Any, change: Callable[[str, str], str], prefix: str = "") -> None:
+    """Put `change(key, text)` in place of every text in a section and those within."""
     for key in fields(section):
-        value = getattr(section, key.name)
+        name, value = f"{prefix}{key.name}", getattr(section, key.name)
         if isinstance(value, str):
-            setattr(section, key.name, value.replace("${run_dir}", run_dir))
-        for inner in value.values() if isinstance(value, dict) else [value]:
-            if is_dataclass(inner):
-                _expand(inner, run_dir)
+            setattr(section, key.name, change(name, value))
+        elif is_dataclass(value):
+            _change_texts(value, change, f"{name}.")
+        elif isinstance(value, dict):
+            for inner, config in value.items():
+                _change_texts(config, change, f"{name}.{inner}.")
 
 
 def _shipped(recipe: str | None) -> str | None:
@@ -92,39 +164,6 @@ def _shipped(recipe: str | None) -> str | None:
 
 def recipe_yaml(recipe: Recipe) -> str:
     """The resolved recipe, every default spelled out."""
-    from dataclasses import asdict
-
     import yaml
 
     return yaml.safe_dump(asdict(recipe), sort_keys=False, allow_unicode=True)
-
-
-def recipe_path(name: str) -> Path:
-    """A recipe's file: a path as it is, or the name of a recipe that comes with captune."""
-    if Path(name).is_file():
-        return Path(name)
-    shipped = RECIPES / f"{name.removesuffix('.yaml')}.yaml"
-    if Path(name).name == name and shipped.is_file():
-        return shipped
-    known = ", ".join(sorted(path.stem for path in RECIPES.glob("*.yaml")))
-    raise UserError(f"{name}: no such recipe file (recipes that come with captune: {known})")
-
-
-def recipe_chain(path: Path) -> list[Path]:
-    """A recipe preceded by its `base`, and that one's: the keys of the later win."""
-    import yaml
-
-    chain = [path]
-    while True:
-        try:
-            content = yaml.safe_load(chain[0].read_text())
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise UserError(f"{chain[0]}: not valid YAML ({error})") from error
-        base = content.get("base") if isinstance(content, dict) else None
-        if base is None:
-            return chain
-        beside = chain[0].parent / base
-        found = beside if beside.is_file() else recipe_path(base)
-        if found in chain:
-            raise UserError(f"{path}: its `base` leads back to itself")
-        chain.insert(0, found)

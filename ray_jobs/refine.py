@@ -2,28 +2,33 @@
 
 from __future__ import annotations
 
-import sys
+if __name__ == "__main__":
+    import _from_path  # noqa: F401
+
 from pathlib import Path
 
-if __name__ == "__main__":  # started by its path: the repository, not this folder, is where imports begin
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+from ray_jobs import _ending, _start, cli
+from ray_jobs._options import RESTART, Command, parse, reading, writing
 
-from ray_jobs import _options, _start, cli
+COMMAND = Command(
+    "refine",
+    "Choose and clean captions with a Data-Juicer recipe on Ray Data; every row is kept, or rejected with its reason.",
+    (reading("records: what captune caption wrote"), writing(), RESTART),
+    reads=("refine",),
+    first="--input",
+    example="captune refine captions --output refined --refine.recipe refine_captions.yaml",
+)
 
 
 def main(argv: list[str]) -> int:
-    """`captune refine --input DIR --output DIR --refine.recipe FILE`."""
-    recipe, options = _options.parse("refine", __doc__ or "", argv, _options.input_output)
+    """`captune refine DIR --output DIR --refine.recipe FILE`."""
+    recipe, options = parse(COMMAND, argv)
     from pipelines.refine import stage
 
     with _start.ray_cluster():
-        stage.run(
-            Path(_options.required(options.input, "--input DIR", "refine")),
-            Path(_options.required(options.output, "--output DIR", "refine")),
-            recipe.refine,
-            restart=options.restart,
-        )
-    return 0
+        manifest = stage.run(Path(options.input), Path(options.output), recipe.refine, restart=options.restart)
+    made = f"refine: {manifest['kept']} of {manifest['rows_in']} rows kept, in {options.output}"
+    return _ending.end(options, manifest, made, "captune", "train", options.output, "--model", "DIR", "--output", "DIR")
 
 
 if __name__ == "__main__":

@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
-import sys
+if __name__ == "__main__":
+    import _from_path  # noqa: F401
+
 from pathlib import Path
 
-if __name__ == "__main__":  # started by its path: the repository, not this folder, is where imports begin
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+from ray_jobs import _ending, cli
+from ray_jobs._options import Command, parse, reading
 
-from ray_jobs import _options, cli
+COMMAND = Command(
+    "report",
+    "Draw the HTML report of a run directory, finished or not.",
+    (reading("run directory", "--run_dir", "RUN", key="run_dir"),),
+    reads=("run_dir",),
+    first="--run_dir",
+    example="captune report runs/sample",
+)
 
 
 def main(argv: list[str]) -> int:
-    """`captune report --run_dir DIR`."""
-    recipe, _ = _options.parse("report", __doc__ or "", argv)
+    """`captune report RUN`."""
+    recipe, options = parse(COMMAND, argv)
     from pipelines.report import page
 
-    print(page.run(Path(recipe.run_dir)))
-    return 0
+    path = page.run(Path(recipe.run_dir))
+    return _ending.tell(options, {"report": str(path)}, str(path))
 
 
 if __name__ == "__main__":

@@ -2,39 +2,38 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
-if __name__ == "__main__":  # started by its path: the repository, not this folder, is where imports begin
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+if __name__ == "__main__":
+    import _from_path  # noqa: F401
 
 import time
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 from pipelines.errors import UserError
 from pipelines.progress import clock, say
 from pipelines.rundir import RunDir
-from ray_jobs import _options, _start, cli
+from ray_jobs import _start, cli
+from ray_jobs._options import CONFIG_OPTION, RESTART, WHOLE, Command, lasting, parse
 from ray_jobs.recipe import Recipe, recipe_yaml
+
+COMMAND = Command(
+    "run",
+    "Walk the whole hallway for every arm of a recipe: what is complete is skipped, what is half done continues.",
+    (CONFIG_OPTION, RESTART),
+    reads=WHOLE,
+    first="--config",
+    example="captune run sample --run_dir runs/mine --train.lora.rank 8",
+)
 
 
 def main(argv: list[str]) -> int:
-    """`captune run RECIPE`, or `--config RECIPE`; what is complete is skipped, what is half done continues."""
-    if argv and not argv[0].startswith("-"):
-        argv = ["--config", *argv]
-    recipe, options = _options.parse(
-        "run",
-        __doc__ or "",
-        argv,
-        lambda parser: parser.add_argument(
-            "--restart", type=bool, default=False, help="throw away outputs of another recipe"
-        ),
-    )
+    """`captune run RECIPE`, or `--config RECIPE`."""
+    recipe, options = parse(COMMAND, argv)
     if len(recipe.arms) < 1:
         raise UserError("captune run needs a recipe with arms: captune run sample, or captune run my_recipe.yaml")
-    _options.lasting(recipe.run_dir, "run_dir")
-    _options.lasting(recipe.sample.out or recipe.run_dir, "sample.out")
+    lasting(recipe.run_dir, "run_dir")
+    lasting(recipe.sample.out or recipe.run_dir, "sample.out")
     started = time.monotonic()
     with _start.ray_cluster():
         run(recipe, restart=options.restart)

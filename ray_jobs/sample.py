@@ -2,34 +2,38 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
+if __name__ == "__main__":
+    import _from_path  # noqa: F401
 
-if __name__ == "__main__":  # started by its path: the repository, not this folder, is where imports begin
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+from ray_jobs import _ending, cli
+from ray_jobs._options import RESTART, Command, Option, parse
 
-from ray_jobs import _options, cli
+COMMAND = Command(
+    "sample",
+    "Draw the sample world: badly captioned pictures, instructions, questions, and two small trained models.",
+    (
+        Option("--out", "DIR", "directory to write", key="sample.out", path=True, writes=True, needed=True),
+        RESTART,
+    ),
+    reads=("sample",),
+    first="--out",
+    example="captune sample world --sample.pairs 200",
+)
 
 
 def main(argv: list[str]) -> int:
-    """`captune sample --out DIR`."""
-    recipe, options = _options.parse(
-        "sample",
-        "Draw the sample world: 1,000 badly captioned pictures, instructions, questions, and small trained models.",
-        argv,
-        lambda parser: (
-            parser.add_argument("--out", type=str, help="directory to write"),
-            parser.add_argument("--restart", type=bool, default=False, help="throw away another run's output"),
-        ),
-    )
+    """`captune sample DIR`."""
+    recipe, options = parse(COMMAND, argv)
     from pipelines.sample.world import write_world
 
-    write_world(
-        _options.required(options.out or recipe.sample.out, "--out DIR", "sample"),
-        recipe.sample,
-        restart=options.restart,
+    manifest = write_world(options.out, recipe.sample, restart=options.restart)
+    counts = manifest["counts"]
+    made = (
+        f"sample: {counts['pairs']} pairs, {counts['instructions']} instructions, {counts['questions']} questions and "
+        f"two models, in {options.out}"
     )
-    return 0
+    words = ("caption", f"{options.out}/dataset.jsonl", "--caption.model", f"{options.out}/models/blip2")
+    return _ending.end(options, manifest, made, "captune", *words, "--output", "DIR")
 
 
 if __name__ == "__main__":

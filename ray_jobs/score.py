@@ -2,45 +2,36 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
+if __name__ == "__main__":
+    import _from_path  # noqa: F401
 
-if __name__ == "__main__":  # started by its path: the repository, not this folder, is where imports begin
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+from ray_jobs import _ending, cli
+from ray_jobs._options import Command, Option, parse, reading
 
-import json
-
-from ray_jobs import _options, cli
+COMMAND = Command(
+    "score",
+    "Score answers made elsewhere, without asking anything; --json has every question's score.",
+    (
+        reading("answers, in a format of the benchmark", "--predictions", "FILE"),
+        reading("the benchmark's annotation file", "--annotations", "FILE", key="evaluate.annotations"),
+        Option("--benchmark", "NAME", "textvqa", key="evaluate.benchmark"),
+    ),
+    reads=("evaluate.benchmark", "evaluate.annotations"),
+    first="--predictions",
+    example="captune score predictions.jsonl --annotations TextVQA_0.5.1_val.json",
+)
 
 
 def main(argv: list[str]) -> int:
-    """`captune score --benchmark textvqa --annotations FILE --predictions FILE --json`."""
-    recipe, options = _options.parse(
-        "score",
-        __doc__ or "",
-        argv,
-        lambda parser: (
-            parser.add_argument("--benchmark", type=str, default="textvqa", help="textvqa"),
-            parser.add_argument("--annotations", type=str, help="annotation file"),
-            parser.add_argument("--predictions", type=str, help="answers, in a format of the benchmark"),
-            parser.add_argument("--json", action="store_true", help="machine-readable, with every question's score"),
-        ),
-    )
+    """`captune score FILE --annotations FILE`."""
+    _, options = parse(COMMAND, argv)
     from pipelines.evaluate.stage import score
 
-    found = score(
-        options.benchmark,
-        _options.required(options.annotations or recipe.evaluate.annotations, "--annotations FILE", "score"),
-        _options.required(options.predictions, "--predictions FILE", "score"),
+    found = score(options.benchmark, options.annotations, options.predictions)
+    text = (
+        f"{found['benchmark']}: {100 * found['accuracy']:.2f} % of {found['count']} questions, {found['errors']} errors"
     )
-    if options.json:
-        print(json.dumps(found))
-    else:
-        print(
-            f"{found['benchmark']}: {100 * found['accuracy']:.2f} % of {found['count']} questions, "
-            f"{found['errors']} errors"
-        )
-    return 0
+    return _ending.tell(options, found, text)
 
 
 if __name__ == "__main__":

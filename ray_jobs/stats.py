@@ -2,33 +2,28 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
+if __name__ == "__main__":
+    import _from_path  # noqa: F401
 
-if __name__ == "__main__":  # started by its path: the repository, not this folder, is where imports begin
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+from ray_jobs import _ending, cli
+from ray_jobs._options import Command, parse, reading
 
-import json
-
-from ray_jobs import _options, cli
+COMMAND = Command(
+    "stats",
+    "Quality metrics of a dataset's captions: how varied they are, how long, and how much they repeat themselves.",
+    (reading("records, or a dataset in any format that captune caption reads", value="DATASET"),),
+    first="--input",
+    example="captune stats runs/sample/captions --json",
+)
 
 
 def main(argv: list[str]) -> int:
-    """`captune stats --input DIR_OR_DATASET --json`."""
-    _, options = _options.parse(
-        "stats",
-        __doc__ or "",
-        argv,
-        lambda parser: (
-            parser.add_argument("--input", type=str, help="records or any dataset"),
-            parser.add_argument("--json", action="store_true", help="machine-readable"),
-        ),
-    )
+    """`captune stats DATASET`."""
+    _, options = parse(COMMAND, argv)
     from pipelines.refine.metrics import stats
 
-    found = stats(_options.required(options.input, "--input DIR_OR_DATASET", "stats"))
-    print(json.dumps(found) if options.json else _table(found))
-    return 0
+    found = stats(options.input)
+    return _ending.tell(options, found, _table(found))
 
 
 def _table(found: dict, indent: str = "") -> str:

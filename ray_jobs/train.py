@@ -2,41 +2,41 @@
 
 from __future__ import annotations
 
-import sys
+if __name__ == "__main__":
+    import _from_path  # noqa: F401
+
 from pathlib import Path
 
-if __name__ == "__main__":  # started by its path: the repository, not this folder, is where imports begin
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+from ray_jobs import _ending, _start, cli
+from ray_jobs._options import RESTART, Command, parse, reading, writing
 
-from jsonargparse import ArgumentParser
-
-from ray_jobs import _options, _start, cli
+COMMAND = Command(
+    "train",
+    "Align the projector on captions, then LoRA-tune the language model on instructions, on Ray Train. A killed run "
+    "continues from its last checkpoint.",
+    (
+        reading("records, or image-text data in LLaVA's format", value="DATASET"),
+        reading("base MGM", "--model", key="train.model"),
+        writing("directory for the adapter"),
+        RESTART,
+    ),
+    reads=("train",),
+    first="--input",
+    example="captune train refined --model models/mgm-2b --output adapter --train.instruct_data data/instruct.json",
+)
 
 
 def main(argv: list[str]) -> int:
-    """`captune train --input DIR --model DIR --output DIR`."""
-    recipe, options = _options.parse(
-        "train",
-        __doc__ or "",
-        argv,
-        _add_options,
-    )
-    from pipelines.train import stage as loop
+    """`captune train DATASET --model DIR --output DIR`."""
+    recipe, options = parse(COMMAND, argv)
+    from pipelines.train import stage
 
     with _start.ray_cluster():
-        loop.run(
-            Path(_options.required(options.input, "--input DIR", "train")),
-            Path(_options.required(options.model or recipe.train.model, "--model DIR", "train")),
-            Path(_options.required(options.output, "--output DIR", "train")),
-            recipe.train,
-            restart=options.restart,
+        manifest = stage.run(
+            Path(options.input), Path(options.model), Path(options.output), recipe.train, restart=options.restart
         )
-    return 0
-
-
-def _add_options(parser: ArgumentParser) -> None:
-    _options.input_output(parser)
-    parser.add_argument("--model", type=str, help="base MGM (train.model)")
+    following = ("captune", "merge", options.output, "--model", options.model, "--output", "DIR")
+    return _ending.end(options, manifest, f"train: an adapter, in {options.output}", *following)
 
 
 if __name__ == "__main__":

@@ -279,7 +279,7 @@ class Run:
         if self.config.strategy != "ddp" and self.state.workers != self.workers:
             raise UserError(
                 f"train.workers is {self.workers}, but the checkpoint's {self.config.strategy} state is sharded over "
-                f"{self.state.workers}; continue with as many workers, or pass --restart true"
+                f"{self.state.workers}; continue with as many workers, or pass --restart"
             )
         self.state.workers = self.workers
         self.trained = load_file(directory / TRAINED)

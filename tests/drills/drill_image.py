@@ -33,7 +33,8 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT)]
 
 from k8s import render  # noqa: E402
-from ray_jobs import _options  # noqa: E402
+from ray_jobs import run as whole_run  # noqa: E402
+from ray_jobs._options import parse  # noqa: E402
 from tests.drills.record import Record  # noqa: E402
 
 IMAGE = "localhost/captune:drill"
@@ -345,7 +346,7 @@ def main() -> int:
         if shutil.which(tool) is None:
             raise SystemExit(f"{tool} is not installed (apt-get install {tool})")
     record = Record("drill: the image, and a cluster of containers that loses one")
-    recipe, _ = _options.parse("run", "", ["--config", "sample", *(f"--{key}={value}" for key, value in SMALL.items())])
+    recipe, _ = parse(whole_run.COMMAND, ["sample", *(f"--{key}={value}" for key, value in SMALL.items())])
     objects = render.render(recipe, "kind", "run", image=IMAGE)
     job = next(found for found in objects if found["kind"] == "RayJob")
     files = next(

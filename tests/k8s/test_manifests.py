@@ -18,7 +18,7 @@ import yaml
 
 from k8s import kustomize, needs, render
 from pipelines.errors import UserError
-from ray_jobs import _options, cli
+from ray_jobs import _options, cli, run
 from ray_jobs.recipe import RECIPES, Recipe
 from tests.k8s import schemas
 from tests.k8s.checks import README, SECRETS, complaints
@@ -30,7 +30,7 @@ FITS = {name: "kind" if name.startswith("sample") else "gpu-80gb" for name in NA
 
 @cache
 def recipe(name: str) -> Recipe:
-    return _options.parse("run", "", ["--config", name])[0]
+    return _options.parse(run.COMMAND, [name])[0]
 
 
 @cache
@@ -138,20 +138,20 @@ class _Parsed(Exception):
     pass
 
 
-def parse_command(words: list[str], monkeypatch: pytest.MonkeyPatch) -> Recipe:
+def parse_command(words: list[str], monkeypatch: pytest.MonkeyPatch) -> tuple[_options.Command, Recipe]:
     """Hand a command line to the entrypoint that it names, and stop where its options have been understood."""
-    real, seen = _options.parse, []
+    seen = []
 
-    def parse(*args: Any) -> Any:
-        seen.append(real(*args))
+    def parse(command: _options.Command, argv: list[str]) -> Any:
+        seen.append((command, _options.parse(command, argv)[0]))
         raise _Parsed
 
-    monkeypatch.setattr(_options, "parse", parse)
     assert words[0] == "captune"
-    assert words[1] in cli.COMMANDS
+    module = importlib.import_module(cli.COMMANDS[words[1]].room)
+    monkeypatch.setattr(module, "parse", parse)
     with pytest.raises(_Parsed):
-        importlib.import_module(f"ray_jobs.{words[1]}").main(words[2:])
-    return seen[0][0]
+        module.main(words[2:])
+    return seen[0]
 
 
 @pytest.mark.parametrize("name", ["sample", "mgm2b_1m"])
@@ -168,9 +168,11 @@ def test_every_entrypoint_is_understood_by_the_command_it_names(
                 render.entrypoint(wanted, stage, arm).replace(render.RECIPE_FILE, str(tmp_path / "recipe.yaml"))
             )
             with monkeypatch.context() as patch:
-                understood = parse_command(words, patch)
-            assert understood.caption == wanted.caption
-            assert understood.train == wanted.train
+                command, understood = parse_command(words, patch)
+            for section in {read.split(".")[0] for read in command.reads} - {"refine", "train"}:
+                assert getattr(understood, section) == getattr(wanted, section), section
+            if stage == "train":
+                assert understood.train == wanted.train
             if stage == "refine":
                 assert understood.refine == wanted.arms[arm]
     assert the(objects, "RayJob", "captune-run")["spec"]["entrypoint"] == render.entrypoint(wanted, "run", "")
@@ -211,7 +213,7 @@ def test_a_recipe_that_does_not_fit_is_refused_by_its_key(overlay: str, changes:
         for key, value in changes.items()
         for word in (f"--{key}", str(value).lower() if value is True else str(value))
     ]
-    unfit, _ = _options.parse("run", "", ["--config", "sample", *options])
+    unfit, _ = _options.parse(run.COMMAND, ["sample", *options])
     with pytest.raises(UserError, match=words.replace("(", r"\(").replace(".", r"\.")):
         render.render(unfit, overlay)
 
@@ -229,7 +231,7 @@ def test_a_recipe_that_does_not_fit_is_refused_by_its_key(overlay: str, changes:
 )
 def test_a_recipes_needs_become_numbers_of_pods(changes: Object, group: str, most: int) -> None:
     options = [word for key, value in changes.items() for word in (f"--{key}", str(value))]
-    wanted, _ = _options.parse("run", "", ["--config", "sample", "--train.feature_cache_mb", "512", *options])
+    wanted, _ = _options.parse(run.COMMAND, ["sample", "--train.feature_cache_mb", "512", *options])
     job = the(render.render(wanted, "gpu-80gb"), "RayJob", "captune-run")
     found = next(entry for entry in render.cluster_spec(job)["workerGroupSpecs"] if entry["groupName"] == group)
     assert found["maxReplicas"] == most
@@ -332,7 +334,7 @@ def test_the_readmes_commands_are_understood(
         if words[1] == "k8s":
             assert cli.main(words[1:]) == 0
         else:
-            parse_command(["captune", "run", "--config", *words[2:]] if words[1] == "run" else words, monkeypatch)
+            parse_command(words, monkeypatch)
 
 
 def test_the_readme_names_what_the_manifests_and_kuberay_make() -> None:

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
+import re
+import shlex
 import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import pytest
 import yaml
 
 from pipelines.errors import UserError
-from ray_jobs import _options, cli
+from ray_jobs import caption, cli, merge, refine, run, train
+from ray_jobs._options import parse
 from ray_jobs.recipe import RECIPES, Recipe, recipe_yaml
 
 ROOT = Path(__file__).parents[2]
@@ -31,7 +36,7 @@ def refusal(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
 
 @pytest.mark.parametrize("path", OURS, ids=lambda path: path.stem)
 def test_every_recipe_parses_with_the_command_that_reads_it(path: Path) -> None:
-    recipe, _ = _options.parse("run", "", ["--config", path.stem])
+    recipe, _ = parse(run.COMMAND, [path.stem])
     assert recipe.run_dir != Recipe().run_dir
     assert "original" in recipe.arms
     for config in recipe.arms.values():
@@ -46,14 +51,14 @@ def test_every_data_juicer_recipe_builds_its_operators(path: Path) -> None:
 
 
 def test_a_recipe_may_change_a_few_keys_of_another() -> None:
-    sample, _ = _options.parse("run", "", ["--config", "sample"])
-    seeds, _ = _options.parse("run", "", ["--config", "sample_seeds", "--run_dir", sample.run_dir])
+    sample, _ = parse(run.COMMAND, ["sample"])
+    seeds, _ = parse(run.COMMAND, ["sample_seeds", "--run_dir", sample.run_dir])
     changed = {key for key, value in asdict(seeds).items() if value != asdict(sample)[key]}
     assert changed == {"seeds"}
 
 
 def test_one_key_moves_a_recipe_with_its_data() -> None:
-    recipe, _ = _options.parse("run", "", ["--config", "sample", "--run_dir", "/shared/mine"])
+    recipe, _ = parse(run.COMMAND, ["sample", "--run_dir", "/shared/mine"])
     assert recipe.dataset == "/shared/mine/world/dataset.jsonl"
     assert recipe.sample.out == "/shared/mine/world"
     assert "${" not in recipe_yaml(recipe)
@@ -61,9 +66,9 @@ def test_one_key_moves_a_recipe_with_its_data() -> None:
 
 def test_the_resolved_recipe_reads_back_as_itself(tmp_path: Path) -> None:
     """runs/NAME/recipe.yaml can be run again."""
-    recipe, _ = _options.parse("run", "", ["--config", "sample", "--train.lora.rank", "8"])
+    recipe, _ = parse(run.COMMAND, ["sample", "--train.lora.rank", "8"])
     (tmp_path / "recipe.yaml").write_text(recipe_yaml(recipe))
-    again, _ = _options.parse("run", "", ["--config", str(tmp_path / "recipe.yaml")])
+    again, _ = parse(run.COMMAND, [str(tmp_path / "recipe.yaml")])
     assert again == recipe
     assert again.train.lora.rank == 8
 
@@ -87,16 +92,88 @@ def test_the_impossible_is_refused_with_status_2_and_names_the_key(
     assert words in refusal(capsys, *argv)
 
 
-def test_an_unknown_key_in_a_recipe_file_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "r.yaml").write_text("caption:\n  batchsize: 3\n")
-    assert "batchsize" in refusal(capsys, "caption", "--config", str(tmp_path / "r.yaml"))
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (
+            "dataset: x\ncaption:\n  batchsize: 3\n",
+            "r.yaml:3: no recipe has a key caption.batchsize; the nearest is caption.batch_size",
+        ),
+        ("trian:\n  seed: 3\n", "r.yaml:1: no recipe has a key trian; the nearest is train"),
+        (
+            "arms:\n  a: {}\n  b: {recip: x}\n",
+            "r.yaml:3: no recipe has a key arms.b.recip; the nearest is arms.b.recipe",
+        ),
+        ("caption:\n\n  batch_size: many\n", "r.yaml:3: caption.batch_size: 'many' is not a whole number"),
+        ("caption:\n  batch_size:\n", "r.yaml:2: caption.batch_size: 'null' is not a whole number"),
+        ("caption:\n  batch_size: 0\n", "r.yaml:2: caption.batch_size must be at least 1"),
+        ("caption: 3\n", "r.yaml:1: caption is a section"),
+        ("caption:\n  actors: 2\n  actors: 3\n", "r.yaml:3: caption.actors stands in line 2 already"),
+        ("caption: {model: 3, \n", "r.yaml:2: not valid YAML"),
+        ("caption:\n  model: ${HOME}/blip2\n", "r.yaml:2: caption.model: '${HOME}' stands for nothing"),
+        ("process:\n  - text_length_filter:\n", "r.yaml: a Data-Juicer recipe"),
+    ],
+)
+def test_what_is_wrong_in_a_recipe_file_is_named_by_its_line(
+    text: str, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "r.yaml").write_text(text)
+    told = refusal(capsys, "caption", "x", "--output", "y", "--config", str(tmp_path / "r.yaml"))
+    assert words in told
+    assert len(told.splitlines()) <= 2
+
+
+def test_an_option_that_a_command_does_not_use_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    told = refusal(capsys, "stats", "X", "--train.lora.rank", "64")
+    assert "captune stats does not use the section train of a recipe, and so not --train.lora.rank" in told
+    assert len(told.splitlines()) == 2
+    assert "did you mean --dry-run?" in refusal(capsys, "caption", "--dryrun")
+    assert "what is 'Y' for?" in refusal(capsys, "stats", "X", "Y")
+    assert "--output needs a value" in refusal(capsys, "refine", "X", "--output", "--json")
+    assert "none of llava, datajuicer" in refusal(capsys, "export", "X", "--output", "y", "--format", "lava")
+
+
+def test_a_recipe_file_may_hold_what_other_commands_use(tmp_path: Path) -> None:
+    """Their sections are neither built nor checked; an arm without keys is one with defaults."""
+    (tmp_path / "r.yaml").write_text(
+        "train: {seed: many, model: '${nowhere}'}\nmerge: {tolerance: 0.5}\narms: {a: , b: {}}\n"
+    )
+    recipe, options = parse(merge.COMMAND, ["A", "--output", "o", "--model", "m", "--config", str(tmp_path / "r.yaml")])
+    assert (recipe.merge.tolerance, recipe.train.model, options.adapter) == (0.5, "m", "A")
+    (tmp_path / "r.yaml").write_text("compare: {baseline: a}\narms: {a: , b: {}}\n")
+    assert list(parse(run.COMMAND, [str(tmp_path / "r.yaml")])[0].arms) == ["a", "b"]
+
+
+def test_words_of_a_command() -> None:
+    """Flags take no value (older scripts give one), a bare word goes where people expect it, `=` joins."""
+    for words, restart in ((["--restart"], True), (["--restart", "true"], True), (["--restart", "false"], False)):
+        recipe, options = parse(caption.COMMAND, [*words, "D", "--output=o", "--caption.guards.min_rows=3"])
+        assert (recipe.dataset, options.output, options.restart) == ("D", "o", restart)
+        assert recipe.caption.guards.min_rows == 3
+    recipe, options = parse(train.COMMAND, ["--json", "D", "--model", "m", "--output", "o", "--train.seed", "-1"])
+    assert options.json and not options.restart and recipe.train.seed == -1
+    assert parse(run.COMMAND, ["sample", "--seeds", "[3, 4]", "--train.use_gpu", "true"])[0].seeds == [3, 4]
+    assert parse(refine.COMMAND, ["D", "--output", "o", "--refine.recipe", "null"])[0].refine.recipe is None
+
+
+def test_home_is_expanded_wherever_a_path_is_meant(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/ada")
+    recipe, options = parse(caption.COMMAND, ["--input=~/pairs", "--output=~/out", "--caption.prompt=~/not a path"])
+    assert (recipe.dataset, options.output, recipe.caption.prompt) == (
+        "/home/ada/pairs",
+        "/home/ada/out",
+        "~/not a path",
+    )
+    recipe, _ = parse(run.COMMAND, ["sample", "--run_dir=~/runs", "--arms.enhanced.recipe=~/filters.yaml"])
+    assert recipe.dataset == "/home/ada/runs/world/dataset.jsonl"
+    assert recipe.arms["enhanced"].recipe == "/home/ada/filters.yaml"
 
 
 def test_a_recipe_that_is_based_on_itself_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text("base: b.yaml\n")
     (tmp_path / "b.yaml").write_text("base: a.yaml\n")
     with pytest.raises(UserError, match="leads back to itself"):
-        _options.parse("run", "", ["--config", str(tmp_path / "a.yaml")])
+        parse(run.COMMAND, [str(tmp_path / "a.yaml")])
 
 
 def test_help_and_refusals_come_before_heavy_imports() -> None:
@@ -113,14 +190,46 @@ def test_help_and_refusals_come_before_heavy_imports() -> None:
 
 
 @pytest.mark.parametrize("command", sorted(cli.COMMANDS))
-def test_every_command_has_its_entrypoint(command: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """`captune COMMAND --help` and `python ray_jobs/COMMAND.py` are the same thing."""
+def test_every_command_has_its_entrypoint_and_a_help_on_one_screen(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`captune COMMAND --help` and `python ray_jobs/COMMAND.py` are the same thing; its example is understood."""
     with pytest.raises(SystemExit) as end:
         cli.main([command, "--help"])
     assert end.value.code == 0
-    assert f"captune {command}" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert f"usage: captune {command}" in told
+    lines = told.splitlines()
+    assert max(map(len, lines)) <= 120
+    assert len(lines) <= (50 if command in ("run", "k8s") else 40)
+    words = shlex.split(lines[lines.index("example:") + 1].partition("|")[0])
+    assert words[0] == "captune" and words[1] in cli.COMMANDS
+    module = importlib.import_module(cli.COMMANDS[command].room)
+    about = module.COMMAND
+    parse(about, [*words[1 + len(about.name.split()) :], "--config", "sample"])
     if command != "k8s":  # renders manifests, on the machine of whoever applies them: no job of a cluster
         assert (ROOT / "ray_jobs" / f"{command.replace('-', '_')}.py").is_file()
+
+
+def test_help_explains_the_keys_when_asked(capsys: pytest.CaptureFixture[str]) -> None:
+    for words, there, not_there in (
+        (["train", "--train.lora.help"], "--train.lora.alpha 32", "--train.seed"),
+        (["train", "--help-all"], "the update is scaled by alpha / r", "--caption"),
+    ):
+        with pytest.raises(SystemExit):
+            cli.main(words)
+        told = capsys.readouterr().out
+        assert there in told and not_there not in told
+        assert max(map(len, told.splitlines())) <= 120
+
+
+def test_a_command_declares_every_section_that_it_uses() -> None:
+    """What a command does not declare it would silently find at its defaults."""
+    for entry in cli.COMMANDS.values():
+        module = importlib.import_module(entry.room)
+        used = set(re.findall(r"recipe\.([a-z_]+)", inspect.getsource(module.main))) & {f.name for f in fields(Recipe)}
+        declared = {read.split(".")[0] for read in module.COMMAND.reads} | {"run_dir"}
+        assert used <= declared, entry.room
 
 
 def test_an_entrypoint_runs_by_its_path_from_elsewhere(tmp_path: Path) -> None:
