@@ -14,7 +14,8 @@ from k8s import kustomize, needs, render
 from pipelines.caption.config import CaptionConfig
 from pipelines.caption.sizing import Sizing, cpus_wanted, size_pass
 from pipelines.errors import UserError
-from ray_jobs import _options
+from ray_jobs import run
+from ray_jobs._options import parse
 from ray_jobs.recipe import Recipe
 
 Pods = dict[str, list[needs.Pod]]
@@ -32,7 +33,7 @@ WISHES = [
 
 @cache
 def _sample() -> Recipe:
-    return _options.parse("run", "", ["--config", "sample"])[0]
+    return parse(run.COMMAND, ["sample"])[0]
 
 
 @cache
