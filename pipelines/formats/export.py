@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.errors import UserError
+from pipelines.files import replacing
 from pipelines.formats import datajuicer, llava, parquet, webdataset
 from pipelines.images import BadImage, read_bytes
-from pipelines.manifest import require_finished, training_text
+from pipelines.manifest import CLAIM, require_finished, training_text
 from pipelines.records import Record, is_record, shard_paths
 
 FORMATS = ("datajuicer", "llava", "webdataset", "parquet")
+_BATCH = 16  # records held decoded at a time
 _MAGIC = (
     (b"\xff\xd8", ".jpg"),
     (b"\x89PNG", ".png"),
@@ -26,10 +28,12 @@ _MAGIC = (
 
 
 def export(input_dir: Path | str, output_file: Path | str, format: str, text: str = "auto") -> dict[str, Any]:
-    """Write the usable records of `input_dir` (no error, not rejected) to `output_file`.
+    """Write the usable records of `input_dir` (no error, not rejected) to `output_file`, a few of them in memory at a
+    time.
 
     JSON formats name image files relative to the output file when they lie beside it, else by absolute path; images
-    that exist only as bytes are written to `STEM_images/` beside the output file.
+    that exist only as bytes are written to `STEM_images/` beside the output file. Parquet holds its images; an output
+    that is not named `*.parquet` is a folder of shards.
 
     Args:
         format: datajuicer, llava, webdataset or parquet.
@@ -39,7 +43,8 @@ def export(input_dir: Path | str, output_file: Path | str, format: str, text: st
         `{"rows_in", "written", "left_out", "text", "output"}`.
 
     Raises:
-        UserError: unknown format or column, no records there, or an unfinished stage.
+        UserError: unknown format or column, no records there, an unfinished stage, or an output among a stage's own
+            shards or in a folder that holds something.
     """
     input_dir, output_file = Path(input_dir), Path(output_file)
     if format not in FORMATS:
@@ -49,37 +54,48 @@ def export(input_dir: Path | str, output_file: Path | str, format: str, text: st
     require_finished(input_dir)
     if text == "auto":
         text = training_text(input_dir)
-    total = sum(1 for _ in _records(input_dir))
-    output_file.parent.mkdir(parents=True, exist_ok=True)
-    part = output_file.with_name(output_file.name + ".part")
+    total = sum(_open_shard(path).metadata.num_rows for path in shard_paths(input_dir))
     if format == "parquet":
-        written = parquet.write((r for r in _records(input_dir) if _usable(r)), output_file)
-    elif format == "webdataset":
-        written = webdataset.write(_with_bytes(input_dir, text), part)
+        _refuse_mixing(output_file)
+        written = parquet.write(_with_bytes(input_dir, text), output_file)
     else:
-        writer = {"datajuicer": datajuicer.write, "llava": llava.write}[format]
-        written = writer(_with_path(input_dir, text, output_file), part)
-    if part.exists():
-        part.replace(output_file)
+        with replacing(output_file) as part:
+            if format == "webdataset":
+                written = webdataset.write(_with_bytes(input_dir, text), part)
+            else:
+                writer = {"datajuicer": datajuicer.write, "llava": llava.write}[format]
+                written = writer(_with_path(input_dir, text, output_file), part)
     return {"rows_in": total, "written": written, "left_out": total - written, "text": text, "output": str(output_file)}
 
 
+def _refuse_mixing(output: Path) -> None:
+    """Shards beside other shards would be read as one dataset."""
+    if output.suffix == ".parquet":
+        if (output.parent / CLAIM).exists():
+            raise UserError(f"--output {output}: a captune stage keeps its own shards in this folder; choose another")
+    elif output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise UserError(f"--output {output}: Parquet goes to an empty folder, or to a file named *.parquet")
+
+
 def _records(input_dir: Path) -> Iterator[Record]:
-    """Shard by shard, so that a dataset larger than memory can be exported."""
+    """Page by page, so that a dataset larger than memory can be exported."""
     for path in shard_paths(input_dir):
-        table = _read_shard(path)
-        for batch in table.to_batches(max_chunksize=64):
+        for batch in _open_shard(path).iter_batches(batch_size=_BATCH, use_threads=False):
             yield from batch.to_pylist()
 
 
-def _read_shard(path: Path) -> Any:
+def _open_shard(path: Path) -> Any:
     """One shard with a message that names it."""
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
-    table = pq.read_table(path)
-    if not is_record(table.column_names):
+    try:
+        shard = pq.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False)
+    except pa.ArrowInvalid as error:
+        raise UserError(f"{path}: not a readable Parquet shard of sample records ({error})") from error
+    if not is_record(shard.schema_arrow.names):
         raise UserError(f"{path}: not a shard of sample records")
-    return table
+    return shard
 
 
 def _usable(record: Record) -> bool:
