@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from pipelines.errors import UserError
+
 PART = ".part"
 """What an unfinished file's name ends in."""
 
@@ -35,3 +37,15 @@ def write_text(path: Path, text: str) -> None:
     """Write a text file, UTF-8, whole or not at all."""
     with replacing(path) as part:
         part.write_text(text, encoding="utf-8")
+
+
+def read_text(path: Path) -> str:
+    """A text file in UTF-8, without the byte order mark that editors on Windows put before it.
+
+    Raises:
+        UserError: it is no such text.
+    """
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not a text file in UTF-8 ({error})") from error

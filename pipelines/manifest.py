@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.errors import UserError
-from pipelines.files import write_text
+from pipelines.files import read_text, write_text
 
 MANIFEST = "MANIFEST.json"
 CLAIM = ".stage.json"
@@ -211,9 +211,10 @@ def training_text(directory: Path | str) -> str:
 
 def read_json(path: Path) -> Any:
     """JSON of a file; a file that is no JSON is named in the error."""
+    text = read_text(path)
     try:
-        return json.loads(path.read_text())
-    except json.JSONDecodeError as error:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:  # numbers of thousands of digits, brackets in brackets in brackets
         raise UserError(f"{path}: not valid JSON ({error})") from error
 
 
