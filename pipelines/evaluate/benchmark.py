@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from pipelines.errors import UserError
+
+if TYPE_CHECKING:
+    from pipelines.evaluate.config import EvaluateConfig
 
 
 @dataclass(frozen=True)
@@ -26,8 +35,70 @@ class Question:
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a model said to one question, or why it said nothing."""
+    """What a model said to one question, or why it said nothing.
+
+    Attributes:
+        error: why there is no answer.
+        truncated: the answer reached the token limit before its end.
+        system_fingerprint: what the service called itself when it answered, where it does.
+    """
 
     id: str
     text: str
     error: str | None = None
+    truncated: bool = False
+    system_fingerprint: str | None = None
+
+
+class Benchmark(Protocol):
+    """A benchmark is a module with these names, and a line in the registry; nothing else knows of it.
+
+    A setting of `EvaluateConfig` that it cannot honour (`ocr_tokens` where there are none) it refuses with `UserError`.
+    """
+
+    TITLE: str
+    """As its authors write it."""
+
+    def questions(self, config: EvaluateConfig) -> list[Question]:
+        """Questions in the order of `config.annotations`.
+
+        Raises:
+            UserError: no such file, or not this benchmark's layout; file and question are named.
+        """
+
+    def conditions(self, config: EvaluateConfig) -> str:
+        """Half a sentence on what a score must be read with, such as whether the prompt held reference OCR tokens."""
+
+    def image_path(self, images: Path, image_id: str) -> Path:
+        """Where a picture lies (see `picture_path`, which asks this)."""
+
+    def score(self, questions: Sequence[Question], predictions: dict[str, Prediction]) -> list[float]:
+        """Score of each question in [0, 1], in their order; the benchmark's score is their mean. A failed request
+        scores 0 whatever its text.
+        """
+
+    def write_predictions(
+        self, directory: Path, questions: Sequence[Question], predictions: dict[str, Prediction], model: str
+    ) -> None:
+        """Write the answers in the benchmark's own formats, each file whole or not at all."""
+
+    def read_predictions(self, path: Path, questions: Sequence[Question]) -> dict[str, Prediction]:
+        """Answers by question id, from any of those formats.
+
+        Raises:
+            UserError: not such a file, or not one answer to every question.
+        """
+
+
+def picture_path(benchmark: Benchmark, images: Path | str, image_id: str) -> Path:
+    """A question's picture, which must lie in `images`: whoever wrote the annotations shall not choose which other
+    files of this machine are sent to an endpoint.
+
+    Raises:
+        UserError: the name leads out of `images`.
+    """
+    folder = Path(os.path.abspath(images))
+    path = Path(os.path.abspath(benchmark.image_path(folder, image_id)))
+    if folder not in path.parents:
+        raise UserError(f"{images}: the annotations name picture '{image_id}', which lies outside of this directory")
+    return path

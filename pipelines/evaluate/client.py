@@ -5,25 +5,19 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
-import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
-from urllib.parse import urlsplit
+from typing import IO, Any
 
 from pipelines.errors import UserError, WorkFailed
+from pipelines.evaluate.answerer import Answerer, answerer_at
 from pipelines.evaluate.benchmark import Prediction
 from pipelines.evaluate.config import EvaluateConfig
+from pipelines.evaluate.service import Reply, Service
 from pipelines.files import write_text
 from pipelines.progress import Progress
 
-if TYPE_CHECKING:
-    import httpx
-
-RETRIED = frozenset((408, 425, 429, 500, 502, 503, 504))
-REFUSES_EVERYTHING = frozenset((401, 403, 404, 405))
-FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 30.0
 _SUFFIX_TYPES = {".jpg": "jpeg", ".jpeg": "jpeg", ".png": "png", ".webp": "webp", ".gif": "gif"}
 
 
@@ -37,31 +31,51 @@ class Ask:
 
 
 def ask_all(
-    asks: Sequence[Ask], endpoint: str, config: EvaluateConfig, journal: Path, *, what: str = "evaluate"
+    asks: Sequence[Ask],
+    endpoint: str,
+    answerer: Answerer,
+    config: EvaluateConfig,
+    journal: Path,
+    *,
+    what: str = "evaluate",
 ) -> dict[str, Prediction]:
     """Answers by id; a request that the endpoint refuses or cannot answer carries its error.
 
     What `journal` already holds is not asked again, except failed requests. Greedy (`temperature` 0), so that asking
     again gives the same answers.
 
+    Args:
+        answerer: who answers at `endpoint`; an answer of another model ends the work.
+
     Raises:
-        UserError: nothing answers at `endpoint`, or it knows no such model.
-        WorkFailed: the endpoint went away; the journal keeps what was answered, and the same call continues.
+        UserError: the endpoint refuses whatever is asked.
+        WorkFailed: the endpoint went away, answers nothing any more, or with another model; the journal keeps what was
+            answered, and the same call continues.
     """
-    done = read_journal(journal)
-    done = {ask.id: done[ask.id] for ask in asks if ask.id in done and done[ask.id].error is None}
+    done = answered(journal)
+    done = {ask.id: done[ask.id] for ask in asks if ask.id in done}
     rest = [ask for ask in asks if ask.id not in done]
     with Progress(len(asks), what, "questions") as progress:
         progress.start_at(len(done))
         if rest:
             _rewrite(journal, done)
             with journal.open("a", encoding="utf-8") as stream:
-                done |= asyncio.run(_Client(endpoint, config, stream, progress).run(rest))
+                client = _Client(answerer, config, stream, progress, next(iter(done.values()), None))
+                try:
+                    asyncio.run(client.run(rest, endpoint))
+                except _AnotherModel:
+                    _rewrite(journal, done)  # nobody knows which of this call's answers are whose
+                    raise
+                except WorkFailed as failed:
+                    raise WorkFailed(
+                        f"{failed}. {client.good} answers of this run are kept; run the same command again to continue"
+                    ) from failed
+            done |= client.answers
     return done
 
 
-def read_journal(journal: Path) -> dict[str, Prediction]:
-    """What an earlier run got; the last line may be torn where that run was killed."""
+def answered(journal: Path) -> dict[str, Prediction]:
+    """What an earlier run got, without its failed requests; the last line may be torn where that run was killed."""
     found: dict[str, Prediction] = {}
     if not journal.exists():
         return found
@@ -71,7 +85,7 @@ def read_journal(journal: Path) -> dict[str, Prediction]:
         except ValueError:
             continue  # torn by a kill and then continued by a later run's line break
         found[entry["id"]] = Prediction(**entry)
-    return found
+    return {key: said for key, said in found.items() if said.error is None}
 
 
 def _rewrite(journal: Path, done: dict[str, Prediction]) -> None:
@@ -82,103 +96,82 @@ def _line(prediction: Prediction) -> str:
     return json.dumps(vars(prediction)) + "\n"
 
 
+class _AnotherModel(WorkFailed):
+    """The endpoint's model has changed at some time while it was asked."""
+
+
 class _Client:
-    def __init__(self, endpoint: str, config: EvaluateConfig, journal: IO[str], progress: Progress) -> None:
-        self.base = endpoint.rstrip("/").removesuffix("/v1") + "/v1"
-        self.config = config
-        self.journal = journal
-        self.progress = progress
+    """Asks with many flights, and writes down what comes back.
+
+    Args:
+        before: an answer of an earlier run, which this one continues.
+    """
+
+    def __init__(
+        self,
+        answerer: Answerer,
+        config: EvaluateConfig,
+        journal: IO[str],
+        progress: Progress,
+        before: Prediction | None,
+    ) -> None:
+        self.answerer, self.config = answerer, config
+        self.journal, self.progress = journal, progress
+        self.before = before
         self.answers: dict[str, Prediction] = {}
-        self.errors = 0
+        self.good = self.failed = self.failed_in_a_row = 0
 
-    async def run(self, asks: Sequence[Ask]) -> dict[str, Prediction]:
-        import httpx
-
+    async def run(self, asks: Sequence[Ask], endpoint: str) -> None:
+        """Ask them all; `answers` has them."""
         flights = min(self.config.concurrency, len(asks))
-        local = urlsplit(self.base).hostname in ("127.0.0.1", "localhost", "::1")
-        async with httpx.AsyncClient(
-            timeout=httpx.Timeout(self.config.request_timeout_s, connect=10.0),
-            limits=httpx.Limits(max_connections=flights, max_keepalive_connections=flights),
-            trust_env=not local,  # a proxy of the environment cannot reach this machine's own ports
-        ) as http:
-            model = await self._model(http)
+        async with Service(endpoint, self.config, flights) as service:
             queue = iter(asks)
             try:
                 async with asyncio.TaskGroup() as group:
                     for _ in range(flights):
-                        group.create_task(self._work(http, queue, model))
+                        group.create_task(self._work(service, queue, patience=max(20, 2 * flights)))
             except BaseExceptionGroup as failed:
                 raise failed.exceptions[0] from None
-        return self.answers
+            try:
+                same = (await answerer_at(service, self.config)).model() == self.answerer.model()
+            except UserError:  # it has no model of this name any more
+                same = False
+        if not same:
+            raise _AnotherModel(
+                f"{self.answerer.endpoint}: another model is there now than when the first question was asked; none "
+                "of this run's answers are kept. Run the same command again when the first model is back"
+            )
 
-    async def _work(self, http: httpx.AsyncClient, queue: Iterator[Ask], model: str) -> None:
+    async def _work(self, service: Service, queue: Iterator[Ask], patience: int) -> None:
         """One of the flights; all draw from the same iterator."""
         for ask in queue:
-            body = await asyncio.to_thread(_body, ask, model, self.config.max_new_tokens)
-            response, error = await self._send(http, "POST", "/chat/completions", body)
-            text = ""
-            if response is not None and response.status_code in REFUSES_EVERYTHING:
-                raise UserError(f"{self.base}: {_reason(response)}")
-            if response is not None and error is None:
-                text, error = _answer(response)
-            self._keep(Prediction(ask.id, text, error))
+            body = await asyncio.to_thread(_body, ask, self.answerer.name, self.config.max_new_tokens)
+            reply = await service.send("POST", "/chat/completions", body)
+            self._keep(_prediction(ask.id, reply))
+            if self.failed_in_a_row >= patience:
+                raise WorkFailed(f"{self.answerer.endpoint}: {patience} requests in a row failed; {reply.error}")
 
     def _keep(self, prediction: Prediction) -> None:
+        if prediction.error is None:
+            self._check_same_model(prediction)
         self.journal.write(_line(prediction))
         self.journal.flush()
         self.answers[prediction.id] = prediction
-        self.errors += prediction.error is not None
-        self.progress.update(1, f"{self.errors} failed" if self.errors else "")
+        failed = prediction.error is not None
+        self.good, self.failed = self.good + (not failed), self.failed + failed
+        self.failed_in_a_row = self.failed_in_a_row + 1 if failed else 0
+        self.progress.update(1, f"{self.failed} failed" if self.failed else "")
 
-    async def _send(
-        self, http: httpx.AsyncClient, method: str, path: str, body: bytes | None = None
-    ) -> tuple[httpx.Response | None, str | None]:
-        """Response, or the error that is left after all retries."""
-        import httpx
-
-        for attempt in range(self.config.retries + 1):
-            response, pause = None, None
-            try:
-                response = await http.request(
-                    method, self.base + path, content=body, headers={"content-type": "application/json"}
-                )
-                if response.status_code == 200:
-                    return response, None
-                error = _reason(response)
-                if response.status_code not in RETRIED:
-                    return response, error
-                pause = _retry_after(response)
-            except httpx.ReadTimeout:
-                error = f"no answer within {self.config.request_timeout_s:g} s"
-            except httpx.TransportError as broken:
-                error = f"connection failed: {type(broken).__name__}: {broken}"
-                if attempt == self.config.retries:
-                    raise WorkFailed(
-                        f"{self.base}: {error} ({attempt + 1} attempts). "
-                        f"{len(self.answers)} answers of this run are kept; run the same command again to continue"
-                    ) from broken
-            except httpx.InvalidURL as invalid:
-                raise UserError(f"{self.base}: not an endpoint ({invalid})") from invalid
-            if attempt < self.config.retries:
-                grown = min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2**attempt)
-                # Jitter: requests that were refused together must not come back together.
-                await asyncio.sleep(max(pause or 0.0, grown * random.uniform(0.5, 1.0)))
-        return response, error
-
-    async def _model(self, http: httpx.AsyncClient) -> str:
-        response, error = await self._send(http, "GET", "/models")
-        if response is None or error is not None:
-            raise UserError(f"{self.base}/models: {error}; is this an OpenAI-compatible endpoint?")
-        try:
-            names = [str(entry["id"]) for entry in response.json()["data"]]
-        except (ValueError, KeyError, TypeError):
-            raise UserError(f"{self.base}/models: not the answer of an OpenAI-compatible endpoint") from None
-        if self.config.model and self.config.model in names:
-            return self.config.model
-        if self.config.model or len(names) != 1:
-            wanted = f"has no model '{self.config.model}'" if self.config.model else "has not exactly one model"
-            raise UserError(f"{self.base} {wanted}; set evaluate.model to one of: {', '.join(names) or '(none)'}")
-        return names[0]
+    def _check_same_model(self, said: Prediction) -> None:
+        """Every answer names the same model as the first one, and the one that the endpoint published."""
+        self.before = self.before or said
+        expected, found = self.before.system_fingerprint, said.system_fingerprint
+        if found == expected and found in (None, self.answerer.identity or found):
+            return
+        raise WorkFailed(
+            f"{self.answerer.endpoint}: another model answers now than when this evaluation began (system_fingerprint "
+            f"was {self.answerer.identity or expected} and is {found})"
+        )
 
 
 def _body(ask: Ask, model: str, max_tokens: int) -> bytes:
@@ -192,23 +185,16 @@ def _body(ask: Ask, model: str, max_tokens: int) -> bytes:
     return json.dumps({"model": model, "messages": [message], "max_tokens": max_tokens, "temperature": 0}).encode()
 
 
-def _answer(response: httpx.Response) -> tuple[str, str | None]:
+def _prediction(key: str, reply: Reply) -> Prediction:
+    """A reply as the answer to question `key`."""
+    if reply.error is not None:
+        return Prediction(key, "", reply.error)
     try:
-        text = response.json()["choices"][0]["message"]["content"]
-    except (ValueError, KeyError, IndexError, TypeError):
-        return "", "the endpoint's answer is no chat completion"
-    return (text, None) if isinstance(text, str) else ("", "the endpoint's answer holds no text")
-
-
-def _reason(response: httpx.Response) -> str:
-    """What the endpoint said, in one line."""
-    try:
-        said = response.json()["error"]["message"]
-    except (ValueError, KeyError, TypeError):
-        said = response.text
-    return f"HTTP {response.status_code}: {' '.join(str(said).split())[:300]}"
-
-
-def _retry_after(response: httpx.Response) -> float | None:
-    value = response.headers.get("retry-after", "")
-    return min(float(value), LONGEST_PAUSE_S) if value.replace(".", "", 1).isdecimal() else None
+        choice = reply.content["choices"][0]
+        text, end = choice["message"]["content"], choice.get("finish_reason")
+    except (KeyError, IndexError, TypeError, AttributeError):
+        return Prediction(key, "", "the endpoint's answer is no chat completion")
+    if not isinstance(text, str):
+        return Prediction(key, "", "the endpoint's answer holds no text")
+    name = reply.content.get("system_fingerprint")
+    return Prediction(key, text, None, end == "length", name if isinstance(name, str) else None)

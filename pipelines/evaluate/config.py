@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from pipelines.errors import UserError
@@ -12,17 +13,19 @@ class EvaluateConfig:
     """How a served model is asked the questions of a benchmark.
 
     Attributes:
-        benchmark: textvqa.
+        benchmark: one of `registry.BENCHMARKS`.
         annotations: the benchmark's own annotation file.
         images: directory of its pictures.
         ocr_tokens: put the reference OCR tokens into the prompt, as the published TextVQA scores do (about 13 points
             there).
-        ocr: TextVQA_Rosetta_OCR_v0.2_*.json, when the annotations themselves hold no OCR tokens.
+        ocr: file of OCR tokens (for TextVQA, TextVQA_Rosetta_OCR_v0.2_*.json), when the annotations hold none.
         model: name of the model at the endpoint; empty takes the only one there.
         concurrency: requests in flight.
         max_new_tokens: longest answer, in tokens.
-        request_timeout_s: one request, in seconds.
+        request_timeout_s: one request, from its first byte to the answer's last, in seconds.
         retries: further attempts after a refusal (429, 5xx), a timeout or a broken connection, with growing pauses.
+        max_error_share: largest share of questions that may stay without an answer; with more the evaluation has
+            failed, and the same command asks them again.
         limit: only the first questions; None asks all.
     """
 
@@ -36,6 +39,7 @@ class EvaluateConfig:
     max_new_tokens: int = 16
     request_timeout_s: float = 120.0
     retries: int = 5
+    max_error_share: float = 0.01
     limit: int | None = None
 
     def __post_init__(self) -> None:
@@ -44,6 +48,8 @@ class EvaluateConfig:
                 raise UserError(f"evaluate.{key} must be at least 1, not {getattr(self, key)}")
         if self.retries < 0 or self.request_timeout_s <= 0:
             raise UserError("evaluate: retries cannot be negative and request_timeout_s must be positive")
+        if not 0 <= self.max_error_share <= 1:
+            raise UserError(f"evaluate.max_error_share is a share between 0 and 1, not {self.max_error_share:g}")
         if self.limit is not None and self.limit < 1:
             raise UserError("evaluate.limit must be at least 1")
 
@@ -53,14 +59,15 @@ class CompareConfig:
     """How two evaluations are held against each other.
 
     Attributes:
-        baseline: name of the arm that others are compared with.
+        baseline: name of the arm that others are compared with; empty takes `original` where there is one, else the
+            first.
         resamples: of the paired bootstrap.
-        confidence: of the interval.
+        confidence: of the interval; a difference is shown when the exact test agrees at the same level.
         seed: of the bootstrap.
         examples: questions won and lost that the report shows, of each kind.
     """
 
-    baseline: str = "original"
+    baseline: str = ""
     resamples: int = 10_000
     confidence: float = 0.95
     seed: int = 0
@@ -71,3 +78,13 @@ class CompareConfig:
             raise UserError("compare.resamples must be at least 100")
         if not 0.5 <= self.confidence < 1:
             raise UserError("compare.confidence lies between 0.5 and 1")
+
+    def baseline_among(self, arms: Collection[str]) -> str:
+        """The arm that the others are compared with.
+
+        Raises:
+            UserError: the configured one is not among `arms`.
+        """
+        if self.baseline and self.baseline not in arms:
+            raise UserError(f"compare.baseline names '{self.baseline}', but the arms are {', '.join(arms)}")
+        return self.baseline or ("original" if "original" in arms else next(iter(arms)))

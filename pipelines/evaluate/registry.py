@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
-from types import ModuleType
-
 from pipelines.errors import UserError
+from pipelines.evaluate import textvqa
+from pipelines.evaluate.benchmark import Benchmark
 
-BENCHMARKS = ("textvqa",)
+BENCHMARKS: dict[str, Benchmark] = {
+    "textvqa": textvqa,
+}
 
 
-def open_benchmark(name: str) -> ModuleType:
-    """The module of a benchmark: `load`, `image_path`, `read_predictions`, `write_predictions`, `score_question`."""
-    if name == "textvqa":
-        from pipelines.evaluate import textvqa
+def open_benchmark(name: str) -> Benchmark:
+    """The benchmark of a name.
 
-        return textvqa
-    raise UserError(f"evaluate.benchmark: there is no benchmark '{name}'; choose one of {', '.join(BENCHMARKS)}")
+    Raises:
+        UserError: there is none.
+    """
+    if name not in BENCHMARKS:
+        raise UserError(f"evaluate.benchmark: there is no benchmark '{name}'; choose one of {', '.join(BENCHMARKS)}")
+    return BENCHMARKS[name]
+
+
+def title(name: str) -> str:
+    """A benchmark's name as its authors write it; the name itself when captune does not know it."""
+    return BENCHMARKS[name].TITLE if name in BENCHMARKS else name

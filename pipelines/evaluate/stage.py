@@ -4,79 +4,110 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pipelines.errors import UserError, WorkFailed
-from pipelines.evaluate.benchmark import Prediction, Question
+from pipelines.evaluate.benchmark import Benchmark, Prediction, Question, picture_path
 from pipelines.evaluate.config import EvaluateConfig
-from pipelines.evaluate.registry import open_benchmark
-from pipelines.manifest import identity, open_stage, read_json, write_json
+from pipelines.evaluate.registry import open_benchmark, title
+from pipelines.manifest import CLAIM, MANIFEST, fingerprint, identity, open_stage, read_json, write_json
+from pipelines.modelfiles import model_identity
+
+if TYPE_CHECKING:
+    from pipelines.evaluate.answerer import Answerer
 
 JOURNAL = "journal.jsonl"
 SCORES = "scores.json"
-# Settings that decide how fast the answers come, not what they are.
-_NOT_RESULTS = ("annotations", "images", "ocr", "concurrency", "request_timeout_s", "retries", "model")
+_NOT_RESULTS = (  # where things lie, how fast the answers come and when to give up; not what the answers are
+    "annotations",
+    "images",
+    "ocr",
+    "model",
+    "concurrency",
+    "request_timeout_s",
+    "retries",
+    "max_error_share",
+)
+NOT_FACTS = ("questions", "prompts", "annotations", "images")
+"""Of the scores, what their manifest does without."""
 
 
-def run(
-    output: Path,
-    config: EvaluateConfig,
-    *,
-    endpoint: str | Callable[[], AbstractContextManager[str]],
-    model_identity: str,
-    restart: bool = False,
-) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Served:
+    """A model directory, and what serves it for the time of a `with` block and gives the base URL."""
+
+    model: Path
+    service: AbstractContextManager[str]
+
+
+def run(output: Path, config: EvaluateConfig, endpoint: str | Served, *, restart: bool = False) -> dict[str, Any]:
     """Ask all questions, write predictions and `scores.json`, return the manifest.
 
-    A killed run continues from its journal. A question that the endpoint could not answer scores 0, is counted in
-    `errors` and keeps the reason.
+    A killed run continues from its journal. A question without an answer scores 0, is counted in `errors` and keeps the
+    reason; the same call asks it again, after the evaluation was finished, too.
 
     Args:
-        endpoint: base URL of an OpenAI-compatible service, with or without `/v1`; or what starts one and gives its URL,
-            called only when there is something to ask.
-        model_identity: of the model behind it (`model_identity` of its directory); it decides whether this directory
-            is this run's.
+        endpoint: base URL of an OpenAI-compatible service, with or without `/v1`; or a model to serve, which happens
+            only when there is something to ask. Which model answers decides whether this directory is this run's.
 
     Raises:
-        UserError: annotations, images or endpoint unusable (key, file or question named).
-        WorkFailed: the endpoint went away, or answered no question at all.
+        UserError: annotations, images or endpoint unusable (key, file or question named), or another run's directory.
+        WorkFailed: the endpoint went away or changed its model, or too many questions have no answer.
     """
+    from pipelines.evaluate.answerer import who_answers
+
     benchmark = open_benchmark(config.benchmark)
     questions = read_questions(config)
     images = find_images(config, questions)
-    wanted = inputs(config, images, model_identity)
+    model = who_answers(endpoint, config).model() if isinstance(endpoint, str) else model_identity(endpoint.model)
+    wanted = inputs(config, questions, images, model)
     stage = open_stage(output, "evaluate", wanted, restart=restart)
-    if stage.complete:
+    if stage.complete and not stage.manifest["errors"]:
         return stage.manifest
-    with nullcontext(endpoint) if isinstance(endpoint, str) else endpoint() as base:
-        predictions, seconds, asked = _ask(stage.directory, questions, images, base, config)
+    if stage.complete:
+        stage.accept()  # unfinished again, until the questions without an answer have been asked once more
+    with nullcontext(endpoint) if isinstance(endpoint, str) else endpoint.service as base:
+        answerer = who_answers(base, config)
+        if answerer.identity not in (None, model):
+            raise WorkFailed(f"{answerer.endpoint}: serves model {answerer.identity}, not {model}, which was asked for")
+        predictions, seconds, asked = _ask(stage.directory, questions, images, base, answerer, config)
+    _refuse_failures(predictions, config)
     scores = {
         **_score(benchmark, config.benchmark, questions, predictions),
+        "conditions": benchmark.conditions(config),
         "ocr_tokens": config.ocr_tokens,
         "max_new_tokens": config.max_new_tokens,
+        "prompts": wanted["prompts"],
         "annotations": {"path": str(Path(config.annotations).resolve()), "identity": wanted["annotations"]},
         "images": str(Path(config.images).resolve()),
-        "model": model_identity,
+        "model": model if isinstance(model, str) else fingerprint(model),
+        "answered_by": _answered_by(endpoint, answerer, model, predictions),
         "questions_per_second": round(asked / seconds, 3) if asked else None,
     }
-    benchmark.write_predictions(stage.directory, questions, predictions, model_identity)
+    benchmark.write_predictions(stage.directory, questions, predictions, scores["model"])
     write_json(stage.directory / SCORES, scores)
-    keys = ("benchmark", "accuracy", "count", "errors", "ocr_tokens", "questions_per_second")
-    return stage.finish(rows_in=len(questions), rows_out=len(predictions), **{key: scores[key] for key in keys})
+    facts = {key: value for key, value in scores.items() if key not in NOT_FACTS}
+    return stage.finish(rows_in=len(questions), rows_out=len(predictions), **facts)
 
 
-def inputs(config: EvaluateConfig, images: dict[str, Path], model_identity: str) -> dict[str, Any]:
-    """Everything that decides answers and scores."""
+def inputs(
+    config: EvaluateConfig, questions: Sequence[Question], images: dict[str, Path], model: str | dict[str, Any]
+) -> dict[str, Any]:
+    """Everything that decides answers and scores.
+
+    Args:
+        model: its identity, or what an endpoint that publishes none says of it (`Answerer.model`).
+    """
     return {
         "annotations": identity(config.annotations),
-        "ocr": identity(config.ocr) if config.ocr and config.ocr_tokens else None,
+        "prompts": fingerprint([[question.id, question.prompt] for question in questions]),
         "images": _digest(images),
-        "model": model_identity,
+        "model": model,
         **{key: value for key, value in asdict(config).items() if key not in _NOT_RESULTS},
     }
 
@@ -85,12 +116,26 @@ def score(benchmark: str, annotations: Path | str, predictions: Path | str) -> d
     """Score answers made elsewhere (any prediction file of the benchmark's module) without asking anything.
 
     Returns:
-        `scores.json` without what only an evaluation knows: benchmark, accuracy in [0, 1], count, errors, questions.
+        `scores.json` without what only an evaluation knows: benchmark, accuracy in [0, 1], count, errors, truncated,
+        questions.
     """
     module = open_benchmark(benchmark)
-    questions = module.load(annotations)
-    scores = _score(module, benchmark, questions, module.read_predictions(predictions, questions))
+    questions = module.questions(EvaluateConfig(benchmark=benchmark, annotations=str(annotations)))
+    scores = _score(module, benchmark, questions, module.read_predictions(Path(predictions), questions))
     return {**scores, "annotations": {"path": str(Path(annotations).resolve()), "identity": identity(annotations)}}
+
+
+def sentence(scores: dict[str, Any]) -> str:
+    """Scores, or the manifest of an evaluation, in words."""
+    text = f"{title(scores['benchmark'])}: {100 * scores['accuracy']:.2f} % of {scores['count']} questions"
+    if "conditions" in scores:
+        text += f" ({scores['conditions']})"
+    if scores["errors"]:
+        text += f"; {scores['errors']} without an answer count as wrong"
+    if scores["truncated"]:
+        limit = f" of {scores['max_new_tokens']} tokens" if "max_new_tokens" in scores else ""
+        text += f"; {scores['truncated']} answers were cut off at the limit{limit}"
+    return text
 
 
 def read_scores(directory: Path | str) -> dict[str, Any]:
@@ -100,52 +145,25 @@ def read_scores(directory: Path | str) -> dict[str, Any]:
         UserError: there is none, or it is no such file.
     """
     path = Path(directory) / SCORES
-    if not path.is_file():
-        raise UserError(f"{directory}: no finished evaluation there ({SCORES} is missing)")
+    unfinished = (path.parent / CLAIM).exists() and not (path.parent / MANIFEST).exists()
+    if not path.is_file() or unfinished:
+        lacks = MANIFEST if path.is_file() else SCORES
+        raise UserError(f"{directory}: no finished evaluation there ({lacks} is missing)")
     scores = read_json(path)
     if not isinstance(scores, dict) or not isinstance(scores.get("questions"), list):
         raise UserError(f"{path}: not the scores of an evaluation")
     return scores
 
 
-def _score(
-    module: ModuleType, name: str, questions: Sequence[Question], predictions: dict[str, Prediction]
-) -> dict[str, Any]:
-    if len(predictions) != len(questions):
-        raise WorkFailed(f"{len(predictions)} answers to {len(questions)} questions")
-    rows = []
-    for question in questions:
-        said = predictions[question.id]
-        rows.append(
-            {
-                "question_id": question.id,
-                "image_id": question.image_id,
-                "question": question.text,
-                "prediction": said.text,
-                "answers": list(question.answers),
-                "score": module.score_question(question, said),
-                "error": said.error,
-            }
-        )
-    return {
-        "benchmark": name,
-        "accuracy": sum(row["score"] for row in rows) / len(rows),
-        "count": len(rows),
-        "errors": sum(row["error"] is not None for row in rows),
-        "questions": rows,
-    }
-
-
 def read_questions(config: EvaluateConfig) -> list[Question]:
-    """The questions that the benchmark asks, at most `config.limit`.
+    """The questions that `config` asks.
 
     Raises:
-        UserError: no such benchmark, or annotations that cannot be asked and scored.
+        UserError: no such annotations, or a question without answers.
     """
-    benchmark = open_benchmark(config.benchmark)
     if not config.annotations:
         raise UserError("evaluate.annotations: name the benchmark's annotation file")
-    questions: list[Question] = benchmark.load(config.annotations, ocr_tokens=config.ocr_tokens, ocr=config.ocr or None)
+    questions = open_benchmark(config.benchmark).questions(config)
     unanswered = [question.id for question in questions if not question.answers]
     if unanswered:
         raise UserError(
@@ -155,18 +173,51 @@ def read_questions(config: EvaluateConfig) -> list[Question]:
 
 
 def find_images(config: EvaluateConfig, questions: Sequence[Question]) -> dict[str, Path]:
-    """Picture of every question. A missing one is refused up front: a score without it would look like the model's
-    fault.
+    """Picture of every question, by the question's id.
+
+    Raises:
+        UserError: no such directory, or a picture that is not there (a score without it would look like the model's
+            fault) or not in it.
     """
     if not Path(config.images).is_dir() or not config.images:
         raise UserError(f"evaluate.images: '{config.images}' is no directory")
     benchmark = open_benchmark(config.benchmark)
-    found = {question.id: benchmark.image_path(Path(config.images), question.image_id) for question in questions}
+    found = {question.id: picture_path(benchmark, config.images, question.image_id) for question in questions}
     missing = sorted({path.name for path in found.values() if not path.is_file()})
     if missing:
         some = ", ".join(missing[:5]) + (" ..." if len(missing) > 5 else "")
         raise UserError(f"{config.images}: {len(missing)} picture(s) of the annotations are not there: {some}")
     return found
+
+
+def _score(
+    benchmark: Benchmark, name: str, questions: Sequence[Question], predictions: dict[str, Prediction]
+) -> dict[str, Any]:
+    if len(predictions) != len(questions):
+        raise WorkFailed(f"{len(predictions)} answers to {len(questions)} questions")
+    rows = []
+    for question, value in zip(questions, benchmark.score(questions, predictions), strict=True):
+        said = predictions[question.id]
+        rows.append(
+            {
+                "question_id": question.id,
+                "image_id": question.image_id,
+                "question": question.text,
+                "prediction": said.text,
+                "answers": list(question.answers),
+                "score": value,
+                "error": said.error,
+                "truncated": said.truncated,
+            }
+        )
+    return {
+        "benchmark": name,
+        "accuracy": sum(row["score"] for row in rows) / len(rows),
+        "count": len(rows),
+        "errors": sum(said.error is not None for said in predictions.values()),
+        "truncated": sum(said.truncated for said in predictions.values()),
+        "questions": rows,
+    }
 
 
 def _digest(images: dict[str, Path]) -> str:
@@ -179,17 +230,45 @@ def _digest(images: dict[str, Path]) -> str:
 
 
 def _ask(
-    directory: Path, questions: Sequence[Question], images: dict[str, Path], endpoint: str, config: EvaluateConfig
+    directory: Path,
+    questions: Sequence[Question],
+    images: dict[str, Path],
+    endpoint: str,
+    answerer: Answerer,
+    config: EvaluateConfig,
 ) -> tuple[dict[str, Prediction], float, int]:
     """Predictions, seconds that the asking took, and how many were asked now rather than by an earlier, killed run."""
-    from pipelines.evaluate.client import Ask, ask_all, read_journal
+    from pipelines.evaluate.client import Ask, answered, ask_all
 
     asks = [Ask(question.id, question.prompt, images[question.id]) for question in questions]
-    already = sum(said.error is None for said in read_journal(directory / JOURNAL).values())
+    already = len(answered(directory / JOURNAL))
     started = time.monotonic()
-    predictions = ask_all(asks, endpoint, config, directory / JOURNAL, what=f"evaluate {config.benchmark}")
-    seconds = time.monotonic() - started
-    errors = [said.error for said in predictions.values() if said.error]
-    if len(errors) == len(questions):
-        raise WorkFailed(f"{endpoint} answered none of {len(questions)} questions; the first error: {errors[0]}")
-    return predictions, max(seconds, 1e-9), len(questions) - already
+    what = f"evaluate {config.benchmark}"
+    predictions = ask_all(asks, endpoint, answerer, config, directory / JOURNAL, what=what)
+    return predictions, max(time.monotonic() - started, 1e-9), len(questions) - already
+
+
+def _refuse_failures(predictions: dict[str, Prediction], config: EvaluateConfig) -> None:
+    """A score in which failed requests count as wrong answers says little of the model."""
+    errors = [said.error for said in predictions.values() if said.error is not None]
+    share = len(errors) / len(predictions)
+    if share <= config.max_error_share:
+        return
+    kinds = "; ".join(f"{error} ({count} times)" for error, count in Counter(errors).most_common(3))
+    raise WorkFailed(
+        f"{len(errors)} of {len(predictions)} questions have no answer ({100 * share:.3g} %, and "
+        f"evaluate.max_error_share is {config.max_error_share:g}): {kinds}. The same command asks them again"
+    )
+
+
+def _answered_by(
+    endpoint: str | Served, answerer: Answerer, model: str | dict[str, Any], predictions: dict[str, Prediction]
+) -> dict[str, str | None]:
+    """Who it was, for those who read the scores."""
+    names = (said.system_fingerprint for said in predictions.values() if said.error is None)
+    return {
+        "name": answerer.name if isinstance(endpoint, str) else str(endpoint.model.resolve()),
+        "endpoint": answerer.endpoint if isinstance(endpoint, str) else None,
+        "identity": model if isinstance(model, str) else None,
+        "system_fingerprint": next(names, None),
+    }

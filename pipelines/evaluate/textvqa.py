@@ -6,7 +6,7 @@ Annotations: `TextVQA_0.5.1_*.json`, `{"data": [{"question_id", "question", "ima
 
 Predictions, three files with the same answers, each of which `read_predictions` reads back:
 
-- `predictions.jsonl`: one line per question, `{"question_id", "image_id", "prompt", "text", "error"}`.
+- `predictions.jsonl`: one line per question, `{"question_id", "image_id", "prompt", "text", "error", "truncated"}`.
 - `predictions_llava.jsonl`: the lines that the `eval_textvqa.py` of LLaVA and MGM reads; there `question_id` is the
   picture's id.
 - `predictions_official.json`: the challenge's submission, `[{"question_id", "answer"}]`.
@@ -18,16 +18,30 @@ import json
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pipelines.errors import UserError
 from pipelines.evaluate.benchmark import Prediction, Question
 from pipelines.evaluate.metrics import ANSWERS, soft_score
-from pipelines.files import write_text
+from pipelines.files import read_text, write_text
 from pipelines.manifest import read_json, write_json
 
+if TYPE_CHECKING:
+    from pipelines.evaluate.config import EvaluateConfig
+
+TITLE = "TextVQA"
 INSTRUCTION = "Answer the question using a single word or phrase."
 OCR_HINT = "Reference OCR token: "
+
+
+def questions(config: EvaluateConfig) -> list[Question]:
+    """`load`, as a recipe says it."""
+    return load(config.annotations, ocr_tokens=config.ocr_tokens, ocr=config.ocr or None)
+
+
+def conditions(config: EvaluateConfig) -> str:
+    """OCR tokens alone move the published scores by about 13 points."""
+    return f"reference OCR tokens {'were' if config.ocr_tokens else 'were not'} in the prompt"
 
 
 def load(annotations: Path | str, *, ocr_tokens: bool = False, ocr: Path | str | None = None) -> list[Question]:
@@ -55,11 +69,12 @@ def load(annotations: Path | str, *, ocr_tokens: bool = False, ocr: Path | str |
 
 
 def prompt(question: str, ocr_tokens: Sequence[str] | None = None) -> str:
-    """What is asked. With OCR tokens there is a line for them even when the picture has none, as in the files that
-    published scores come from.
+    """What is asked, as in `llava_textvqa_val_v051_ocr.jsonl`, which published scores come from: the question begins
+    with a capital, which the annotations lack, and with OCR tokens there is a line for them even when the picture has
+    none.
     """
     hint = "" if ocr_tokens is None else f"\n{OCR_HINT}{', '.join(ocr_tokens)}"
-    return f"{question}{hint}\n{INSTRUCTION}"
+    return f"{question[:1].upper()}{question[1:]}{hint}\n{INSTRUCTION}"
 
 
 def image_path(images: Path, image_id: str) -> Path:
@@ -67,13 +82,21 @@ def image_path(images: Path, image_id: str) -> Path:
     return images / f"{image_id}.jpg"
 
 
-def score_question(question: Question, prediction: Prediction) -> float:
-    """Soft score in [0, 1]; a failed request scores 0 whatever its text."""
-    if len(question.answers) != ANSWERS:
-        raise UserError(
-            f"question_id {question.id}: {len(question.answers)} answers where TextVQA's score needs {ANSWERS}"
-        )
-    return 0.0 if prediction.error else soft_score(prediction.text, question.answers)
+def score(questions: Sequence[Question], predictions: dict[str, Prediction]) -> list[float]:
+    """Soft score of every question, in [0, 1].
+
+    Raises:
+        UserError: a question without its ten answers, as in a split whose answers are withheld.
+    """
+    scores = []
+    for question in questions:
+        if len(question.answers) != ANSWERS:
+            raise UserError(
+                f"question_id {question.id}: {len(question.answers)} answers where TextVQA's score needs {ANSWERS}"
+            )
+        said = predictions[question.id]
+        scores.append(0.0 if said.error else soft_score(said.text, question.answers))
+    return scores
 
 
 def write_predictions(
@@ -84,16 +107,16 @@ def write_predictions(
     for question in questions:
         said = predictions[question.id]
         answer = {"prompt": question.prompt, "text": said.text}
+        failing = {"error": said.error, "truncated": said.truncated}
         number = _number(question.id)
-        ours.append({"question_id": number, "image_id": question.image_id, **answer, "error": said.error})
-        metadata = {"error": said.error} if said.error else {}
+        ours.append({"question_id": number, "image_id": question.image_id, **answer, **failing})
         llava.append(
             {
                 "question_id": question.image_id,
                 **answer,
                 "answer_id": question.id,
                 "model_id": model,
-                "metadata": metadata,
+                "metadata": {key: value for key, value in failing.items() if value},
             }
         )
         official.append({"question_id": number, "answer": said.text})
@@ -119,7 +142,8 @@ def read_predictions(path: Path | str, questions: Sequence[Question]) -> dict[st
         where = f"{path}: answer {row + 1}"
         if not isinstance(entry, dict) or "question_id" not in entry or not ("text" in entry or "answer" in entry):
             raise UserError(f"{where}: needs 'question_id' and 'text' (or 'answer')")
-        text, error = entry.get("text", entry.get("answer")), entry.get("error") or _metadata_error(entry)
+        text = entry.get("text", entry.get("answer"))
+        error, truncated = (_said_of(entry, key) for key in ("error", "truncated"))
         if not isinstance(text, str):
             raise UserError(f"{where}: the answer must be text, not {type(text).__name__}")
         key = _resolve(entry, by_image, found) or str(entry["question_id"])
@@ -127,7 +151,7 @@ def read_predictions(path: Path | str, questions: Sequence[Question]) -> dict[st
             raise UserError(f"{where}: question_id {entry['question_id']} is no question of these annotations")
         if key in found:
             raise UserError(f"{where}: question_id {entry['question_id']} is answered twice")
-        found[key] = Prediction(key, text, error)
+        found[key] = Prediction(key, text, str(error) if error else None, bool(truncated))
     missing = [question.id for question in questions if question.id not in found]
     if missing:
         raise UserError(f"{path}: {len(missing)} of {len(questions)} questions have no answer: {_some(missing)}")
@@ -189,7 +213,7 @@ def _tokens(entry: dict[str, Any], rosetta: dict[str, list[str]], path: Path, qu
 def _prediction_rows(path: Path) -> Iterable[Any]:
     if not path.is_file():
         raise UserError(f"{path}: no such prediction file")
-    text = path.read_text(encoding="utf-8")
+    text = read_text(path)
     if text.lstrip().startswith("["):
         return list(read_json(path))
     rows = []
@@ -197,14 +221,15 @@ def _prediction_rows(path: Path) -> Iterable[Any]:
         if line.strip():
             try:
                 rows.append(json.loads(line))
-            except json.JSONDecodeError as error:
+            except (ValueError, RecursionError) as error:
                 raise UserError(f"{path}: line {number} is not valid JSON ({error})") from error
     return rows
 
 
-def _metadata_error(entry: dict[str, Any]) -> str | None:
+def _said_of(entry: dict[str, Any], key: str) -> Any:
+    """`error` or `truncated`: in a line of ours as it is, in a LLaVA line among its metadata."""
     metadata = entry.get("metadata")
-    return metadata.get("error") if isinstance(metadata, dict) else None
+    return entry.get(key) or (metadata.get(key) if isinstance(metadata, dict) else None)
 
 
 def _write_lines(path: Path, rows: Sequence[dict[str, Any]]) -> None:

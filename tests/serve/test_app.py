@@ -136,7 +136,7 @@ def test_batches_fill_and_answers_do_not_depend_on_them(
 def test_a_whole_evaluation_through_the_endpoint(
     base: str, tmp_path: Path, picture: Callable[[int], bytes], tiny_model: Path
 ) -> None:
-    """Questions in, official files and scores out; a broken picture is one error; once finished, nothing is asked."""
+    """Questions in, official files and scores out; a broken picture is one error, and all that is asked again."""
     images = tmp_path / "images"
     images.mkdir()
     entries = []
@@ -148,13 +148,18 @@ def test_a_whole_evaluation_through_the_endpoint(
         )
     annotations = tmp_path / "annotations.json"
     annotations.write_text(json.dumps({"data": entries}))
-    config = EvaluateConfig(annotations=str(annotations), images=str(images), concurrency=8, max_new_tokens=4)
-    manifest = run(tmp_path / "out", config, endpoint=base, model_identity="tiny")
+    config = EvaluateConfig(
+        annotations=str(annotations), images=str(images), concurrency=8, max_new_tokens=4, max_error_share=0.05
+    )
+    manifest = run(tmp_path / "out", config, base)
     scores = json.loads((tmp_path / "out" / "scores.json").read_text())
     assert (manifest["count"], manifest["errors"], len(scores["questions"])) == (20, 1, 20)
     assert "not an image" in scores["questions"][7]["error"]
+    assert manifest["truncated"] > 0 and manifest["model"] == model_identity(tiny_model)
+    assert scores["answered_by"]["system_fingerprint"] == scores["answered_by"]["identity"] == scores["model"]
     assert len((tmp_path / "out" / "predictions.jsonl").read_text().splitlines()) == 20
-    assert run(tmp_path / "out", config, endpoint="http://127.0.0.1:9", model_identity="tiny") == manifest
+    again = run(tmp_path / "out", config, base)
+    assert (again["accuracy"], again["errors"]) == (manifest["accuracy"], 1)
     for file in ("predictions.jsonl", "predictions_llava.jsonl", "predictions_official.json"):
         assert score("textvqa", annotations, tmp_path / "out" / file)["accuracy"] == scores["accuracy"]
 

@@ -8,7 +8,7 @@ import socket
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,10 @@ def benchmark(tmp_path: Path) -> Callable[..., tuple[Path, Path]]:
 class Endpoint:
     """What an OpenAI-compatible server may do. `faults[prompt line] = [...]` are played before it answers; `asked`
     counts.
+
+    A fault is a status, or: `hang`, `garbage`, `drip` (a byte now and then), `away` (the 404 of a proxy whose service
+    is being deployed), `cut` (an answer that reached the token limit); or, from here on, `another model` of captune's
+    and `another root`, of a service that names none in its answers.
     """
 
     def __init__(self) -> None:
@@ -54,16 +58,30 @@ class Endpoint:
         self.in_flight = self.most_in_flight = 0
         self.bodies: list[dict[str, Any]] = []
         self.url = ""
+        self.models: list[dict[str, Any]] = [{"id": "stub"}]
+        self.system_fingerprint: str | None = None
+        self.key = ""
+
+    def is_captune(self, identity: str) -> None:
+        """Publish a model as captune's own service does."""
+        self.models, self.system_fingerprint = [{"id": "stub", "identity": identity}], identity
 
     def app(self) -> Any:
         import fastapi
-        from fastapi.responses import JSONResponse, PlainTextResponse
+        from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
 
         app = fastapi.FastAPI()
 
+        @app.middleware("http")
+        async def only_with_the_key(request: fastapi.Request, answer: Any) -> Any:
+            if self.key and request.headers.get("authorization") != f"Bearer {self.key}":
+                return JSONResponse({"error": {"message": "no such key"}}, 401)
+            return await answer(request)
+
         @app.get("/v1/models")
         async def models() -> Any:
-            return {"object": "list", "data": [{"id": "stub"}]}
+            stamped = [{**model, "created": time.time()} for model in self.models]
+            return {"object": "list", "data": stamped}
 
         @app.post("/v1/chat/completions")
         async def chat(body: dict[str, Any]) -> Any:
@@ -78,17 +96,34 @@ class Endpoint:
             play = fault.pop(0) if fault else None
             if play == "hang":
                 await asyncio.sleep(60)
+            if play == "drip":
+                return StreamingResponse(_drip(b'{"choices": []}'), media_type="application/json")
             if play == "garbage":
                 return PlainTextResponse("<html>")
-            if play is not None:
+            if play == "away":
+                return PlainTextResponse("Path '/v1/chat/completions' not found.", 404)
+            if isinstance(play, int):
                 headers = {"retry-after": "0"} if play == 429 else {}
                 return JSONResponse({"error": {"message": f"played {play}"}}, play, headers=headers)
+            if play == "another model":
+                self.is_captune("b" * 32)
+            if play == "another root":
+                self.models = [{"id": "stub", "root": "/models/another"}]
             number = question.removeprefix("What is ").removesuffix("?")
+            message = {"role": "assistant", "content": f"Word{number}."}
+            end = "length" if play == "cut" else "stop"
             return {
-                "choices": [{"message": {"role": "assistant", "content": f"Word{number}."}, "finish_reason": "stop"}]
+                "choices": [{"message": message, "finish_reason": end}],
+                "system_fingerprint": self.system_fingerprint,
             }
 
         return app
+
+
+async def _drip(content: bytes) -> AsyncIterator[bytes]:
+    for byte in content:
+        await asyncio.sleep(0.2)
+        yield bytes([byte])
 
 
 @pytest.fixture

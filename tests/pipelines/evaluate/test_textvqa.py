@@ -16,15 +16,38 @@ from pipelines.errors import UserError
 from pipelines.evaluate.benchmark import Prediction
 from pipelines.evaluate.stage import score
 from pipelines.evaluate.textvqa import load, prompt, write_predictions
+from ray_jobs import cli
 
 Benchmark = Callable[..., tuple[Path, Path]]
 
 
-def test_prompts() -> None:
+def test_prompts_are_those_that_published_scores_were_measured_with() -> None:
+    """As in `llava_textvqa_val_v051_ocr.jsonl`: a capital, which the annotations lack."""
     instruction = "Answer the question using a single word or phrase."
-    assert prompt("what?") == f"what?\n{instruction}"
-    assert prompt("what?", ["A", "b c"]) == f"what?\nReference OCR token: A, b c\n{instruction}"
-    assert prompt("what?", []) == f"what?\nReference OCR token: \n{instruction}"
+    asked = "what does IBM say?"
+    assert prompt(asked) == f"What does IBM say?\n{instruction}"
+    assert prompt(asked, ["A", "b c"]) == f"What does IBM say?\nReference OCR token: A, b c\n{instruction}"
+    assert prompt(asked, []) == f"What does IBM say?\nReference OCR token: \n{instruction}"
+
+
+def test_predictions_as_editors_and_accidents_leave_them(
+    tmp_path: Path, benchmark: Benchmark, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A byte order mark is read; what is no text is refused by its name, wherever a file is named."""
+    annotations, _ = benchmark(3)
+    lines = "".join(json.dumps({"question_id": 100 + n, "text": f"word{n}"}) + "\n" for n in range(3))
+    (tmp_path / "bom.jsonl").write_text(lines, encoding="utf-8-sig")
+    (tmp_path / "utf16.jsonl").write_text(lines, encoding="utf-16")
+    (tmp_path / "deep.jsonl").write_text("[" * 100_000)
+    files = ["--annotations", str(annotations), "--predictions"]
+    assert cli.main(["score", *files, str(tmp_path / "bom.jsonl"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["accuracy"] == 1
+    for name, words in (("utf16.jsonl", "not a text file in UTF-8"), ("deep.jsonl", "not valid JSON")):
+        assert cli.main(["score", *files, str(tmp_path / name)]) == 2
+        said = capsys.readouterr().err
+        assert name in said and words in said
+    assert cli.main(["score", "--annotations", str(tmp_path / "utf16.jsonl"), "--predictions", "x"]) == 2
+    assert "utf16.jsonl: not a text file" in capsys.readouterr().err
 
 
 def test_ocr_tokens_from_the_rosetta_file(tmp_path: Path, benchmark: Benchmark) -> None:
