@@ -7,52 +7,51 @@ if __name__ == "__main__":
 
 from pathlib import Path
 
+from pipelines.errors import UserError
+from pipelines.progress import say
+from pipelines.rundir import arm_of
 from ray_jobs import _ending, cli
 from ray_jobs._options import Command, Option, parse, writing
 
 COMMAND = Command(
     "compare",
-    "Hold evaluations against each other; the first is the baseline unless compare.baseline names one.",
+    "Hold evaluations against each other; the baseline is compare.baseline, else `original`, else the first.",
     (
-        Option("--evaluations", "DIR", "what captune evaluate wrote, two or more", path=True, needed=True, many=True),
+        Option("--evaluations", "[NAME=]DIR", "what captune evaluate wrote, two or more", needed=True, many=True),
         writing("directory for comparison.json"),
     ),
     reads=("compare",),
     first="--evaluations",
-    example="captune compare runs/x/original/predictions/textvqa runs/x/enhanced/predictions/textvqa --output compared",
+    example="captune compare original=runs/x/a new=runs/x/b --output compared",
 )
 
 
 def main(argv: list[str]) -> int:
-    """`captune compare DIR DIR [...] --output DIR`."""
+    """`captune compare [NAME=]DIR [NAME=]DIR [...] --output DIR`; status 1 when failed requests forbid a verdict."""
     recipe, options = parse(COMMAND, argv)
-    from dataclasses import replace
-
-    from pipelines.errors import UserError
     from pipelines.evaluate import compare
-    from pipelines.rundir import arm_of
 
-    named = {arm_of(Path(path)): Path(path) for path in options.evaluations}
-    if len(named) != len(options.evaluations):
-        raise UserError("the evaluations' directories must have different names, because these name the arms")
-    config = recipe.compare
-    if config.baseline not in named:
-        config = replace(config, baseline=next(iter(named)))
-    found = compare.run(named, Path(options.output), config)
-    lines = [sentence(config.baseline, name, found, difference) for name, difference in found["differences"].items()]
-    return _ending.tell(options, found, "\n".join(lines))
+    found = compare.run(_named(options.evaluations), Path(options.output), recipe.compare)
+    _ending.tell(options, found, "\n".join(compare.sentence(found, arm) for arm in found["differences"]))
+    reasons = compare.withheld(found)
+    for reason in reasons:
+        say(f"captune: failed: {reason}")
+    return 1 if reasons else 0
 
 
-def sentence(baseline: str, arm: str, found: dict, difference: dict) -> str:
-    """The result in words."""
-    low, high = (100 * value for value in difference["interval"])
-    return (
-        f"{arm} {100 * found['arms'][arm]['accuracy']:.1f} %, {baseline} "
-        f"{100 * found['arms'][baseline]['accuracy']:.1f} %: "
-        f"difference {100 * difference['difference']:+.1f} points, "
-        f"{100 * found['confidence']:.0f} % interval {low:+.1f} to {high:+.1f}, McNemar p = "
-        f"{difference['mcnemar']['p_value']:.2g}"
-    )
+def _named(arguments: list[str]) -> dict[str, Path]:
+    """Arm -> directory: named by `NAME=` before it, else as the layout of a run says."""
+    named: dict[str, Path] = {}
+    for argument in arguments:
+        name, given, directory = argument.partition("=")
+        if not given or "/" in name or Path(argument).exists():  # a directory that has such a character itself
+            name, directory = "", argument
+        place = Path(directory).expanduser()
+        name = name or arm_of(place)
+        if name in named:
+            raise UserError(f"two evaluations are named '{name}'; give them names of their own: NAME=DIR")
+        named[name] = place
+    return named
 
 
 if __name__ == "__main__":

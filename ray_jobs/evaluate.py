@@ -36,29 +36,20 @@ def main(argv: list[str]) -> int:
     recipe, options = parse(COMMAND, argv)
     from pipelines.errors import UserError
     from pipelines.evaluate import stage
-    from pipelines.modelfiles import model_identity
 
     config, output = recipe.evaluate, Path(options.output)
     if bool(options.model) == bool(options.endpoint):
         raise UserError("captune evaluate needs either --model DIR or --endpoint URL")
     if options.endpoint:
-        manifest = stage.run(
-            output, config, endpoint=options.endpoint, model_identity=options.endpoint, restart=options.restart
-        )
+        manifest = stage.run(output, config, options.endpoint, restart=options.restart)
     else:
         model = Path(options.model)
         with _start.ray_cluster():
-            manifest = stage.run(
-                output,
-                config,
-                endpoint=lambda: served(model, recipe.serve),
-                model_identity=model_identity(model),
-                restart=options.restart,
-            )
-    made = (
-        f"evaluate: {config.benchmark} {100 * manifest['accuracy']:.2f} % of {manifest['count']} questions, "
-        f"{manifest['errors']} errors, in {output}"
-    )
+            endpoint = stage.Served(model, served(model, recipe.serve))
+            manifest = stage.run(output, config, endpoint, restart=options.restart)
+    if not options.json:
+        print(stage.sentence(manifest), flush=True)
+    made = f"evaluate: answers and scores in {output}"
     return _ending.end(options, manifest, made, "captune", "compare", "OTHER", str(output), "--output", "DIR")
 
 

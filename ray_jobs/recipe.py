@@ -91,10 +91,8 @@ class Recipe:
         for arm in self.arms:
             if not arm.replace("-", "").replace("_", "").isalnum():
                 raise UserError(f"arms.{arm}: an arm's name becomes a directory; use letters, digits, '-' and '_'")
-        if self.arms and self.compare.baseline not in self.arms:
-            raise UserError(
-                f"compare.baseline names '{self.compare.baseline}', but the arms are {', '.join(self.arms)}"
-            )
+        if self.arms:
+            self.compare.baseline_among(self.arms)
 
 
 def expanded(key: str, text: str, run_dir: str) -> str:

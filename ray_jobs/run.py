@@ -7,10 +7,9 @@ if __name__ == "__main__":
 
 import time
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
-from pipelines.errors import UserError
+from pipelines.errors import UserError, WorkFailed
 from pipelines.progress import clock, say
 from pipelines.rundir import RunDir
 from ray_jobs import _start, cli
@@ -42,8 +41,13 @@ def main(argv: list[str]) -> int:
 
 
 def run(recipe: Recipe, *, restart: bool = False) -> None:
-    """Every stage of every arm and seed, then the comparison and the report. Ray is running."""
+    """Every stage of every arm and seed, then the comparison and the report. Ray is running.
+
+    Raises:
+        WorkFailed: a stage failed; or, when all is written, so many requests that they forbid a verdict.
+    """
     from pipelines.caption import stage as caption
+    from pipelines.evaluate import compare
     from pipelines.refine import stage as refine
     from pipelines.report import page
     from pipelines.sample.world import write_world
@@ -60,6 +64,9 @@ def run(recipe: Recipe, *, restart: bool = False) -> None:
     if all(comparisons.values()):
         _write_comparison(place, comparisons)
     page.run(place.root)
+    reasons = [reason for found in comparisons.values() if found for reason in compare.withheld(found)]
+    if reasons:
+        raise WorkFailed("; ".join(reasons))
 
 
 def _train_and_compare(recipe: Recipe, place: RunDir, seed: int, restart: bool) -> dict:
@@ -67,7 +74,6 @@ def _train_and_compare(recipe: Recipe, place: RunDir, seed: int, restart: bool) 
     from pipelines.adapters import merge
     from pipelines.evaluate import compare
     from pipelines.evaluate import stage as evaluate
-    from pipelines.modelfiles import model_identity
     from pipelines.train import stage as loop
     from ray_jobs.evaluate import served
 
@@ -79,13 +85,8 @@ def _train_and_compare(recipe: Recipe, place: RunDir, seed: int, restart: bool) 
         loop.run(place.dataset(arm), base, adapter, train, arm=walk.directory.name, restart=restart)
         merge.run(base, adapter, merged, recipe.merge, restart=restart)
         evaluations[arm] = walk.evaluation(recipe.evaluate.benchmark).directory
-        evaluate.run(
-            evaluations[arm],
-            recipe.evaluate,
-            endpoint=partial(served, merged, recipe.serve),
-            model_identity=model_identity(merged),
-            restart=restart,
-        )
+        endpoint = evaluate.Served(merged, served(merged, recipe.serve))
+        evaluate.run(evaluations[arm], recipe.evaluate, endpoint, restart=restart)
     return compare.run(evaluations, place.comparing(seed), recipe.compare) if len(evaluations) > 1 else {}
 
 
@@ -93,13 +94,10 @@ def _write_comparison(place: RunDir, comparisons: dict[int, dict]) -> None:
     """Say the result; with several seeds, `comparison.json` is the first seed's with all of them summarised in it."""
     from pipelines.evaluate import compare
     from pipelines.manifest import write_json
-    from ray_jobs.compare import sentence
 
     for seed, found in comparisons.items():
-        for arm, difference in found["differences"].items():
-            say(
-                (f"seed {seed}: " if len(comparisons) > 1 else "") + sentence(found["baseline"], arm, found, difference)
-            )
+        for arm in found["differences"]:
+            say((f"seed {seed}: " if len(comparisons) > 1 else "") + compare.sentence(found, arm))
     if len(comparisons) > 1:
         first = next(iter(comparisons.values()))
         seeds = [{**found, "seed": seed} for seed, found in comparisons.items()]

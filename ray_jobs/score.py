@@ -25,13 +25,10 @@ COMMAND = Command(
 def main(argv: list[str]) -> int:
     """`captune score FILE --annotations FILE`."""
     _, options = parse(COMMAND, argv)
-    from pipelines.evaluate.stage import score
+    from pipelines.evaluate.stage import score, sentence
 
     found = score(options.benchmark, options.annotations, options.predictions)
-    text = (
-        f"{found['benchmark']}: {100 * found['accuracy']:.2f} % of {found['count']} questions, {found['errors']} errors"
-    )
-    return _ending.tell(options, found, text)
+    return _ending.tell(options, found, sentence(found))
 
 
 if __name__ == "__main__":

@@ -34,10 +34,9 @@ def run(evaluations: dict[str, Path], output: Path, config: CompareConfig) -> di
     """
     if len(evaluations) < 2:
         raise UserError("compare needs at least two evaluations")
-    if config.baseline not in evaluations:
-        raise UserError(f"compare.baseline names '{config.baseline}', but the evaluations are {', '.join(evaluations)}")
+    baseline = config.baseline_among(evaluations)
     arms = {name: read_scores(path) for name, path in evaluations.items()}
-    _check_same_questions(arms, config.baseline)
+    _check_same_questions(arms, baseline)
     comparison = compare(arms, config)
     comparison["evaluations"] = {name: str(Path(path)) for name, path in evaluations.items()}
     write_json(Path(output) / COMPARISON, comparison)
@@ -50,16 +49,16 @@ def compare(arms: dict[str, dict[str, Any]], config: CompareConfig) -> dict[str,
     """
     import numpy as np
 
-    baseline = arms[config.baseline]
-    ids = [row["question_id"] for row in baseline["questions"]]
+    baseline = config.baseline_among(arms)
+    ids = [row["question_id"] for row in arms[baseline]["questions"]]
     rows = {name: {row["question_id"]: row for row in arm["questions"]} for name, arm in arms.items()}
     scores_AQ = np.array([[rows[name][key]["score"] for key in ids] for name in arms])
     resampled_AR = bootstrap_means(scores_AQ, config.resamples, config.seed)
-    base = list(arms).index(config.baseline)
-    facts = ("benchmark", "count", "ocr_tokens", "images")
+    base = list(arms).index(baseline)
+    facts = ("benchmark", "count", "conditions", "ocr_tokens", "images")
     result: dict[str, Any] = {
-        **{key: baseline.get(key) for key in facts},
-        "baseline": config.baseline,
+        **{key: arms[baseline].get(key) for key in facts},
+        "baseline": baseline,
         "confidence": config.confidence,
         "resamples": config.resamples,
         "seed": config.seed,
@@ -71,15 +70,26 @@ def compare(arms: dict[str, dict[str, Any]], config: CompareConfig) -> dict[str,
         result["arms"][name] = {
             "accuracy": arm["accuracy"],
             "interval": interval(resampled_AR[index], config.confidence),
-            "errors": arm["errors"],
-            "model": arm.get("model"),
+            **{key: arm.get(key) for key in ("errors", "truncated", "model", "answered_by")},
         }
         if index != base:
-            difference = _difference(rows[config.baseline], rows[name], ids, config)
+            difference = _difference(rows[baseline], rows[name], ids, config)
             difference["interval"] = interval(resampled_AR[index] - resampled_AR[base], config.confidence)
-            difference["excludes_zero"] = not difference["interval"][0] <= 0 <= difference["interval"][1]
+            difference["excludes_zero"] = _excludes_zero(difference, config.confidence)
             result["differences"][name] = difference
     return result
+
+
+def _excludes_zero(difference: dict[str, Any], confidence: float) -> bool:
+    """Whether interval and exact test agree that there is a difference, and failures could not undo it.
+
+    A bootstrap of few questions that all fall one way has no width, and would call a single question proof.
+    """
+    low, high = difference["interval"]
+    test = difference["mcnemar"]
+    balance = test["only_this_arm_correct"] - test["only_baseline_correct"]
+    agree = (low > 0 and balance > 0) or (high < 0 and balance < 0)
+    return agree and test["p_value"] < 1 - confidence and not difference["failures"]["may_turn_the_sign"]
 
 
 def bootstrap_means(scores_AQ: np.ndarray, resamples: int, seed: int) -> np.ndarray:
@@ -115,12 +125,66 @@ def mcnemar(won: int, lost: int) -> float:
     """Exact two-sided p-value of McNemar's test: `won` and `lost` are the questions that exactly one of the two arms
     got right.
     """
-    discordant = won + lost
-    ways = tail = 1
-    for k in range(min(won, lost)):
-        ways = ways * (discordant - k) // (k + 1)  # of choosing k + 1 questions
-        tail += ways
-    return min(1.0, tail * 2 / 2**discordant)  # integers until here: exact for any number of questions
+    from scipy.stats import binomtest
+
+    return float(binomtest(won, won + lost, 0.5).pvalue) if won + lost else 1.0
+
+
+def failure_bounds(base: Sequence[dict[str, Any]], other: Sequence[dict[str, Any]]) -> list[float]:
+    """[Least, largest] difference that the arms could have had if every failed request had been answered: a missing
+    answer may have been worth anything from 0 to 1, to either arm.
+
+    Args:
+        base: rows of `scores.json`; `other` has the same questions in the same order.
+    """
+    least = [_worth(new, 0.0) - _worth(old, 1.0) for old, new in zip(base, other, strict=True)]
+    largest = [_worth(new, 1.0) - _worth(old, 0.0) for old, new in zip(base, other, strict=True)]
+    return [math.fsum(least) / len(least), math.fsum(largest) / len(largest)]
+
+
+def _worth(row: dict[str, Any], unanswered: float) -> float:
+    return unanswered if row["error"] is not None else float(row["score"])
+
+
+def withheld(comparison: dict[str, Any]) -> list[str]:
+    """A sentence for every arm about which failed requests forbid a verdict."""
+    baseline = comparison["baseline"]
+    return [
+        f"{arm} against {baseline}: no verdict, because {found['failures']['count']} failed requests could turn the "
+        f"sign of the difference ({_points(found['failures']['bounds'])}); the same command that evaluated asks them "
+        "again"
+        for arm, found in comparison["differences"].items()
+        if found["failures"]["may_turn_the_sign"]
+    ]
+
+
+def sentence(comparison: dict[str, Any], arm: str) -> str:
+    """The result for one arm in words."""
+    found, baseline = comparison["differences"][arm], comparison["baseline"]
+    test = found["mcnemar"]
+    text = (
+        f"{arm} {100 * comparison['arms'][arm]['accuracy']:.1f} %, "
+        f"{baseline} {100 * comparison['arms'][baseline]['accuracy']:.1f} %: "
+        f"difference {100 * found['difference']:+.1f} points, {level(comparison['confidence'])} % interval "
+        f"{_points(found['interval'])}, McNemar p = {test['p_value']:.2g}"
+    )
+    if found["failures"]["may_turn_the_sign"]:
+        return f"{text}; no verdict, because failed requests could make it {_points(found['failures']['bounds'])}"
+    if not found["excludes_zero"]:
+        text += "; does not exclude zero"
+        if not found["interval"][0] <= 0 <= found["interval"][1]:
+            text += f": the exact test sees {test['only_this_arm_correct']} won and "
+            text += f"{test['only_baseline_correct']} lost"
+    return text
+
+
+def level(confidence: float) -> str:
+    """The confidence in per cent, never rounded to certainty: `95`, `99.9`."""
+    return f"{round(100 * confidence, 10):.12g}"
+
+
+def _points(ends: Sequence[float]) -> str:
+    return f"{100 * ends[0]:+.1f} to {100 * ends[1]:+.1f}"
 
 
 def summarise(comparisons: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -148,6 +212,7 @@ def summarise(comparisons: Sequence[dict[str, Any]]) -> dict[str, Any]:
             "standard_deviation": math.sqrt(spread),
             "same_sign": all(value > 0 for value in differences) or all(value < 0 for value in differences),
             "intervals_exclude_zero": sum(entry["excludes_zero"] for entry in found),
+            "withheld": sum(entry["failures"]["may_turn_the_sign"] for entry in found),
         }
     return summary
 
@@ -164,8 +229,16 @@ def _difference(
         "lost": [key for key in ids if gains[key] < 0],
         "tied": [key for key in ids if gains[key] == 0],
     }
+    rows = [base[key] for key in ids], [other[key] for key in ids]
+    failed = sum(row["error"] is not None for arm in rows for row in arm)
+    bounds = failure_bounds(*rows)
     return {
         "difference": math.fsum(gains.values()) / len(ids),
+        "failures": {
+            "count": failed,
+            "bounds": bounds,
+            "may_turn_the_sign": failed > 0 and bounds[0] <= 0 <= bounds[1],
+        },
         "mcnemar": {
             "only_this_arm_correct": only_other,
             "only_baseline_correct": only_base,
@@ -214,6 +287,10 @@ def _check_same_questions(arms: dict[str, dict[str, Any]], baseline: str) -> Non
                 )
         if arm["annotations"]["identity"] != first["annotations"]["identity"]:
             raise UserError(f"'{name}' and '{baseline}' were scored with different annotation files")
+        if arm.get("prompts") != first.get("prompts"):
+            raise UserError(
+                f"'{name}' and '{baseline}' were not asked in the same words; evaluate both with one version of captune"
+            )
 
 
 def _chunks(total: int, size: int) -> Iterator[int]:

@@ -195,8 +195,8 @@ def _score(
 ) -> dict[str, Any]:
     if len(predictions) != len(questions):
         raise WorkFailed(f"{len(predictions)} answers to {len(questions)} questions")
-    rows = []
-    for question, value in zip(questions, benchmark.score(questions, predictions), strict=True):
+    rows, values = [], benchmark.score(questions, predictions)
+    for question, value in zip(questions, values, strict=True):
         said = predictions[question.id]
         rows.append(
             {
@@ -212,7 +212,7 @@ def _score(
         )
     return {
         "benchmark": name,
-        "accuracy": sum(row["score"] for row in rows) / len(rows),
+        "accuracy": sum(values) / len(values),
         "count": len(rows),
         "errors": sum(said.error is not None for said in predictions.values()),
         "truncated": sum(said.truncated for said in predictions.values()),

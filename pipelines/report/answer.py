@@ -7,10 +7,10 @@ from typing import Any
 
 from markupsafe import Markup
 
+from pipelines.evaluate.compare import level
+from pipelines.evaluate.registry import title
 from pipelines.report import charts, numbers
 from pipelines.rundir import Run
-
-BENCHMARKS = {"textvqa": "TextVQA", "vqav2": "VQAv2", "mmbench": "MMBench"}
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,9 @@ def answers(run: Run) -> list[Answer]:
 def _single(comparison: dict[str, Any], arm: str) -> Answer:
     found, baseline = comparison["differences"][arm], comparison["baseline"]
     low, high = found["interval"]
-    if found["excludes_zero"]:
+    if withheld(found):
+        mood, word = "open", "Withheld."
+    elif found["excludes_zero"]:
         mood, word = ("good", "Yes.") if found["difference"] > 0 else ("bad", "No, a worse one.")
     else:
         mood, word = "open", "Not shown."
@@ -56,16 +58,41 @@ def _single(comparison: dict[str, Any], arm: str) -> Answer:
         low=numbers.points(low),
         high=numbers.points(high),
     )
-    if mood == "open":
-        sentence += " The interval holds zero: this run cannot tell the two apart."
-    return Answer(arm, mood, word, sentence)
+    return Answer(arm, mood, word, sentence + (_why_open(found) if mood == "open" else ""))
+
+
+def _why_open(found: dict[str, Any]) -> Markup:
+    """What stands between the difference and a verdict."""
+    if withheld(found):
+        least, largest = found["failures"]["bounds"]
+        return Markup(
+            " {number} requests failed and count as wrong answers; answered, they could have made it anything from "
+            "{least} to {largest}. Evaluating again asks them again."
+        ).format(
+            number=numbers.count(found["failures"]["count"]),
+            least=numbers.points(least),
+            largest=numbers.points(largest),
+        )
+    if found["interval"][0] <= 0 <= found["interval"][1]:
+        return Markup(" The interval holds zero: this run cannot tell the two apart.")
+    return Markup(
+        " The interval excludes zero, but the exact test does not (McNemar {p}): the questions are too few to tell the "
+        "two apart."
+    ).format(p=numbers.p_value(found["mcnemar"]["p_value"]))
+
+
+def withheld(found: dict[str, Any]) -> bool:
+    """Whether failed requests could turn the sign of an arm's difference."""
+    return bool((found.get("failures") or {}).get("may_turn_the_sign"))
 
 
 def _over_seeds(run: Run, arm: str) -> Answer:
     _, first = run.seeds[0]
     summary = run.comparison["summary"]["differences"][arm]
     mean, clear, number = summary["mean"], summary["intervals_exclude_zero"], len(run.seeds)
-    if summary["same_sign"] and clear == number:
+    if any(withheld(comparison["differences"][arm]) for _, comparison in run.seeds):
+        mood, word = "open", "Withheld."
+    elif summary["same_sign"] and clear == number:
         mood, word = ("good", f"Yes, with all {number} seeds.") if mean > 0 else ("bad", "No, a worse one.")
     elif summary["same_sign"]:
         mood, word = "open", "Probably." if mean > 0 else "Probably not."
@@ -88,6 +115,8 @@ def _over_seeds(run: Run, arm: str) -> Answer:
         confidence=confidence(first),
         clear=clear,
     )
+    if word == "Withheld.":
+        sentence += " With at least one seed, failed requests could turn the sign; evaluating again asks them again."
     return Answer(arm, mood, word, sentence)
 
 
@@ -114,12 +143,12 @@ def plots(run: Run, styles: dict[str, int]) -> dict[str, Markup]:
 
 def benchmark(comparison: dict[str, Any]) -> str:
     """The benchmark's name as its authors write it."""
-    return BENCHMARKS.get(str(comparison.get("benchmark")), str(comparison.get("benchmark")))
+    return title(str(comparison.get("benchmark")))
 
 
 def confidence(comparison: dict[str, Any]) -> str:
     """`95 %`."""
-    return f"{100 * comparison['confidence']:.3g}\N{NARROW NO-BREAK SPACE}%"
+    return f"{level(comparison['confidence'])}\N{NARROW NO-BREAK SPACE}%"
 
 
 def _signed(value: float) -> str:

@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pipelines.evaluate.registry import title
 from pipelines.manifest import training_text
 from pipelines.report import numbers
-from pipelines.report.answer import BENCHMARKS
 from pipelines.rundir import Run, Stage, Walk
 from pipelines.train.log import read_log
 
@@ -173,18 +173,16 @@ def _evaluate(run: Run, walk: Walk) -> list[Card]:
     """One card per benchmark; one that is missing while there is none."""
     if not walk.evaluations:
         return [
-            Card(
-                "evaluate", "missing", "", [_benchmark(str((run.recipe.get("evaluate") or {}).get("benchmark") or ""))]
-            )
+            Card("evaluate", "missing", "", [title(str((run.recipe.get("evaluate") or {}).get("benchmark") or ""))])
         ]
     cards = []
     for name, stage in walk.evaluations.items():
         manifest = stage.manifest
-        facts = [_benchmark(name)]
+        facts = [title(name)]
         if manifest:
-            facts += [f"{manifest['count']:,} questions"] + (
-                [f"{manifest['errors']:,} failed"] if manifest["errors"] else []
-            )
+            facts.append(f"{manifest['count']:,} questions")
+            counts = (("errors", "failed"), ("truncated", "cut off at the token limit"))
+            facts += [f"{manifest[key]:,} {what}" for key, what in counts if manifest.get(key)]
         figure = numbers.percent_text(manifest["accuracy"]) if manifest else ""
         cards.append(_card("evaluate", stage, figure, facts))
     return cards
@@ -197,10 +195,6 @@ def _card(title: str, stage: Stage, figure: str, facts: list[str], seconds: floa
 
 def _number(value: int | None, what: str) -> str:
     return "" if value is None else f"{value:,} {what}" + ("" if value == 1 else "s")
-
-
-def _benchmark(name: str) -> str:
-    return BENCHMARKS.get(name, name)
 
 
 def _bootstrap_seed(run: Run, comparison: dict[str, Any]) -> str:

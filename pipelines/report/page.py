@@ -9,6 +9,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from pipelines.errors import UserError
+from pipelines.evaluate.benchmark import picture_path
+from pipelines.evaluate.registry import open_benchmark, title
 from pipelines.files import write_text
 from pipelines.report import answer, charts, data, examples, numbers, overview, training
 from pipelines.rundir import Run, RunDir, collect
@@ -58,6 +61,7 @@ def view(run: Run) -> dict[str, Any]:
         "answers": answer.answers(run),
         "plots": answer.plots(run, styles),
         "benchmark": answer.benchmark(run.seeds[0][1]) if run.seeds else "",
+        "withheld": answer.withheld,
         "confidence": answer.confidence(run.seeds[0][1]) if run.seeds else "",
         "source": overview.source(run),
         "lanes": overview.lanes(run),
@@ -119,30 +123,30 @@ def _scores(run: Run) -> list[dict[str, Any]]:
     compared = {(row["name"], row["benchmark"]) for row in rows}
     for walk in run.walks:
         for name, stage in walk.evaluations.items():
-            title, facts = answer.BENCHMARKS.get(name, name), stage.manifest
-            if facts and (walk.name, title) not in compared:
-                model = stage.inputs.get("model")
-                rows.append(
-                    {**facts, "name": walk.name, "arm": walk.arm, "benchmark": title, "interval": None, "model": model}
-                )
-    return rows
+            benchmark, facts = title(name), stage.manifest
+            if facts and (walk.name, benchmark) not in compared:
+                rows.append({**facts, "name": walk.name, "arm": walk.arm, "benchmark": benchmark, "interval": None})
+    return [{"truncated": None, "model": None, **row, "who": _who(row)} for row in rows]
+
+
+def _who(row: dict[str, Any]) -> str:
+    """A model behind an endpoint as that calls it; a model of the run is known by the row's name."""
+    said = row.get("answered_by") or {}
+    return f"{said['name']} at {said['endpoint']}" if said.get("endpoint") else ""
 
 
 def _questions(run: Run, thumbnails: examples.Thumbnails) -> list[dict[str, Any]]:
     """Per arm against the baseline (first seed): questions won and lost, as cards."""
     if not run.seeds:
         return []
-    from pipelines.evaluate.registry import open_benchmark
-
     seed, comparison = run.seeds[0]
-    benchmark, images = open_benchmark(comparison["benchmark"]), Path(comparison.get("images") or "")
     groups = []
     for arm, found in comparison["differences"].items():
         for kind in ("won", "lost"):
             cards = []
             for example in found["examples"][kind]:
                 said, agreeing = examples.most_common_answer(example["answers"])
-                picture = thumbnails.of_file(str(benchmark.image_path(images, example["image_id"])))
+                picture = _picture(comparison, example["image_id"], thumbnails)
                 cards.append({**example, "said": said, "agreeing": agreeing, "picture": picture})
             groups.append(
                 {
@@ -157,3 +161,11 @@ def _questions(run: Run, thumbnails: examples.Thumbnails) -> list[dict[str, Any]
                 }
             )
     return groups
+
+
+def _picture(comparison: dict[str, Any], image_id: str, thumbnails: examples.Thumbnails) -> examples.Picture:
+    try:
+        benchmark = open_benchmark(comparison["benchmark"])
+        return thumbnails.of_file(str(picture_path(benchmark, comparison.get("images") or "", image_id)))
+    except UserError as error:
+        return examples.Picture(problem=str(error))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +13,19 @@ import pytest
 from scipy import stats
 
 from pipelines.errors import UserError
-from pipelines.evaluate.compare import bootstrap_means, compare, interval, mcnemar, run, summarise
+from pipelines.evaluate.compare import (
+    bootstrap_means,
+    compare,
+    interval,
+    level,
+    mcnemar,
+    run,
+    sentence,
+    summarise,
+    withheld,
+)
 from pipelines.evaluate.config import CompareConfig
+from ray_jobs import cli
 
 CONFIG = CompareConfig(resamples=4000, seed=3, examples=2)
 
@@ -60,9 +73,10 @@ def test_differences_wins_and_mcnemar_by_hand() -> None:
 
 
 @pytest.mark.parametrize("won, lost", [(0, 0), (1, 0), (5, 5), (9, 2), (2, 9), (400, 330), (2000, 1900)])
-def test_mcnemar_equals_the_exact_binomial_test(won: int, lost: int) -> None:
-    expected = stats.binomtest(won, won + lost, 0.5).pvalue if won + lost else 1.0
-    assert mcnemar(won, lost) == pytest.approx(expected, rel=1e-9)
+def test_mcnemar_is_exact(won: int, lost: int) -> None:
+    """Against the sum of binomial coefficients in whole numbers."""
+    tail = sum(math.comb(won + lost, k) for k in range(min(won, lost) + 1))
+    assert mcnemar(won, lost) == pytest.approx(min(1.0, Fraction(2 * tail, 2 ** (won + lost))), rel=1e-9)
 
 
 def test_intervals_agree_with_scipy_and_pair_the_arms() -> None:
@@ -105,6 +119,52 @@ def test_no_difference_is_no_finding() -> None:
     assert found["mcnemar"]["p_value"] == 1.0
 
 
+def verdict(base: list[float], other: list[float], **config: Any) -> bool:
+    settings = CompareConfig(**{"resamples": 1000} | config)
+    return compare({"original": arm(base), "enhanced": arm(other)}, settings)["differences"]["enhanced"][
+        "excludes_zero"
+    ]
+
+
+def test_a_verdict_needs_interval_and_exact_test() -> None:
+    """The bootstrap of a few questions that all fall one way has no width; the exact test knows how few they are."""
+    assert not verdict([0.0], [1.0])
+    assert not verdict([0.0] * 5, [1.0] * 5)
+    assert verdict([0.0] * 6, [1.0] * 6) and verdict([1.0] * 6, [0.0] * 6)
+    assert not verdict([0.0] * 6, [1.0] * 6, confidence=0.99)
+    soft = [0.3] * 40  # better throughout, and never right
+    assert not verdict([0.0] * 40, soft)
+    assert not verdict([0.6] * 10 + [0.0] * 40, [0.3] * 10 + [0.4] * 40), "score and right answers disagree"
+
+
+def failing(scores: list[float], failed: int) -> dict[str, Any]:
+    """An arm whose last `failed` requests failed."""
+    found = arm(scores[: len(scores) - failed] + [0.0] * failed, errors=failed)
+    for row in found["questions"][len(scores) - failed :]:
+        row["error"] = "HTTP 500"
+    return found
+
+
+def test_failures_that_could_turn_the_sign_forbid_a_verdict() -> None:
+    """One model, of which a third of the requests failed once: worth anything from 0 to 1 had they been answered."""
+    right = [1.0] * 60
+    found = compare({"original": failing(right, 20), "enhanced": arm(right)}, CONFIG)
+    difference = found["differences"]["enhanced"]
+    assert difference["interval"][0] > 0 and difference["mcnemar"]["p_value"] < 1e-4 and not difference["excludes_zero"]
+    assert difference["failures"] == {"count": 20, "bounds": [0.0, pytest.approx(1 / 3)], "may_turn_the_sign": True}
+    assert "20 failed requests could turn the sign of the difference (+0.0 to +33.3)" in withheld(found)[0]
+    assert "no verdict, because failed requests could make it +0.0 to +33.3" in sentence(found, "enhanced")
+    assert summarise([found])["differences"]["enhanced"]["withheld"] == 1
+    better = compare({"original": failing([0.0] * 60, 6), "enhanced": failing(right, 6)}, CONFIG)
+    difference = better["differences"]["enhanced"]
+    assert difference["failures"]["bounds"] == pytest.approx([(54 - 6) / 60, 1.0])
+    assert difference["excludes_zero"] and not withheld(better)
+
+
+def test_confidence_is_never_rounded_to_certainty() -> None:
+    assert [level(value) for value in (0.95, 0.9, 0.999, 0.9999, 0.975)] == ["95", "90", "99.9", "99.99", "97.5"]
+
+
 @pytest.mark.parametrize(
     "changes, match",
     [
@@ -112,6 +172,7 @@ def test_no_difference_is_no_finding() -> None:
         ({"ocr_tokens": True}, "ocr_tokens is True and False"),
         ({"max_new_tokens": 99}, "max_new_tokens"),
         ({"annotations": {"identity": "y"}}, "different annotation files"),
+        ({"prompts": "z"}, "in the same words"),
     ],
 )
 def test_what_must_not_be_compared(tmp_path: Path, changes: dict[str, Any], match: str) -> None:
@@ -135,9 +196,37 @@ def test_run_writes_the_comparison_and_names_what_is_missing(tmp_path: Path) -> 
     with pytest.raises(UserError, match="at least two"):
         run({"original": tmp_path / "original"}, tmp_path / "out", CONFIG)
     with pytest.raises(UserError, match=r"compare\.baseline"):
-        run({"a": tmp_path / "third", "b": tmp_path / "enhanced"}, tmp_path / "out", CONFIG)
+        run({"a": tmp_path / "third", "b": tmp_path / "enhanced"}, tmp_path / "out", CompareConfig(baseline="original"))
     with pytest.raises(UserError, match="no finished evaluation"):
         run({"original": tmp_path / "original", "enhanced": tmp_path / "out"}, tmp_path / "out", CONFIG)
+
+
+def test_the_command_names_arms_and_refuses_a_mistyped_baseline(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for place, found in (
+        ("r/a/predictions/textvqa", arm([0.0] * 8)),
+        ("lr=1", arm([1.0] * 8)),
+        ("sick", failing([1.0] * 8, 1)),
+    ):
+        Path(place).mkdir(parents=True)
+        Path(place, "scores.json").write_text(json.dumps(found))
+    assert cli.main(["compare", "r/a/predictions/textvqa", "lr=1", "--output", "out", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["baseline"] == "a" and list(found["differences"]) == ["lr=1"]
+    named = ["compare", "base=r/a/predictions/textvqa", "new=lr=1", "--output", "out"]
+    assert cli.main([*named, "--compare.confidence", "0.999"]) == 0
+    assert "new 100.0 %, base 0.0 %: difference +100.0 points, 99.9 % interval" in (said := capsys.readouterr().out)
+    assert "does not exclude zero: the exact test sees 8 won and 0 lost" in said
+    for wrong, words in (
+        (["--compare.baseline", "bsae"], "compare.baseline names 'bsae', but the arms are base, new"),
+        (["base=lr=1"], "two evaluations are named 'base'"),
+    ):
+        assert cli.main([*named[:3], *wrong, *named[3:]]) == 2
+        assert words in capsys.readouterr().err
+    assert cli.main(["compare", "lr=1", "sick", "--output", "out"]) == 1
+    assert "no verdict, because 1 failed requests could turn the sign" in capsys.readouterr().err
 
 
 def test_several_seeds_are_summarised() -> None:

@@ -18,7 +18,7 @@ import yaml
 
 from pipelines.evaluate import compare, stage, textvqa
 from pipelines.evaluate.benchmark import Prediction
-from pipelines.evaluate.config import CompareConfig
+from pipelines.evaluate.config import CompareConfig, EvaluateConfig
 from pipelines.manifest import open_stage, write_json
 from pipelines.records import Record, new_record, write_shard
 from pipelines.sample.language import caption, human_answers, pick_question, poor_caption
@@ -199,9 +199,11 @@ def _evaluate(output: Path, annotations: Path, images: Path, arm: str, seed: int
     said = {q.id: Prediction(q.id, q.answers[0] if rng.random() < SKILL[arm] else ONERROR) for q in questions}
     textvqa.write_predictions(output, questions, said, arm)
     scores: dict[str, Any] = stage.score("textvqa", annotations, output / "predictions.jsonl")
-    scores |= {"ocr_tokens": False, "max_new_tokens": 16, "images": str(images), "model": f"{arm}-{seed}"}
+    model = {"model": f"{arm}-{seed}", "answered_by": {"name": f"/models/{arm}", "endpoint": None}}
+    scores |= {"ocr_tokens": False, "max_new_tokens": 16, "images": str(images), **model}
+    scores["conditions"] = textvqa.conditions(EvaluateConfig())
     write_json(output / "scores.json", scores)
-    facts = {key: scores[key] for key in ("benchmark", "accuracy", "count", "errors", "ocr_tokens")}
+    facts = {key: value for key, value in scores.items() if key not in stage.NOT_FACTS}
     evaluated.finish(rows_in=len(questions), rows_out=len(questions), **facts)
 
 
