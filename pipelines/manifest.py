@@ -20,6 +20,7 @@ from typing import Any
 
 from pipelines.errors import UserError
 from pipelines.files import read_text, write_text
+from pipelines.lock import LOCK, hold, release
 
 MANIFEST = "MANIFEST.json"
 CLAIM = ".stage.json"
@@ -77,6 +78,7 @@ class StageOutput:
         }
         write_json(self.directory / MANIFEST, manifest)
         self.manifest, self.complete = manifest, True
+        release(self.directory)
         return manifest
 
 
@@ -88,7 +90,8 @@ def open_stage(
     restart: bool = False,
     grows: Collection[str] = (),
 ) -> StageOutput:
-    """Claim `directory` for `stage`.
+    """Claim `directory` for `stage`, and unless the stage is complete keep other processes out of it until `finish` or
+    the end of this one.
 
     Args:
         inputs: everything that decides the result: config, input and model identities, seed. Not paths of the output,
@@ -98,16 +101,34 @@ def open_stage(
             changed input.
 
     Raises:
-        UserError: the directory holds another run's output and `restart` is not set, or something captune never wrote.
+        UserError: the directory holds another run's output and `restart` is not set, or something captune never wrote;
+            or another process writes there.
     """
     directory = Path(directory)
-    if restart and (directory / CLAIM).exists():
-        shutil.rmtree(directory)
-    output = look(directory, stage, inputs, grows=grows)
+    restart = restart and (directory / CLAIM).exists()
+    if not restart:
+        output = look(directory, stage, inputs, grows=grows)
+        if output.complete:
+            return output
+    directory.mkdir(parents=True, exist_ok=True)
+    hold(directory)
+    if restart:
+        _empty(directory)
+    output = look(directory, stage, inputs, grows=grows)  # again, as it is now that nobody else writes
     if output.new:
-        directory.mkdir(parents=True, exist_ok=True)
         output.claim()
+    if output.complete:
+        release(directory)
     return output
+
+
+def _empty(directory: Path) -> None:
+    """Remove everything but the lock."""
+    for path in directory.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path.name != LOCK:
+            path.unlink()
 
 
 def look(directory: Path | str, stage: str, inputs: dict[str, Any], *, grows: Collection[str] = ()) -> StageOutput:
@@ -120,7 +141,9 @@ def look(directory: Path | str, stage: str, inputs: dict[str, Any], *, grows: Co
     inputs = json.loads(json.dumps(inputs, default=_jsonable, sort_keys=True))
     output = StageOutput(directory, stage, fingerprint(inputs), inputs)
     if not (directory / CLAIM).exists():
-        if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        if directory.exists() and (
+            not directory.is_dir() or any(not path.name.startswith(LOCK) for path in directory.iterdir())
+        ):
             raise UserError(f"{directory}: already holds files that no captune stage wrote; choose an empty directory")
         return output
     claim = read_json(directory / CLAIM)

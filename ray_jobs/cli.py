@@ -5,12 +5,23 @@ Nothing heavy is imported here: `captune --help` answers at once, and a wrong ke
 
 from __future__ import annotations
 
+import errno
 import importlib
+import os
+import signal
 import sys
+import threading
 from collections.abc import Callable
 from typing import NamedTuple
 
+from pipelines import lock
 from pipelines.errors import UserError, WorkFailed
+
+_ASKED = (
+    *(errno.ENOENT, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.EROFS),
+    *(errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL),
+)
+"""What the system refuses because of what was asked for; the rest happens to the work."""
 
 
 class Entry(NamedTuple):
@@ -67,6 +78,8 @@ def main(argv: list[str] | None = None) -> int:
 def guarded(work: Callable[[list[str]], int | None], argv: list[str] | None = None) -> int:
     """Run an entrypoint; its errors become one line on standard error and the exit status of the contract."""
     argv = sys.argv[1:] if argv is None else argv
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _terminate)
     try:
         return work(argv) or 0
     except UserError as error:
@@ -75,9 +88,34 @@ def guarded(work: Callable[[list[str]], int | None], argv: list[str] | None = No
     except WorkFailed as error:
         print(f"captune: failed: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
+    except BrokenPipeError:  # `captune stats X | head`: nobody reads on
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 141
+    except OSError as error:
+        return _refused_by_the_system(error)
+    except KeyboardInterrupt as end:
         print("captune: stopped; the same command continues", file=sys.stderr)
-        return 130
+        return 143 if isinstance(end, _Terminated) else 130
+    finally:
+        lock.release_all()
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM: what a scheduler sends before it kills; the same orderly end as Ctrl-C."""
+
+
+def _terminate(number: int, frame: object) -> None:
+    raise _Terminated
+
+
+def _refused_by_the_system(error: OSError) -> int:
+    """A disk that is full or read-only, a path that is none, a missing permission: one line that names the path."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    what = error.strerror or (lines[-1] if lines else type(error).__name__)
+    places = [str(error.filename)] if error.filename else [str(directory) for directory in lock.held()]
+    asked = error.errno in _ASKED
+    print(f"captune: {'error' if asked else 'failed'}: {': '.join([*places[-1:], what])}", file=sys.stderr)
+    return 2 if asked else 1
 
 
 def _usage() -> str:

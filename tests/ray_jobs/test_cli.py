@@ -8,6 +8,7 @@ import re
 import shlex
 import subprocess
 import sys
+import time
 from dataclasses import asdict, fields
 from pathlib import Path
 
@@ -240,3 +241,51 @@ def test_an_entrypoint_runs_by_its_path_from_elsewhere(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, script], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert "captune serve needs --model DIR" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "words"),
+    [
+        (OSError(28, "No space left on device", "/x/part-0"), 1, "failed: /x/part-0: No space left on device"),
+        (PermissionError(13, "Permission denied", "/x"), 2, "error: /x: Permission denied"),
+        (NotADirectoryError(20, "Not a directory", "/x/y"), 2, "error: /x/y: Not a directory"),
+        (OSError(30, "Read-only file system", "/x"), 2, "error: /x: Read-only file system"),
+        (OSError("Traceback:\n  somewhere\nremote: No space left"), 1, "failed: remote: No space left"),
+        (KeyboardInterrupt(), 130, "captune: stopped; the same command continues"),
+    ],
+)
+def test_what_the_system_refuses_is_one_line(
+    error: BaseException, status: int, words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def work(argv: list[str]) -> int:
+        raise error
+
+    assert cli.guarded(work, []) == status
+    told = capsys.readouterr().err
+    assert words in told and len(told.splitlines()) == 1
+
+
+def test_an_output_that_is_a_file_or_below_one_is_refused_without_a_traceback(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    for output in (tmp_path / "file", tmp_path / "file" / "world"):
+        assert str(output) in refusal(capsys, "sample", str(output), "--sample.pairs", "1")
+
+
+def test_sigterm_ends_as_ctrl_c_does(tmp_path: Path) -> None:
+    """With a sentence, and without the lock of its output left behind."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "ray_jobs.cli", "sample", str(tmp_path / "w"), "--sample.pairs", "20000"],
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "w" / ".lock").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.terminate()
+    _, told = process.communicate(timeout=60)
+    assert process.returncode == 143
+    assert told.splitlines()[-1] == "captune: stopped; the same command continues"
+    assert not (tmp_path / "w" / ".lock").exists()
