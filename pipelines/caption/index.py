@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 from pipelines.errors import UserError
 from pipelines.formats import Dataset, Row, to_record
-from pipelines.progress import Progress
+from pipelines.formats.texts import NOTE
+from pipelines.progress import Progress, say
 from pipelines.records import schema
 from pipelines.storage import is_remote
 
@@ -63,12 +64,14 @@ def build_index(dataset: Dataset, directory: Path) -> None:
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
     seen: Counter[str] = Counter()
+    odd: list[str] = []
     progress = Progress(None, "caption: reading the dataset")
     threads = _REMOTE_READERS if is_remote(dataset.path) else _READERS
     with progress, ThreadPoolExecutor(threads) as readers:
         rows = dataset.rows()
         number = 0
         while chunk := _next_chunk(rows, min(max(SMALLEST, progress.done // _PART), LARGEST)):
+            odd += [f"{row.meta[NOTE]} ({row.where})" for row in chunk if NOTE in row.meta]
             entries = [
                 _entry(row, record, seen) for row, record in zip(chunk, readers.map(to_record, chunk), strict=True)
             ]
@@ -79,6 +82,8 @@ def build_index(dataset: Dataset, directory: Path) -> None:
     if number == 0:
         raise UserError(f"{dataset.path}: this dataset has no rows")
     part.rename(directory)
+    if odd:
+        say(f"caption: odd old text or metadata in {len(odd)} rows, which are captioned all the same; e.g. {odd[0]}")
 
 
 def errors_of(directory: Path) -> list[str | None]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.formats.rows import Row, bad_row, rows_of_lines, with_image_path
+from pipelines.formats.texts import caption_of, noted
 from pipelines.storage import AnyPath
 
 IMAGE_TOKEN = "<__dj__image>"
@@ -28,9 +29,8 @@ def rows(path: AnyPath) -> Iterator[Row]:
 def _row(value: Any, where: str, base: AnyPath) -> Row:
     if not isinstance(value, dict):
         return bad_row(where, f"a JSON {type(value).__name__} where an object was expected")
-    text, images = value.pop("text", ""), value.pop("images", None)
-    if not isinstance(text, str):
-        return bad_row(where, "'text' is not a string", meta=value)
+    (text, note), images = caption_of(value.pop("text", "")), value.pop("images", None)
+    value = noted(value, note)
     caption = text.replace(IMAGE_TOKEN, " ").replace(END_TOKEN, " ").strip()
     if isinstance(images, str):
         images = [images]

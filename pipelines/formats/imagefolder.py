@@ -11,6 +11,7 @@ from typing import Any
 
 from pipelines.errors import UserError
 from pipelines.formats.rows import SUFFIXES, Row, bad_row, parse_json, with_image_path
+from pipelines.formats.texts import caption_of, noted
 from pipelines.storage import AnyPath, RemotePath
 
 METADATA = "metadata.jsonl"
@@ -36,11 +37,12 @@ def rows(path: AnyPath) -> Iterator[Row]:
     for name in filter(_is_picture, names):
         seen.add(name)
         meta = dict(described.get(name, {}))
-        caption = meta.pop("text", None) or meta.pop("caption", None)
+        caption, note = caption_of(meta.pop("text", None) or meta.pop("caption", None))
         beside = os.path.splitext(name)[0] + ".txt"
         if not caption and (isinstance(path, Path) or beside in texts):
-            caption = _text(path / beside)
-        yield Row(name, str(caption or "").strip(), image_uri=str(path / name), meta=meta)
+            caption, about_file = caption_of(_bytes(path / beside))
+            note = about_file or note
+        yield Row(name, caption, image_uri=str(path / name), meta=noted(meta, note))
     for name in described:
         if name not in seen:
             yield with_image_path(Row(f"{METADATA}: {name}", meta=described[name]), name, path)
@@ -66,11 +68,11 @@ def _is_picture(name: str) -> bool:
     return os.path.splitext(name)[1].lower() in SUFFIXES
 
 
-def _text(file: AnyPath) -> str:
+def _bytes(file: AnyPath) -> bytes | None:
     try:
-        return file.read_bytes().decode("utf-8", "replace")
+        return file.read_bytes()
     except FileNotFoundError:
-        return ""
+        return None
 
 
 def _metadata(path: AnyPath) -> tuple[dict[str, dict[str, Any]], list[Row]]:

@@ -14,6 +14,7 @@ from typing import Any
 
 from pipelines.errors import UserError
 from pipelines.formats.rows import Row, bad_row, parse_json, rows_of_lines, with_image_path
+from pipelines.formats.texts import caption_of
 from pipelines.storage import AnyPath
 
 Turn = tuple[str, str]
@@ -89,7 +90,7 @@ def _row(item: Any, where: str, base: AnyPath) -> Row:
         return bad_row(where, f"a JSON {type(item).__name__} where an object was expected")
     meta = {key: value for key, value in item.items() if key != "image"}
     try:
-        turns = turns_of(item.get("conversations"))
+        turns = turns_of(_with_texts(item.get("conversations")))
     except ValueError as reason:
         return bad_row(where, str(reason), meta=meta)
     row = Row(where, next((text for who, text in turns if who == "gpt"), "").strip(), meta=meta)
@@ -103,6 +104,18 @@ def _row(item: Any, where: str, base: AnyPath) -> Row:
     if not isinstance(image, str):
         return bad_row(where, "'image' is not a file name", caption=row.caption, meta=meta)
     return with_image_path(row, image, _folder(base, image))
+
+
+def _with_texts(conversations: Any) -> Any:
+    """An answer that is null or anything but text is an empty one: the picture is still there to be captioned."""
+    if not isinstance(conversations, list):
+        return conversations
+    return [
+        {**turn, "value": caption_of(turn.get("value"))[0]}
+        if isinstance(turn, dict) and turn.get("from") in ("gpt", "assistant")
+        else turn
+        for turn in conversations
+    ]
 
 
 def _folder(base: AnyPath, image: str) -> AnyPath:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pipelines.errors import UserError
+from pipelines.formats.texts import decode, noted
 from pipelines.images import BadImage, read_bytes
 from pipelines.records import Record, new_record
 from pipelines.storage import AnyPath, is_remote
@@ -73,27 +74,45 @@ def with_image_path(row: Row, image: str, base: AnyPath) -> Row:
     return row
 
 
-def parse_json(text: bytes | str) -> Any:
-    """JSON whose every string can be stored.
+def parse_json(data: bytes | str) -> Any:
+    """JSON whose every string can be stored. An object, or an object of a list, whose text had to be mended for that
+    says so under `NOTE`.
 
     Raises:
-        ValueError: no JSON, no Unicode, or half of a surrogate pair, which Arrow and files refuse; the text says which.
+        ValueError: no JSON; the text says why.
     """
+    text, note = decode(data) if isinstance(data, bytes) else (data, "")
+    foreign = not text and bool(data)
     try:
-        value = json.loads(text)
-    except UnicodeDecodeError:
-        raise ValueError("not UTF-8 text") from None
+        value = json.loads(data.decode("utf-8", "replace") if foreign and isinstance(data, bytes) else text)
     except json.JSONDecodeError as error:
         raise ValueError(f"not valid JSON, {error.msg} at column {error.colno}") from None
     except RecursionError:
         raise ValueError("not valid JSON, nested too deeply") from None
-    lone = b"\\ud" in text.lower() if isinstance(text, bytes) else "\\ud" in text.lower()
-    if lone:
-        try:
-            json.dumps(value, ensure_ascii=False).encode()
-        except UnicodeEncodeError:
-            raise ValueError("text with half a surrogate pair, which is no Unicode") from None
-    return value
+    if not note and "\\ud" not in text.lower():
+        return value
+    return [_mended(item, note) for item in value] if isinstance(value, list) else _mended(value, note)
+
+
+def _mended(value: Any, note: str) -> Any:
+    try:
+        written = json.dumps(value, ensure_ascii=False)
+        written.encode()
+    except UnicodeEncodeError:
+        value = _each_string(value, lambda text: text.encode("utf-8", "ignore").decode())
+        note = "its text held half a surrogate pair, which is no Unicode and was left out"
+    else:
+        if "\ufffd" in written:  # of an unknown encoding
+            value = _each_string(value, lambda text: "" if "\ufffd" in text else text)
+    return noted(value, note) if isinstance(value, dict) else value
+
+
+def _each_string(value: Any, change: Callable[[str], str]) -> Any:
+    if isinstance(value, dict):
+        return {change(key): _each_string(item, change) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_each_string(item, change) for item in value]
+    return change(value) if isinstance(value, str) else value
 
 
 def rows_of_lines(path: AnyPath, read: Callable[[Any, str, AnyPath], Row]) -> Iterator[Row]:
@@ -103,7 +122,7 @@ def rows_of_lines(path: AnyPath, read: Callable[[Any, str, AnyPath], Row]) -> It
         read: makes a row of a value, given where it stands and the file's folder.
 
     Raises:
-        UserError: not one of the first 100 lines is JSON, so this is no JSONL at all.
+        UserError: not one of the first 100 lines is a JSON object, so this is no JSONL at all.
     """
     good = seen = 0
     with path.open("rb") as stream:
@@ -114,15 +133,17 @@ def rows_of_lines(path: AnyPath, read: Callable[[Any, str, AnyPath], Row]) -> It
                 continue
             where, seen = f"{path.name}:{number}", seen + 1
             try:
-                row = read(parse_json(line), where, path.parent)
-                good += 1
+                value = parse_json(line)
+                good += isinstance(value, dict)
+                row = read(value, where, path.parent)
             except ValueError as error:
                 row = bad_row(where, str(error))
-                if seen == 100 and not good:
-                    break
+            if seen == 100 and not good:
+                break
             yield row
     if not good:
-        raise UserError(f"{path}: no JSONL dataset, {'it is empty' if not seen else 'none of its lines is valid JSON'}")
+        wrong = "none of its lines is a JSON object (`jq -c .` puts one on each line)" if seen else "it is empty"
+        raise UserError(f"{path}: no JSONL dataset, {wrong}")
 
 
 def to_record(row: Row) -> Record:

@@ -46,7 +46,7 @@ def caption_of(value: Any) -> tuple[str, str]:
     if isinstance(value, list) and all(isinstance(text, str) for text in value):
         texts = [text.strip() for text in value if text.strip()]
         return (texts or [""])[0], f"its caption is the first of a list of {len(value)}" if len(value) != 1 else ""
-    return "", f"its caption is a {type(value).__name__}, not a text, and was left out"
+    return "", f"its caption is of type {type(value).__name__}, no text, and was left out"
 
 
 def noted(meta: dict[str, Any], note: str) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from typing import Any, BinaryIO
 
 from pipelines.errors import UserError
 from pipelines.formats.rows import SUFFIXES, Row, bad_row, parse_json
+from pipelines.formats.texts import caption_of, noted
 from pipelines.storage import AnyPath, files_in
 
 _TEXTS = (".txt", ".text", ".caption")
@@ -72,18 +73,22 @@ def _split(name: str) -> tuple[str, str]:
 
 def _row(parts: list[tuple[str, bytes]], where: str, key: str) -> Row:
     pictures = [data for suffix, data in parts if suffix in SUFFIXES]
-    row = Row(where, meta={"__key__": key})
+    row, notes = Row(where, meta={"__key__": key}), []
     for suffix, data in parts:
         if suffix in _TEXTS:
-            row.caption = data.decode("utf-8", "replace").strip()
+            row.caption, note = caption_of(data)
+            notes.append(note)
         elif suffix == ".json":
             try:
                 value = parse_json(data)
             except ValueError as error:
-                return bad_row(where, f"its JSON is {error}", meta=row.meta)
+                notes.append(f"its JSON is {error}")
+                continue
             row.meta = {"__key__": key, **(value if isinstance(value, dict) else {"json": value})}
     if not row.caption:
-        row.caption = str(row.meta.get("caption") or row.meta.get("text") or "").strip()
+        row.caption, note = caption_of(row.meta.get("caption") or row.meta.get("text"))
+        notes.append(note)
+    row.meta = noted(row.meta, "; ".join(filter(None, notes)))
     if len(pictures) != 1:
         found = f"holds {len(pictures)} images" if pictures else "lacks an image"
         return bad_row(where, f"the sample {found}", caption=row.caption, meta=row.meta)

@@ -16,6 +16,7 @@ import pytest
 from pipelines.errors import UserError
 from pipelines.formats import Row, error_kind, llava, open_dataset, to_record
 from pipelines.formats.export import export
+from pipelines.formats.texts import NOTE
 from pipelines.manifest import open_stage
 from pipelines.records import Record, new_record, write_shard
 
@@ -102,10 +103,7 @@ def test_jsonl_rows_of_every_kind(tmp_path: Path) -> None:
         b'{"text": "x", "images": []}',
         b'{"text": "x", "images": ["1.jpg", "2.jpg"]}',
         b'{"text": "x", "images": [3]}',
-        b'{"text": 5, "images": ["1.jpg"]}',
         b'["a", "list"]',
-        b'{"text": "\xff", "images": ["1.jpg"]}',
-        b'{"text": "\\ud800", "images": ["1.jpg"]}',
         b'{"text": "x", "images": ["https://example.org/1.jpg"]}',
         b'{"text": "x", "images": ["file:///etc/passwd"]}',
         b'{"images": ["/abs/2.jpg"]}',
@@ -113,7 +111,7 @@ def test_jsonl_rows_of_every_kind(tmp_path: Path) -> None:
     path = tmp_path / "set.jsonl"
     path.write_bytes(b"\n".join(lines))
     rows = rows_of(path)
-    assert len(rows) == 13  # the blank line is none
+    assert len(rows) == 10  # the blank line is none
     assert rows[0].caption == "a sign" and rows[0].meta == {"id": 7} and rows[0].image_uri == str(tmp_path / "i/1.jpg")
     assert rows[-1].error is None and rows[-1].image_uri == "/abs/2.jpg" and rows[-1].caption == ""
     reasons = [
@@ -122,13 +120,12 @@ def test_jsonl_rows_of_every_kind(tmp_path: Path) -> None:
         "lacks 'images'",
         "names 2 images",
         "not a list of file names",
-        "'text' is not",
     ]
-    reasons += ["a JSON list", "not UTF-8", "surrogate", "address of the web", "address of the web"]
+    reasons += ["a JSON list", "address of the web", "address of the web"]
     for number, (row, reason) in enumerate(zip(rows[1:-1], reasons, strict=True), start=3):
         assert row.error is not None and reason in row.error and f"set.jsonl:{number})" in row.error
     records = [to_record(row) for row in rows]
-    assert len({record["sample_id"] for record in records}) == 13 and all(record["error"] for record in records)
+    assert len({record["sample_id"] for record in records}) == 10 and all(record["error"] for record in records)
     assert error_kind(records[0]["error"] or "") == "missing file" and "set.jsonl:1)" in (records[0]["error"] or "")
     json.dumps(records, ensure_ascii=False).encode()
 
@@ -228,7 +225,8 @@ def test_webdataset_with_faults(tmp_path: Path, jpeg: Jpeg) -> None:
     one, two, three, four, five = rows_of(path)
     assert (one.caption, one.image, one.error) == ("one", jpeg(1), None) and one.meta == {"__key__": "x/1"}
     assert "lacks an image (a.tar/x/2)" in (two.error or "") and "holds 2 images" in (three.error or "")
-    assert four.caption == "four" and four.meta["k"] == 1 and "not valid JSON" in (five.error or "")
+    assert four.caption == "four" and four.meta["k"] == 1
+    assert five.error is None and "its JSON is not valid JSON" in five.meta[NOTE]
     whole = path.read_bytes()
     path.write_bytes(whole[: whole.index(jpeg(4)) + 100])
     assert [row.error is None for row in rows_of(path)] == [True, False, False, False]
@@ -311,6 +309,7 @@ def test_what_is_no_dataset_is_refused_by_name(tmp_path: Path, jpeg: Jpeg) -> No
     (tmp_path / "empty.jsonl").write_bytes(b"")
     (tmp_path / "prose.jsonl").write_text("call me Ishmael\n" * 200)
     (tmp_path / "object.json").write_text("[1")
+    (tmp_path / "pretty.jsonl").write_text(json.dumps({"text": "x", "images": ["i/1.jpg"]}, indent=1))
     (tmp_path / "fake.tar").write_text("no tar")
     (tmp_path / "fake.parquet").write_text("no parquet")
     (tmp_path / "one.jpg").write_bytes(jpeg(1))
@@ -321,6 +320,7 @@ def test_what_is_no_dataset_is_refused_by_name(tmp_path: Path, jpeg: Jpeg) -> No
         "empty.jsonl",
         "prose.jsonl",
         "object.json",
+        "pretty.jsonl",
         "fake.tar",
         "fake.parquet",
         "one.jpg",
