@@ -15,6 +15,7 @@ import fcntl
 import json
 import os
 import platform
+import shlex
 import sys
 import threading
 import time
@@ -118,8 +119,13 @@ def _me() -> dict[str, Any]:
         "place": _place(),
         "started": _started(os.getpid()),
         "since": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])[:200],
+        "command": command_line()[:200],
     }
+
+
+def command_line() -> str:
+    """What this process was started with, as one would type it."""
+    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
 
 
 def _place() -> str:

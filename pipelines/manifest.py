@@ -11,16 +11,19 @@ import hashlib
 import json
 import platform
 import shutil
+import subprocess
 import time
 from collections.abc import Collection
 from dataclasses import asdict, dataclass, field, is_dataclass
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from pipelines import machine
 from pipelines.errors import UserError
 from pipelines.files import read_text, write_text
-from pipelines.lock import LOCK, hold, release
+from pipelines.lock import LOCK, command_line, hold, release
 
 MANIFEST = "MANIFEST.json"
 CLAIM = ".stage.json"
@@ -75,6 +78,9 @@ class StageOutput:
             "seconds": round(time.time() - self._started, 3),
             "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "versions": _versions(),
+            "commit": _commit(),
+            "command": command_line(),
+            "machine": _machine(),
         }
         write_json(self.directory / MANIFEST, manifest)
         self.manifest, self.complete = manifest, True
@@ -262,6 +268,30 @@ def _differences(old: Any, new: Any, prefix: str = "") -> list[str]:
             d for key in keys for d in _differences(old.get(key), new.get(key), f"{prefix}.{key}" if prefix else key)
         ]
     return [] if old == new else [prefix]
+
+
+@cache
+def _commit() -> str | None:
+    """The commit of the checkout that this code comes from, with a `+` when files differ from it; None outside git."""
+    root = Path(__file__).parent.parent
+    if not (root / ".git").exists():
+        return None
+    words = ["git", "-C", str(root), "describe", "--always", "--abbrev=40", "--match=", "--dirty=+"]
+    try:
+        done = subprocess.run(words, capture_output=True, text=True, timeout=10, check=False)
+    except (FileNotFoundError, subprocess.TimeoutExpired):
+        return None  # a machine without git, or a repository on a slow disk
+    return done.stdout.strip() or None
+
+
+def _machine() -> dict[str, Any]:
+    """What the command ran on; on a cluster that is the driver's machine."""
+    cards = machine.cards()
+    found = {"host": platform.node(), "cpus": machine.cpus(), "memory_gib": round(machine.memory() / 2**30, 1)}
+    if not cards:
+        return found
+    shown = [f"{card.name}, {card.memory / 2**30:.0f} GiB" for card in cards]
+    return {**found, "cards": shown, "driver": machine.driver()}
 
 
 def _versions() -> dict[str, str]:

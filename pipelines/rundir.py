@@ -16,7 +16,7 @@ from typing import Any
 from pipelines.errors import UserError
 from pipelines.manifest import CLAIM, MANIFEST, read_json
 
-RECIPE, CAPTIONS, COMPARISON = "recipe.yaml", "captions", "comparison.json"
+RECIPE, FILTERS, CAPTIONS, COMPARISON = "recipe.yaml", "filters", "captions", "comparison.json"
 REPORT = Path("report") / "index.html"
 _DATASET, _ADAPTER, _MERGED, _PREDICTIONS = _STAGE_FOLDERS = ("dataset", "adapter", "merged", "predictions")
 _SEEDED = re.compile(r"(?P<arm>.+)-seed(?P<seed>-?\d+)")
@@ -104,6 +104,10 @@ class RunDir:
     def recipe(self) -> Path:
         """The resolved recipe."""
         return self.root / RECIPE
+
+    def filters(self, arm: str) -> Path:
+        """The copy of the Data-Juicer recipe that refines an arm."""
+        return self.root / FILTERS / f"{arm}.yaml"
 
     @property
     def captions(self) -> Path:

@@ -10,11 +10,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from pipelines.errors import UserError, WorkFailed
+from pipelines.files import write_text
 from pipelines.progress import clock, say
 from pipelines.rundir import RunDir
 from ray_jobs import _start, cli
 from ray_jobs._options import CONFIG_OPTION, RESTART, WHOLE, Command, lasting, parse
-from ray_jobs.recipe import Recipe, recipe_yaml
+from ray_jobs.recipe import Recipe, absolute, recipe_yaml
 
 COMMAND = Command(
     "run",
@@ -56,7 +57,7 @@ def run(recipe: Recipe, *, restart: bool = False) -> None:
     place.root.mkdir(parents=True, exist_ok=True)
     if recipe.sample.out:
         write_world(recipe.sample.out, recipe.sample, restart=restart)
-    place.recipe.write_text(recipe_yaml(recipe))
+    recipe = keep(recipe, place)
     caption.run(recipe.dataset, place.captions, recipe.caption, restart=restart)
     for arm, config in recipe.arms.items():
         refine.run(place.captions, place.dataset(arm), config, arm=arm, restart=restart)
@@ -67,6 +68,23 @@ def run(recipe: Recipe, *, restart: bool = False) -> None:
     reasons = [reason for found in comparisons.values() if found for reason in compare.withheld(found)]
     if reasons:
         raise WorkFailed("; ".join(reasons))
+
+
+def keep(recipe: Recipe, place: RunDir) -> Recipe:
+    """Write `recipe.yaml`, and beside it the filters that it names, so that the run can be repeated from anywhere with
+    this directory alone; returns the recipe as written.
+
+    Its paths are absolute, and an arm's filters are the copy.
+    """
+    recipe = absolute(recipe)
+    for arm, config in recipe.arms.items():
+        if config.recipe is not None:
+            text, copy = Path(config.recipe).read_text(encoding="utf-8"), place.filters(arm)
+            if not copy.is_file() or copy.read_text(encoding="utf-8") != text:
+                write_text(copy, text)
+            config.recipe = str(copy)
+    write_text(place.recipe, recipe_yaml(recipe))
+    return recipe
 
 
 def _train_and_compare(recipe: Recipe, place: RunDir, seed: int, restart: bool) -> dict:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import os
 import threading
+from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -126,7 +128,7 @@ def _fit(model: Path, output: Path, config: TrainConfig, data: dict[str, str], w
     )
     with _Watch(output, {phase: getattr(config, phase).steps for phase in data}, what):
         try:
-            facts: dict[str, Any] | None = trainer.fit().return_value  # type: ignore[attr-defined]
+            facts: dict[str, Any] | None = _beside(trainer.fit).return_value
         except TrainingFailedError as error:
             raise WorkFailed(f"{what}: the workers failed {config.max_failures + 1} time(s): {error}") from error
     if facts is None:
@@ -134,6 +136,22 @@ def _fit(model: Path, output: Path, config: TrainConfig, data: dict[str, str], w
     if "error" in facts:
         raise {"UserError": UserError, "WorkFailed": WorkFailed}[facts["error"]](facts["message"])
     return facts
+
+
+def _beside(work: Callable[[], Any]) -> Any:
+    """The result of `work()`, done in a thread of its own: in the main one Ray Train takes Ctrl-C for itself and ends
+    the process with status 0, as if all were done.
+    """
+    result: Future[Any] = Future()
+
+    def do() -> None:
+        try:
+            result.set_result(work())
+        except BaseException as error:  # whatever it is, it is raised where the result is awaited
+            result.set_exception(error)
+
+    threading.Thread(target=do, daemon=True, name="train").start()
+    return result.result()
 
 
 def _tune_ray_train(nodes: int) -> None:

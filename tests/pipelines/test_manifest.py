@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -91,3 +92,21 @@ def test_which_text_trains(tmp_path: Path) -> None:
     record["recaption"] = "new"
     write_shard(tmp_path / "bare" / "1.parquet", [record])
     assert training_text(tmp_path / "bare") == "recaption"
+
+
+def test_a_manifest_says_what_made_it_and_its_fingerprint_does_not_depend_on_that(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Command line, commit of the checkout, versions and machine."""
+    found = []
+    for number, words in enumerate((["captune", "caption", "my data"], ["captune", "run", "r.yaml"])):
+        monkeypatch.setattr("sys.argv", words)
+        found.append(open_stage(tmp_path / str(number), "caption", {}).finish())
+    assert [manifest["command"] for manifest in found] == ["captune caption 'my data'", "captune run r.yaml"]
+    assert found[0]["fingerprint"] == found[1]["fingerprint"]
+    assert found[0]["machine"]["cpus"] >= 1 and found[0]["machine"]["memory_gib"] > 0
+    assert found[0]["versions"]["captune"]
+    root = Path(__file__).parents[2]
+    if (root / ".git").exists():
+        head = subprocess.run(["git", "-C", root, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+        assert found[0]["commit"].rstrip("+") == head

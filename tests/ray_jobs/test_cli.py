@@ -6,6 +6,7 @@ import importlib
 import inspect
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -16,9 +17,10 @@ import pytest
 import yaml
 
 from pipelines.errors import UserError
+from pipelines.rundir import RunDir
 from ray_jobs import caption, cli, merge, refine, run, train
 from ray_jobs._options import parse
-from ray_jobs.recipe import RECIPES, Recipe, recipe_yaml
+from ray_jobs.recipe import RECIPES, Recipe, paths, recipe_yaml
 
 ROOT = Path(__file__).parents[2]
 OURS = sorted(path for path in RECIPES.glob("*.yaml") if "process" not in yaml.safe_load(path.read_text()))
@@ -72,6 +74,27 @@ def test_the_resolved_recipe_reads_back_as_itself(tmp_path: Path) -> None:
     again, _ = parse(run.COMMAND, [str(tmp_path / "recipe.yaml")])
     assert again == recipe
     assert again.train.lora.rank == 8
+
+
+def test_a_run_can_be_repeated_from_anywhere_with_its_directory_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`recipe.yaml` has absolute paths and its own copy of the filters: the user's file may change or go."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(JUICER[0], tmp_path / "mine.yaml")
+    recipe, _ = parse(run.COMMAND, ["sample", "--run_dir", "r", "--arms.enhanced.recipe", "mine.yaml"])
+    recipe.caption.model = "Salesforce/blip2-opt-2.7b"  # a hub id is no path
+    kept = run.keep(recipe, RunDir(tmp_path / "r"))
+    (tmp_path / "mine.yaml").unlink()
+    monkeypatch.chdir("/")
+    again, _ = parse(run.COMMAND, [str(tmp_path / "r" / "recipe.yaml")])
+    assert again == kept
+    assert again.caption.model == "Salesforce/blip2-opt-2.7b"
+    assert Path(again.arms["enhanced"].recipe or "").read_bytes() == JUICER[0].read_bytes()
+    values = {key: path for key, path in paths(again).items() if key != "caption.model"}
+    assert {"run_dir", "dataset", "train.model", "arms.enhanced.recipe"} <= set(values)
+    assert all(path.startswith(str(tmp_path / "r")) for path in values.values())
+    assert run.keep(again, RunDir(tmp_path / "r")) == again
 
 
 @pytest.mark.parametrize(
