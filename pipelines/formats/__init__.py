@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipelines.errors import UserError
+from pipelines.formats.coco import is_coco
 from pipelines.formats.llava import is_row
 from pipelines.formats.rows import Row, error_kind, parse_json, to_record
 from pipelines.manifest import require_finished
@@ -21,7 +22,8 @@ from pipelines.storage import SCHEMES, AnyPath, RemotePath, expand, files_in, is
 __all__ = ["READABLE", "Dataset", "Row", "error_kind", "open_dataset", "to_record"]
 
 READABLE = (
-    "Data-Juicer JSONL (.jsonl), LLaVA JSON or JSONL (.json, .jsonl), WebDataset tars (.tar), Parquet (.parquet), "
+    "Data-Juicer JSONL (.jsonl), LLaVA JSON or JSONL (.json, .jsonl), COCO captions (.json), "
+    "WebDataset tars (.tar), Parquet (.parquet), "
     "a folder of any one of these, a pattern such as shards/*.tar, or a folder of pictures"
 )
 _BY_SUFFIX = {
@@ -116,6 +118,8 @@ def _format_of_file(path: AnyPath) -> str:
         return "parquet"
     if head[257:262] == b"ustar":
         return "webdataset"
+    if path.suffix.lower() in (".json", "") and is_coco(text):
+        return "coco"
     if text.startswith(b"{") and path.suffix.lower() in (".json", ".jsonl", ".ndjson", ""):
         return "llava" if _first_line_is_llava(path) else "datajuicer"
     if text.startswith(b"[") and path.suffix.lower() in (".json", ""):

@@ -7,13 +7,12 @@ carried the row.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from pipelines.errors import UserError
-from pipelines.formats.rows import Row, bad_row, parse_json, rows_of_lines, with_image_path
+from pipelines.formats.rows import Row, bad_row, image_folder, parse_json, rows_of_lines, with_image_path
 from pipelines.formats.texts import caption_of
 from pipelines.storage import AnyPath
 
@@ -103,7 +102,7 @@ def _row(item: Any, where: str, base: AnyPath) -> Row:
         return bad_row(where, f"'image' names {len(image)} images, and a row has one", caption=row.caption, meta=meta)
     if not isinstance(image, str):
         return bad_row(where, "'image' is not a file name", caption=row.caption, meta=meta)
-    return with_image_path(row, image, _folder(base, image))
+    return with_image_path(row, image, image_folder(base, image))
 
 
 def _with_texts(conversations: Any) -> Any:
@@ -116,13 +115,6 @@ def _with_texts(conversations: Any) -> Any:
         else turn
         for turn in conversations
     ]
-
-
-def _folder(base: AnyPath, image: str) -> AnyPath:
-    """Where the image lies: in the file's folder, or in `images/` beside the file."""
-    if isinstance(base, Path) and not os.path.exists(base / image) and os.path.exists(base / "images" / image):
-        return base / "images"
-    return base
 
 
 def write(samples: Iterable[dict[str, Any]], path: Path) -> int:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from pipelines.errors import UserError
@@ -72,6 +74,13 @@ def with_image_path(row: Row, image: str, base: AnyPath) -> Row:
     else:
         row.image_uri = str(base / image)
     return row
+
+
+def image_folder(base: AnyPath, image: str) -> AnyPath:
+    """Where an image lies that a file in `base` names: in its folder, or in `images/` beside the file."""
+    if isinstance(base, Path) and not os.path.exists(base / image) and os.path.exists(base / "images" / image):
+        return base / "images"
+    return base
 
 
 def parse_json(data: bytes | str) -> Any:

@@ -199,6 +199,32 @@ def test_a_caption_is_taught_with_the_samples_own_request(conversations: Any, re
     assert request == ("human", TURNS[0]["value"] if request_kept else llava.REQUEST)
 
 
+def test_coco_captions(tmp_path: Path, jpeg: Jpeg) -> None:
+    """A row an annotation; pictures may lie in `images/`; one without a caption is a row."""
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "b.jpg").write_bytes(jpeg(1))
+    images = [{"id": 1, "file_name": "a.jpg", "height": 5}, {"id": 2, "file_name": "b.jpg"}, {"id": "3"}]
+    annotations = [{"image_id": 1, "id": 7, "caption": " one "}, {"image_id": 1, "id": 8, "caption": None}]
+    annotations.append({"image_id": 9, "id": 9, "caption": "lost"})
+    value = {"info": {}, "images": images, "annotations": annotations}
+    path = tmp_path / "captions.json"
+    for text in (json.dumps(value), json.dumps(value, indent=1), json.dumps({"images": images, **value})):
+        path.write_text(text)
+        assert open_dataset(path).format == "coco"
+        one, again, lost, bare, nameless = rows_of(path)
+        assert (one.caption, one.image_uri, again.caption) == ("one", str(tmp_path / "a.jpg"), "")
+        assert one.meta == {"id": 1, "height": 5, "annotation_id": 7} and again.error is None
+        assert (bare.caption, bare.image_uri) == ("", str(tmp_path / "images" / "b.jpg"))
+        assert "no image has its id, 9 (captions.json annotation 2)" in (lost.error or "")
+        assert "no 'file_name'" in (nameless.error or "")
+    for wrong in ({"images": [{"id": 1}], "annotations": [{"bbox": []}]}, {"info": {}, "images": images}):
+        path.write_text(json.dumps(wrong))
+        with pytest.raises(UserError, match=r"captions.json: .*COCO"):
+            rows_of(path)
+    (tmp_path / "one.json").write_text('{"images": ["a.jpg"], "text": "x"}')
+    assert open_dataset(tmp_path / "one.json").format == "datajuicer"
+
+
 def test_webdataset_with_faults(tmp_path: Path, jpeg: Jpeg) -> None:
     """A sample without a picture or with two is an error row; a tar that breaks off keeps its whole samples and says
     where.
