@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from pipelines.evaluate.registry import BENCHMARKS
 from ray_jobs import _ending, _start, cli
 from ray_jobs._options import RESTART, Command, Option, parse, reading, writing
 from serve.config import ServeConfig
@@ -20,7 +21,7 @@ COMMAND = Command(
         reading("model; it is served for the time of the evaluation", "--model", needed=False),
         Option("--endpoint", "URL", "a running service, instead of --model"),
         writing("directory for answers and scores"),
-        Option("--benchmark", "NAME", "textvqa", key="evaluate.benchmark"),
+        Option("--benchmark", "NAME", ", ".join(BENCHMARKS), key="evaluate.benchmark"),
         reading("the benchmark's annotation file", "--annotations", "FILE", key="evaluate.annotations", needed=False),
         reading("its pictures", "--images", key="evaluate.images", needed=False),
         RESTART,
@@ -44,9 +45,8 @@ def main(argv: list[str]) -> int:
         manifest = stage.run(output, config, options.endpoint, restart=options.restart)
     else:
         model = Path(options.model)
-        with _start.ray_cluster():
-            endpoint = stage.Served(model, served(model, recipe.serve))
-            manifest = stage.run(output, config, endpoint, restart=options.restart)
+        endpoint = stage.Served(model, served(model, recipe.serve))
+        manifest = stage.run(output, config, endpoint, restart=options.restart)
     if not options.json:
         print(stage.sentence(manifest), flush=True)
     made = f"evaluate: answers and scores in {output}"
@@ -55,14 +55,15 @@ def main(argv: list[str]) -> int:
 
 @contextmanager
 def served(model: Path, config: ServeConfig) -> Iterator[str]:
-    """The base URL of `model`, served on a free port for the time of a `with` block."""
-    from serve import app
+    """The base URL of `model`, served on a free port for the time of a `with` block, on a Ray that starts no sooner."""
+    with _start.ray_cluster():
+        from serve import app
 
-    base = app.start(model, config, name="evaluate", port=0)
-    try:
-        yield base
-    finally:
-        app.stop("evaluate")
+        base = app.start(model, config, name="evaluate", port=0)
+        try:
+            yield base
+        finally:
+            app.stop("evaluate")
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 if __name__ == "__main__":
     import _from_path  # noqa: F401
 
+from pipelines.evaluate.registry import BENCHMARKS
 from ray_jobs import _ending, cli
 from ray_jobs._options import Command, Option, parse, reading
 
@@ -14,7 +15,7 @@ COMMAND = Command(
     (
         reading("answers, in a format of the benchmark", "--predictions", "FILE"),
         reading("the benchmark's annotation file", "--annotations", "FILE", key="evaluate.annotations"),
-        Option("--benchmark", "NAME", "textvqa", key="evaluate.benchmark"),
+        Option("--benchmark", "NAME", ", ".join(BENCHMARKS), key="evaluate.benchmark"),
     ),
     reads=("evaluate.benchmark", "evaluate.annotations"),
     first="--predictions",

@@ -3,23 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pipelines.errors import UserError
+from pipelines.evaluate import statistics
 from pipelines.evaluate.config import CompareConfig
 from pipelines.evaluate.stage import read_scores
 from pipelines.manifest import write_json
 from pipelines.rundir import COMPARISON
-
-if TYPE_CHECKING:
-    import numpy as np
-
-CORRECT_FROM = 0.5
-"""McNemar's test needs right and wrong: an answer counts as right when its soft score is at least this, which takes two
-agreeing humans."""
-_DRAWS_AT_ONCE = 4_000_000
 
 
 def run(evaluations: dict[str, Path], output: Path, config: CompareConfig) -> dict[str, Any]:
@@ -52,110 +45,55 @@ def compare(arms: dict[str, dict[str, Any]], config: CompareConfig) -> dict[str,
     baseline = config.baseline_among(arms)
     ids = [row["question_id"] for row in arms[baseline]["questions"]]
     rows = {name: {row["question_id"]: row for row in arm["questions"]} for name, arm in arms.items()}
-    scores_AQ = np.array([[rows[name][key]["score"] for key in ids] for name in arms])
-    resampled_AR = bootstrap_means(scores_AQ, config.resamples, config.seed)
+    scores_AQ = np.array([[float(rows[name][key]["score"]) for key in ids] for name in arms])
+    failed_AQ = np.array([[rows[name][key]["error"] is not None for key in ids] for name in arms])
+    resampled_AR = statistics.bootstrap_means(scores_AQ, config.resamples, config.seed)
     base = list(arms).index(baseline)
-    facts = ("benchmark", "count", "conditions", "ocr_tokens", "images")
     result: dict[str, Any] = {
-        **{key: arms[baseline].get(key) for key in facts},
+        **{key: arms[baseline].get(key) for key in ("benchmark", "count", "conditions", "ocr_tokens", "images")},
         "baseline": baseline,
         "confidence": config.confidence,
         "resamples": config.resamples,
         "seed": config.seed,
-        "correct_from": CORRECT_FROM,
+        "correct_from": statistics.CORRECT_FROM,
         "arms": {},
         "differences": {},
     }
     for index, (name, arm) in enumerate(arms.items()):
         result["arms"][name] = {
             "accuracy": arm["accuracy"],
-            "interval": interval(resampled_AR[index], config.confidence),
+            "interval": statistics.interval(resampled_AR[index], config.confidence),
             **{key: arm.get(key) for key in ("errors", "truncated", "model", "answered_by")},
         }
         if index != base:
-            difference = _difference(rows[baseline], rows[name], ids, config)
-            difference["interval"] = interval(resampled_AR[index] - resampled_AR[base], config.confidence)
-            difference["excludes_zero"] = _excludes_zero(difference, config.confidence)
-            result["differences"][name] = difference
+            pair_2Q = scores_AQ[[base, index]]
+            ends = statistics.interval(resampled_AR[index] - resampled_AR[base], config.confidence)
+            test = statistics.mcnemar(pair_2Q)
+            shown = statistics.excludes_zero(ends, test, config.confidence)
+            failures = statistics.failures(pair_2Q, failed_AQ[[base, index]], shown, config)
+            result["differences"][name] = {
+                "difference": statistics.difference(pair_2Q),
+                "interval": ends,
+                "mcnemar": test,
+                "failures": failures,
+                "excludes_zero": shown and not failures["forbid_a_verdict"],
+                **_won_and_lost(rows[baseline], rows[name], ids, config.examples),
+            }
     return result
-
-
-def _excludes_zero(difference: dict[str, Any], confidence: float) -> bool:
-    """Whether interval and exact test agree that there is a difference, and failures could not undo it.
-
-    A bootstrap of few questions that all fall one way has no width, and would call a single question proof.
-    """
-    low, high = difference["interval"]
-    test = difference["mcnemar"]
-    balance = test["only_this_arm_correct"] - test["only_baseline_correct"]
-    agree = (low > 0 and balance > 0) or (high < 0 and balance < 0)
-    return agree and test["p_value"] < 1 - confidence and not difference["failures"]["may_turn_the_sign"]
-
-
-def bootstrap_means(scores_AQ: np.ndarray, resamples: int, seed: int) -> np.ndarray:
-    """Mean score of each arm in each resample of the questions (drawn with replacement, the same questions for all
-    arms).
-
-    Args:
-        scores_AQ: float [arms, questions].
-
-    Returns:
-        float [arms, resamples].
-    """
-    import numpy as np
-
-    random = np.random.default_rng(seed)
-    questions = scores_AQ.shape[1]
-    means = [
-        scores_AQ[:, random.integers(0, questions, size=(count, questions))].mean(axis=2)
-        for count in _chunks(resamples, max(1, _DRAWS_AT_ONCE // (questions * len(scores_AQ))))
-    ]
-    return np.concatenate(means, axis=1)
-
-
-def interval(samples: np.ndarray, confidence: float) -> list[float]:
-    """Percentile interval [low, high]."""
-    import numpy as np
-
-    low, high = np.quantile(samples, [(1 - confidence) / 2, (1 + confidence) / 2])
-    return [float(low), float(high)]
-
-
-def mcnemar(won: int, lost: int) -> float:
-    """Exact two-sided p-value of McNemar's test: `won` and `lost` are the questions that exactly one of the two arms
-    got right.
-    """
-    from scipy.stats import binomtest
-
-    return float(binomtest(won, won + lost, 0.5).pvalue) if won + lost else 1.0
-
-
-def failure_bounds(base: Sequence[dict[str, Any]], other: Sequence[dict[str, Any]]) -> list[float]:
-    """[Least, largest] difference that the arms could have had if every failed request had been answered: a missing
-    answer may have been worth anything from 0 to 1, to either arm.
-
-    Args:
-        base: rows of `scores.json`; `other` has the same questions in the same order.
-    """
-    least = [_worth(new, 0.0) - _worth(old, 1.0) for old, new in zip(base, other, strict=True)]
-    largest = [_worth(new, 1.0) - _worth(old, 0.0) for old, new in zip(base, other, strict=True)]
-    return [math.fsum(least) / len(least), math.fsum(largest) / len(largest)]
-
-
-def _worth(row: dict[str, Any], unanswered: float) -> float:
-    return unanswered if row["error"] is not None else float(row["score"])
 
 
 def withheld(comparison: dict[str, Any]) -> list[str]:
     """A sentence for every arm about which failed requests forbid a verdict."""
-    baseline = comparison["baseline"]
     return [
-        f"{arm} against {baseline}: no verdict, because {found['failures']['count']} failed requests could turn the "
-        f"sign of the difference ({_points(found['failures']['bounds'])}); the same command that evaluated asks them "
-        "again"
+        f"{arm} against {comparison['baseline']}: no verdict, because {_hidden(found)}; evaluating again asks them"
         for arm, found in comparison["differences"].items()
-        if found["failures"]["may_turn_the_sign"]
+        if found["failures"]["forbid_a_verdict"]
     ]
+
+
+def _hidden(found: dict[str, Any]) -> str:
+    number, bounds = found["failures"]["count"], found["failures"]["bounds"]
+    return f"{number} request{'s' if number > 1 else ''} failed: answered, the difference could be {_points(bounds)}"
 
 
 def sentence(comparison: dict[str, Any], arm: str) -> str:
@@ -168,9 +106,9 @@ def sentence(comparison: dict[str, Any], arm: str) -> str:
         f"difference {100 * found['difference']:+.1f} points, {level(comparison['confidence'])} % interval "
         f"{_points(found['interval'])}, McNemar p = {test['p_value']:.2g}"
     )
-    if found["failures"]["may_turn_the_sign"]:
-        return f"{text}; no verdict, because failed requests could make it {_points(found['failures']['bounds'])}"
-    if not found["excludes_zero"]:
+    if found["failures"]["forbid_a_verdict"]:
+        text += f"; no verdict, because {_hidden(found)}"
+    elif not found["excludes_zero"]:
         text += "; does not exclude zero"
         if not found["interval"][0] <= 0 <= found["interval"][1]:
             text += f": the exact test sees {test['only_this_arm_correct']} won and "
@@ -212,44 +150,24 @@ def summarise(comparisons: Sequence[dict[str, Any]]) -> dict[str, Any]:
             "standard_deviation": math.sqrt(spread),
             "same_sign": all(value > 0 for value in differences) or all(value < 0 for value in differences),
             "intervals_exclude_zero": sum(entry["excludes_zero"] for entry in found),
-            "withheld": sum(entry["failures"]["may_turn_the_sign"] for entry in found),
+            "withheld": sum(entry["failures"]["forbid_a_verdict"] for entry in found),
         }
     return summary
 
 
-def _difference(
-    base: dict[str, Any], other: dict[str, Any], ids: Sequence[str], config: CompareConfig
-) -> dict[str, Any]:
+def _won_and_lost(base: dict[str, Any], other: dict[str, Any], ids: Sequence[str], examples: int) -> dict[str, Any]:
+    """Questions by who answered them better, and the most telling of them."""
     gains = {key: other[key]["score"] - base[key]["score"] for key in ids}
-    right = {key: (base[key]["score"] >= CORRECT_FROM, other[key]["score"] >= CORRECT_FROM) for key in ids}
-    only_other = sum(pair == (False, True) for pair in right.values())
-    only_base = sum(pair == (True, False) for pair in right.values())
     lists = {
         "won": [key for key in ids if gains[key] > 0],
         "lost": [key for key in ids if gains[key] < 0],
         "tied": [key for key in ids if gains[key] == 0],
     }
-    rows = [base[key] for key in ids], [other[key] for key in ids]
-    failed = sum(row["error"] is not None for arm in rows for row in arm)
-    bounds = failure_bounds(*rows)
     return {
-        "difference": math.fsum(gains.values()) / len(ids),
-        "failures": {
-            "count": failed,
-            "bounds": bounds,
-            "may_turn_the_sign": failed > 0 and bounds[0] <= 0 <= bounds[1],
-        },
-        "mcnemar": {
-            "only_this_arm_correct": only_other,
-            "only_baseline_correct": only_base,
-            "both_correct": sum(pair == (True, True) for pair in right.values()),
-            "neither_correct": sum(pair == (False, False) for pair in right.values()),
-            "p_value": mcnemar(only_other, only_base),
-        },
         "counts": {kind: len(keys) for kind, keys in lists.items()},
         **lists,
         "examples": {
-            kind: [_example(base[key], other[key]) for key in _most_telling(lists[kind], gains, config.examples)]
+            kind: [_example(base[key], other[key]) for key in _most_telling(lists[kind], gains, examples)]
             for kind in ("won", "lost")
         },
     }
@@ -291,8 +209,3 @@ def _check_same_questions(arms: dict[str, dict[str, Any]], baseline: str) -> Non
             raise UserError(
                 f"'{name}' and '{baseline}' were not asked in the same words; evaluate both with one version of captune"
             )
-
-
-def _chunks(total: int, size: int) -> Iterator[int]:
-    for start in range(0, total, size):
-        yield min(size, total - start)

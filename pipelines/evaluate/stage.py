@@ -131,10 +131,10 @@ def sentence(scores: dict[str, Any]) -> str:
     if "conditions" in scores:
         text += f" ({scores['conditions']})"
     if scores["errors"]:
-        text += f"; {scores['errors']} without an answer count as wrong"
+        text += f"; without an answer, and counted as wrong: {scores['errors']}"
     if scores["truncated"]:
         limit = f" of {scores['max_new_tokens']} tokens" if "max_new_tokens" in scores else ""
-        text += f"; {scores['truncated']} answers were cut off at the limit{limit}"
+        text += f"; cut off at the limit{limit}: {scores['truncated']}"
     return text
 
 

@@ -82,8 +82,8 @@ def _why_open(found: dict[str, Any]) -> Markup:
 
 
 def withheld(found: dict[str, Any]) -> bool:
-    """Whether failed requests could turn the sign of an arm's difference."""
-    return bool((found.get("failures") or {}).get("may_turn_the_sign"))
+    """Whether failed requests forbid a verdict on an arm's difference."""
+    return bool((found.get("failures") or {}).get("forbid_a_verdict"))
 
 
 def _over_seeds(run: Run, arm: str) -> Answer:
@@ -116,7 +116,7 @@ def _over_seeds(run: Run, arm: str) -> Answer:
         clear=clear,
     )
     if word == "Withheld.":
-        sentence += " With at least one seed, failed requests could turn the sign; evaluating again asks them again."
+        sentence += " With at least one seed, failed requests hide too much; evaluating again asks them again."
     return Answer(arm, mood, word, sentence)
 
 

@@ -61,6 +61,7 @@ class Endpoint:
         self.models: list[dict[str, Any]] = [{"id": "stub"}]
         self.system_fingerprint: str | None = None
         self.key = ""
+        self.says = ""
 
     def is_captune(self, identity: str) -> None:
         """Publish a model as captune's own service does."""
@@ -110,7 +111,7 @@ class Endpoint:
             if play == "another root":
                 self.models = [{"id": "stub", "root": "/models/another"}]
             number = question.removeprefix("What is ").removesuffix("?")
-            message = {"role": "assistant", "content": f"Word{number}."}
+            message = {"role": "assistant", "content": self.says or f"Word{number}."}
             end = "length" if play == "cut" else "stop"
             return {
                 "choices": [{"message": message, "finish_reason": end}],

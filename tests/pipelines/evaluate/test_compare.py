@@ -13,18 +13,9 @@ import pytest
 from scipy import stats
 
 from pipelines.errors import UserError
-from pipelines.evaluate.compare import (
-    bootstrap_means,
-    compare,
-    interval,
-    level,
-    mcnemar,
-    run,
-    sentence,
-    summarise,
-    withheld,
-)
+from pipelines.evaluate.compare import compare, level, run, sentence, summarise, withheld
 from pipelines.evaluate.config import CompareConfig
+from pipelines.evaluate.statistics import bootstrap_means, interval, mcnemar
 from ray_jobs import cli
 
 CONFIG = CompareConfig(resamples=4000, seed=3, examples=2)
@@ -75,8 +66,10 @@ def test_differences_wins_and_mcnemar_by_hand() -> None:
 @pytest.mark.parametrize("won, lost", [(0, 0), (1, 0), (5, 5), (9, 2), (2, 9), (400, 330), (2000, 1900)])
 def test_mcnemar_is_exact(won: int, lost: int) -> None:
     """Against the sum of binomial coefficients in whole numbers."""
+    found = mcnemar(np.array([[0.0] * won + [0.9] * lost + [1.0, 0.3], [0.6] * won + [0.3] * lost + [1.0, 0.3]]))
+    assert (found["only_this_arm_correct"], found["only_baseline_correct"]) == (won, lost)
     tail = sum(math.comb(won + lost, k) for k in range(min(won, lost) + 1))
-    assert mcnemar(won, lost) == pytest.approx(min(1.0, Fraction(2 * tail, 2 ** (won + lost))), rel=1e-9)
+    assert found["p_value"] == pytest.approx(min(1.0, Fraction(2 * tail, 2 ** (won + lost))), rel=1e-9)
 
 
 def test_intervals_agree_with_scipy_and_pair_the_arms() -> None:
@@ -151,14 +144,22 @@ def test_failures_that_could_turn_the_sign_forbid_a_verdict() -> None:
     found = compare({"original": failing(right, 20), "enhanced": arm(right)}, CONFIG)
     difference = found["differences"]["enhanced"]
     assert difference["interval"][0] > 0 and difference["mcnemar"]["p_value"] < 1e-4 and not difference["excludes_zero"]
-    assert difference["failures"] == {"count": 20, "bounds": [0.0, pytest.approx(1 / 3)], "may_turn_the_sign": True}
-    assert "20 failed requests could turn the sign of the difference (+0.0 to +33.3)" in withheld(found)[0]
-    assert "no verdict, because failed requests could make it +0.0 to +33.3" in sentence(found, "enhanced")
+    assert difference["failures"] == {"count": 20, "bounds": [0.0, pytest.approx(1 / 3)], "forbid_a_verdict": True}
+    words = "no verdict, because 20 requests failed: answered, the difference could be +0.0 to +33.3"
+    assert words in withheld(found)[0] and words in sentence(found, "enhanced")
     assert summarise([found])["differences"]["enhanced"]["withheld"] == 1
-    better = compare({"original": failing([0.0] * 60, 6), "enhanced": failing(right, 6)}, CONFIG)
+
+
+def test_a_verdict_holds_in_the_worst_case_of_the_failures() -> None:
+    better = compare({"original": failing([0.0] * 60, 6), "enhanced": failing([1.0] * 60, 6)}, CONFIG)
     difference = better["differences"]["enhanced"]
     assert difference["failures"]["bounds"] == pytest.approx([(54 - 6) / 60, 1.0])
     assert difference["excludes_zero"] and not withheld(better)
+    # Six questions decide; one of them failed, and five are too few to tell.
+    few = compare({"original": failing([0.0] * 6, 1), "enhanced": arm([1.0] * 6)}, CONFIG)
+    difference = few["differences"]["enhanced"]
+    assert difference["failures"]["bounds"] == pytest.approx([5 / 6, 1.0]) and withheld(few)
+    assert not difference["excludes_zero"]
 
 
 def test_confidence_is_never_rounded_to_certainty() -> None:
@@ -226,7 +227,7 @@ def test_the_command_names_arms_and_refuses_a_mistyped_baseline(
         assert cli.main([*named[:3], *wrong, *named[3:]]) == 2
         assert words in capsys.readouterr().err
     assert cli.main(["compare", "lr=1", "sick", "--output", "out"]) == 1
-    assert "no verdict, because 1 failed requests could turn the sign" in capsys.readouterr().err
+    assert "no verdict, because 1 request failed: answered, the difference could be" in capsys.readouterr().err
 
 
 def test_several_seeds_are_summarised() -> None:

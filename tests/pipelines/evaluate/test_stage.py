@@ -189,8 +189,9 @@ def test_answers_that_are_cut_off_are_counted(
     files, out = benchmark(5), tmp_path / "out"
     endpoint.faults = {"What is 1?": ["cut"], "What is 3?": ["cut"]}
     assert command(files, endpoint, out) == 0
-    assert "100.00 % of 5 questions (reference OCR tokens were not in the prompt); 2 answers were cut off" in (
-        capsys.readouterr().out
+    assert (
+        "100.00 % of 5 questions (reference OCR tokens were not in the prompt); cut off at the limit of 16 tokens: 2"
+        in (capsys.readouterr().out)
     )
     scores = read_scores(out)
     assert scores["truncated"] == 2 and [row["truncated"] for row in scores["questions"]] == [False, True] * 2 + [False]
