@@ -6,16 +6,36 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
+from pipelines import cluster, preflight
+from pipelines.caption.config import CaptionConfig
+from pipelines.demand import Demand
+from pipelines.errors import Problem
 from pipelines.progress import say
 
 
+def lacking(caption: CaptionConfig | None = None, demands: Sequence[Demand] = ()) -> Iterator[Problem]:
+    """What this machine lacks for a command, when `ray_cluster` would start Ray on it; a cluster is asked once
+    connected.
+    """
+    ray = sys.modules.get("ray")
+    if not address() and not (ray and ray.is_initialized()):
+        yield from preflight.here(caption, demands)
+
+
 @contextmanager
-def ray_cluster() -> Iterator[None]:
-    """Ray for the time of a command."""
+def ray_cluster(caption: CaptionConfig | None = None, demands: Sequence[Demand] = ()) -> Iterator[None]:
+    """Ray for the time of a command that captions so, and otherwise demands so much of it.
+
+    Raises:
+        NotReady: Ray would wait for ever, because the machine or cluster never has what is asked for.
+    """
+    preflight.require(lacking(caption, demands))
     # Ray reads these when it is imported.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "0")
@@ -27,12 +47,13 @@ def ray_cluster() -> Iterator[None]:
 
     quiet_libraries()
     if ray.is_initialized():
+        cluster.require_room(caption, demands)
         yield
         return
-    address = os.environ.get("RAY_ADDRESS")
-    if address:
-        ray.init(address=address, logging_level=logging.WARNING, log_to_driver=True)
-        say(f"ray: connected to {address}, {ray.cluster_resources().get('CPU', 0):g} CPUs")
+    running = address()
+    if running:
+        ray.init(address=running, logging_level=logging.WARNING, log_to_driver=True)
+        say(f"ray: connected to {running}, {ray.cluster_resources().get('CPU', 0):g} CPUs")
     else:
         # Ray Train watches its controller through the dashboard's state API, and people like to look at it.
         context = ray.init(logging_level=logging.WARNING, log_to_driver=True, include_dashboard=True)
@@ -41,9 +62,18 @@ def ray_cluster() -> Iterator[None]:
             f"http://{context.dashboard_url}"
         )
     try:
+        cluster.require_room(caption, demands)
         yield
     finally:
         ray.shutdown()
+
+
+def address() -> str:
+    """Address of the cluster that Ray would connect to: RAY_ADDRESS, or one that `ray start` began on this machine."""
+    if address := os.environ.get("RAY_ADDRESS"):
+        return address
+    started = Path(os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp") / "ray" / "ray_current_cluster"
+    return started.read_text().strip() if started.is_file() else ""
 
 
 def quiet_libraries() -> None:

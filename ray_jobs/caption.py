@@ -7,6 +7,7 @@ if __name__ == "__main__":
 
 from pathlib import Path
 
+from pipelines import preflight
 from ray_jobs import _ending, _start, cli
 from ray_jobs._options import RESTART, Command, Option, parse, reading, required, writing
 
@@ -35,9 +36,17 @@ def main(argv: list[str]) -> int:
         found = estimate(recipe.dataset, recipe.caption)
         return _ending.tell(options, found, describe(found))
     output = required(options.output, "--output DIR", "caption")
+    preflight.require(
+        [
+            *preflight.dataset(recipe.dataset, "--input"),
+            *preflight.caption(recipe.caption),
+            *_start.lacking(recipe.caption),
+            *preflight.output(output),
+        ]
+    )
     from pipelines.caption import stage
 
-    with _start.ray_cluster():
+    with _start.ray_cluster(recipe.caption):
         manifest = stage.run(recipe.dataset, Path(output), recipe.caption, restart=options.restart)
     made = f"caption: {manifest['captioned']} of {manifest['rows_in']} rows captioned, in {output}"
     return _ending.end(options, manifest, made, "captune", "refine", output, "--output", "DIR")

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from pipelines import preflight
 from pipelines.evaluate.registry import BENCHMARKS
 from ray_jobs import _ending, _start, cli
 from ray_jobs._options import RESTART, Command, Option, parse, reading, writing
@@ -41,6 +42,14 @@ def main(argv: list[str]) -> int:
     config, output = recipe.evaluate, Path(options.output)
     if bool(options.model) == bool(options.endpoint):
         raise UserError("captune evaluate needs either --model DIR or --endpoint URL")
+    preflight.require(
+        [
+            *preflight.evaluate(config),
+            *(preflight.base_model(options.model, "--model") if options.model else ()),
+            *(_start.lacking(demands=[recipe.serve.demand()]) if options.model else ()),
+            *preflight.output(output),
+        ]
+    )
     if options.endpoint:
         manifest = stage.run(output, config, options.endpoint, restart=options.restart)
     else:
@@ -56,7 +65,7 @@ def main(argv: list[str]) -> int:
 @contextmanager
 def served(model: Path, config: ServeConfig) -> Iterator[str]:
     """The base URL of `model`, served on a free port for the time of a `with` block, on a Ray that starts no sooner."""
-    with _start.ray_cluster():
+    with _start.ray_cluster(demands=[config.demand()]):
         from serve import app
 
         base = app.start(model, config, name="evaluate", port=0)

@@ -7,6 +7,7 @@ if __name__ == "__main__":
 
 from pathlib import Path
 
+from pipelines import preflight
 from ray_jobs import _ending, cli
 from ray_jobs._options import RESTART, Command, parse, reading, writing
 
@@ -28,6 +29,13 @@ COMMAND = Command(
 def main(argv: list[str]) -> int:
     """`captune merge ADAPTER --model DIR --output DIR`."""
     recipe, options = parse(COMMAND, argv)
+    preflight.require(
+        [
+            *preflight.base_model(options.model, "--model"),
+            *preflight.adapter(options.adapter),
+            *preflight.output(options.output, size=preflight.size_of(options.model), what="the merged weights"),
+        ]
+    )
     from pipelines.adapters import merge
 
     paths = (Path(options.model), Path(options.adapter), Path(options.output))

@@ -8,19 +8,21 @@ if __name__ == "__main__":
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
+from pipelines import preflight
 from pipelines.errors import UserError, WorkFailed
 from pipelines.files import write_text
 from pipelines.progress import clock, say
 from pipelines.rundir import RunDir
-from ray_jobs import _start, cli
-from ray_jobs._options import CONFIG_OPTION, RESTART, WHOLE, Command, lasting, parse
+from ray_jobs import _ending, _plan, _start, cli
+from ray_jobs._options import CONFIG_OPTION, RESTART, WHOLE, Command, Option, lasting, parse
 from ray_jobs.recipe import Recipe, absolute, recipe_yaml
 
 COMMAND = Command(
     "run",
     "Walk the whole hallway for every arm of a recipe: what is complete is skipped, what is half done continues.",
-    (CONFIG_OPTION, RESTART),
+    (CONFIG_OPTION, Option("--dry-run", about="say what stands in the way and what would run; write nothing"), RESTART),
     reads=WHOLE,
     first="--config",
     example="captune run sample --run_dir runs/mine --train.lora.rank 8",
@@ -34,40 +36,86 @@ def main(argv: list[str]) -> int:
         raise UserError("captune run needs a recipe with arms: captune run sample, or captune run my_recipe.yaml")
     lasting(recipe.run_dir, "run_dir")
     lasting(recipe.sample.out or recipe.run_dir, "sample.out")
+    if options.dry_run:
+        return _dry_run(recipe, options)
     started = time.monotonic()
-    with _start.ray_cluster():
+    preflight.require(_plan.problems(recipe))
+    steps, others = _plan.steps(recipe, restart=options.restart, measure=False)
+    preflight.require(others)
+    if all(step.state == "complete" for step in steps):
+        conclude(recipe)
+    else:
         run(recipe, restart=options.restart)
     say(f"done in {clock(time.monotonic() - started)}: open {RunDir(Path(recipe.run_dir)).report}")
     return 0
 
 
+def _dry_run(recipe: Recipe, options: SimpleNamespace) -> int:
+    """The plan, or everything that stands in its way; a cluster is asked what it has."""
+    found = list(_plan.problems(recipe))
+    steps: list[_plan.Step] = []
+    if not found:
+        steps, found = _plan.steps(recipe, restart=options.restart, measure=True)
+    if not found and _start.address():
+        with _start.ray_cluster(recipe.caption, _plan.demands(recipe)):
+            pass
+    if options.json or not found:
+        _ending.tell(options, _plan.as_json(steps, found), _plan.describe(steps))
+    preflight.require(found)
+    return 0
+
+
 def run(recipe: Recipe, *, restart: bool = False) -> None:
-    """Every stage of every arm and seed, then the comparison and the report. Ray is running.
+    """Every stage of every arm and seed, then the comparison and the report.
 
     Raises:
         WorkFailed: a stage failed; or, when all is written, so many requests that they forbid a verdict.
     """
-    from pipelines.caption import stage as caption
-    from pipelines.evaluate import compare
-    from pipelines.refine import stage as refine
-    from pipelines.report import page
     from pipelines.sample.world import write_world
 
-    place = RunDir(Path(recipe.run_dir).resolve(), tuple(recipe.seeds))
+    place = _place(recipe)
     place.root.mkdir(parents=True, exist_ok=True)
     if recipe.sample.out:
         write_world(recipe.sample.out, recipe.sample, restart=restart)
+        preflight.require(_plan.problems(recipe))  # of what has just been drawn
     recipe = keep(recipe, place)
-    caption.run(recipe.dataset, place.captions, recipe.caption, restart=restart)
-    for arm, config in recipe.arms.items():
-        refine.run(place.captions, place.dataset(arm), config, arm=arm, restart=restart)
-    comparisons = {seed: _train_and_compare(recipe, place, seed, restart) for seed in recipe.seeds}
-    if all(comparisons.values()):
+    with _start.ray_cluster(recipe.caption, _plan.demands(recipe)):
+        from pipelines.caption import stage as caption
+        from pipelines.refine import stage as refine
+
+        caption.run(recipe.dataset, place.captions, recipe.caption, restart=restart)
+        for arm, config in recipe.arms.items():
+            refine.run(place.captions, place.dataset(arm), config, arm=arm, restart=restart)
+        for seed in recipe.seeds:
+            _train_and_evaluate(recipe, place, seed, restart)
+    conclude(recipe)
+
+
+def conclude(recipe: Recipe) -> None:
+    """Compare the arms of every seed, and draw the report.
+
+    Raises:
+        WorkFailed: when all is written, so many requests failed that they forbid a verdict.
+    """
+    from pipelines.evaluate import compare
+    from pipelines.report import page
+
+    place = _place(recipe)
+    comparisons = {}
+    if len(recipe.arms) > 1:
+        for seed in recipe.seeds:
+            walks = {arm: place.walk(arm, seed).evaluation(recipe.evaluate.benchmark) for arm in recipe.arms}
+            evaluations = {arm: evaluation.directory for arm, evaluation in walks.items()}
+            comparisons[seed] = compare.run(evaluations, place.comparing(seed), recipe.compare)
         _write_comparison(place, comparisons)
     page.run(place.root)
-    reasons = [reason for found in comparisons.values() if found for reason in compare.withheld(found)]
+    reasons = [reason for found in comparisons.values() for reason in compare.withheld(found)]
     if reasons:
         raise WorkFailed("; ".join(reasons))
+
+
+def _place(recipe: Recipe) -> RunDir:
+    return RunDir(Path(recipe.run_dir).resolve(), tuple(recipe.seeds))
 
 
 def keep(recipe: Recipe, place: RunDir) -> Recipe:
@@ -87,25 +135,22 @@ def keep(recipe: Recipe, place: RunDir) -> Recipe:
     return recipe
 
 
-def _train_and_compare(recipe: Recipe, place: RunDir, seed: int, restart: bool) -> dict:
-    """Train, merge, serve and evaluate every arm with one seed; the comparison of the arms, empty for a single arm."""
+def _train_and_evaluate(recipe: Recipe, place: RunDir, seed: int, restart: bool) -> None:
+    """Train, merge, serve and evaluate every arm with one seed."""
     from pipelines.adapters import merge
-    from pipelines.evaluate import compare
     from pipelines.evaluate import stage as evaluate
     from pipelines.train import stage as loop
     from ray_jobs.evaluate import served
 
     base, train = Path(recipe.train.model), replace(recipe.train, seed=seed)
-    evaluations = {}
     for arm in recipe.arms:
         walk = place.walk(arm, seed)
         adapter, merged = walk.adapter.directory, walk.merged.directory
         loop.run(place.dataset(arm), base, adapter, train, arm=walk.directory.name, restart=restart)
         merge.run(base, adapter, merged, recipe.merge, restart=restart)
-        evaluations[arm] = walk.evaluation(recipe.evaluate.benchmark).directory
+        answers = walk.evaluation(recipe.evaluate.benchmark).directory
         endpoint = evaluate.Served(merged, served(merged, recipe.serve))
-        evaluate.run(evaluations[arm], recipe.evaluate, endpoint, restart=restart)
-    return compare.run(evaluations, place.comparing(seed), recipe.compare) if len(evaluations) > 1 else {}
+        evaluate.run(answers, recipe.evaluate, endpoint, restart=restart)
 
 
 def _write_comparison(place: RunDir, comparisons: dict[int, dict]) -> None:

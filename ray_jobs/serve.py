@@ -9,6 +9,7 @@ import signal
 import threading
 from pathlib import Path
 
+from pipelines import preflight
 from pipelines.progress import say
 from ray_jobs import _ending, _start, cli
 from ray_jobs._options import Command, Option, parse, reading
@@ -32,7 +33,9 @@ def main(argv: list[str]) -> int:
     """`captune serve DIR [--port N]`: serves until it is interrupted."""
     recipe, options = parse(COMMAND, argv)
     model = Path(options.model)
-    with _start.ray_cluster():
+    demands = [recipe.serve.demand()]
+    preflight.require([*preflight.base_model(options.model, "--model"), *_start.lacking(demands=demands)])
+    with _start.ray_cluster(demands=demands):
         from serve import app
 
         base = app.start(model, recipe.serve, name=options.name, port=options.port, host=options.host)

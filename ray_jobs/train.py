@@ -7,6 +7,7 @@ if __name__ == "__main__":
 
 from pathlib import Path
 
+from pipelines import preflight
 from ray_jobs import _ending, _start, cli
 from ray_jobs._options import RESTART, Command, parse, reading, writing
 
@@ -29,9 +30,18 @@ COMMAND = Command(
 def main(argv: list[str]) -> int:
     """`captune train DATASET --model DIR --output DIR`."""
     recipe, options = parse(COMMAND, argv)
+    demands = [recipe.train.demand()]
+    preflight.require(
+        [
+            *preflight.dataset(options.input, "--input"),
+            *preflight.train(recipe.train, options.model),
+            *_start.lacking(demands=demands),
+            *preflight.output(options.output),
+        ]
+    )
     from pipelines.train import stage
 
-    with _start.ray_cluster():
+    with _start.ray_cluster(demands=demands):
         manifest = stage.run(
             Path(options.input), Path(options.model), Path(options.output), recipe.train, restart=options.restart
         )

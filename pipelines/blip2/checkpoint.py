@@ -13,6 +13,7 @@ from pipelines.errors import UserError
 from pipelines.manifest import read_json
 
 IMAGE_TOKEN = "<image>"
+_HUB_SECONDS = 2.0
 _HUB_ID = re.compile(r"[\w-]+(\.[\w-]+)*/[\w.-]+")
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 
@@ -38,6 +39,29 @@ def resolve(model: str, key: str = "caption.model") -> Path:
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"{key}: {model} is no directory here and could not be had from the hub ({reason})") from None
+
+
+def locate(model: str, key: str = "caption.model") -> Path | None:
+    """As `resolve`, but downloads nothing: None for a model that the hub has and this machine has not yet.
+
+    Raises:
+        UserError: as `resolve`.
+    """
+    if not _HUB_ID.fullmatch(model) or Path(model).exists() or model.startswith("."):
+        return resolve(model, key)
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(model, local_files_only=True))
+    except LocalEntryNotFoundError:
+        pass  # not here yet
+    try:
+        HfApi().model_info(model, timeout=_HUB_SECONDS)
+    except Exception as error:  # offline, refused, unknown: the client has a dozen classes for it
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"{key}: {model} is no directory here and could not be had from the hub ({reason})") from None
+    return None
 
 
 def check(directory: Path, prompt: str = "", max_new_tokens: int = 1) -> None:

@@ -65,12 +65,7 @@ def size_pass(config: CaptionConfig, cpus: float, gpus: float) -> Sizing:
     Raises:
         UserError: fewer than 2 CPUs, or more GPUs per replica than there are.
     """
-    if cpus < _FEWEST_CPUS:
-        raise UserError(f"captioning needs a Ray cluster with at least 2 CPUs, this one has {cpus:g}")
-    if config.gpus_per_actor > gpus:
-        raise UserError(
-            f"caption.gpus_per_actor: a replica asks for {config.gpus_per_actor:g} GPU(s), the Ray cluster has {gpus:g}"
-        )
+    check_room(config, cpus, gpus, "the Ray cluster")
     beside_whole = cpus - _FILTER - _TASKS * _WHOLE
     room = max(beside_whole, _room_beside_small_tasks(cpus))
     wish = most = most_actors(config)
@@ -92,6 +87,20 @@ def size_pass(config: CaptionConfig, cpus: float, gpus: float) -> Sizing:
         feeders=1 if few else None,
         writers=2 if few else None,
     )
+
+
+def check_room(config: CaptionConfig, cpus: float, gpus: float, where: str) -> None:
+    """Refuse a machine or cluster (called `where`) that is too small for one replica.
+
+    Raises:
+        UserError: fewer than 2 CPUs, or more GPUs per replica than there are.
+    """
+    if config.gpus_per_actor > gpus:
+        raise UserError(
+            f"caption.gpus_per_actor: a replica needs {config.gpus_per_actor:g} GPU(s), {where} has {gpus:g}"
+        )
+    if cpus < _FEWEST_CPUS:
+        raise UserError(f"caption: needs at least 2 CPUs for a replica and what feeds it, {where} has {cpus:g}")
 
 
 def most_actors(config: CaptionConfig) -> int:

@@ -33,8 +33,7 @@ def write_world(out: Path | str, config: SampleConfig, *, models: bool = True, r
     Raises:
         UserError: `out` holds something else.
     """
-    inputs = {"sample": {**vars(config), "out": None}, "models": models}
-    output = open_stage(out, "sample", inputs, restart=restart)
+    output = open_stage(out, "sample", inputs(config, models), restart=restart)
     if output.complete:
         return output.manifest
     out = Path(out)
@@ -49,6 +48,11 @@ def write_world(out: Path | str, config: SampleConfig, *, models: bool = True, r
         for model in ("blip2", "mgm"):
             shutil.copytree(MODELS / model, out / "models" / model, dirs_exist_ok=True)
     return output.finish(counts=counts)
+
+
+def inputs(config: SampleConfig, models: bool = True) -> dict[str, Any]:
+    """Everything that decides what is drawn."""
+    return {"sample": {**vars(config), "out": None}, "models": models}
 
 
 def _write_pairs(out: Path, config: SampleConfig, progress: Progress) -> int:

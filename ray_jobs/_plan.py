@@ -1,0 +1,298 @@
+"""What `captune run` would do: everything that stands in its way, and the way itself, stage by stage. Writes nothing.
+
+A stage's fingerprint is known before the stage has run, because it is made of what goes in; so a directory that belongs
+to another recipe is found before the first stage begins, and a run of which everything is done is known as such without
+Ray.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from pipelines import preflight
+from pipelines.demand import Demand
+from pipelines.errors import Problem, UserError
+from pipelines.manifest import MANIFEST, StageOutput, identity, look
+from pipelines.progress import clock
+from pipelines.rundir import RunDir, Walk
+from ray_jobs import _start
+from ray_jobs.recipe import Recipe
+
+
+@dataclass
+class Step:
+    """One stage of a run.
+
+    Attributes:
+        stage: e.g. `train original`.
+        directory: that it writes.
+        state: `complete`, `continues` (a kill left half of it), `grows` (the dataset has new rows) or `starts`.
+        rows: that go through it, where that is known before it begins.
+        work: what it has to do, in words; empty when it is complete.
+        seconds: that it should take, where a stage can say.
+        memory: bytes of the largest process, where a stage can say.
+    """
+
+    stage: str
+    directory: str
+    state: str
+    rows: int | None = None
+    work: str = ""
+    seconds: float | None = None
+    memory: int | None = None
+
+
+def demands(recipe: Recipe) -> list[Demand]:
+    """What its stages ask of the machines; captioning, which adapts to them, is asked by itself."""
+    arms = [config.demand(f"arms.{arm}") for arm, config in recipe.arms.items() if config.recipe]
+    return [*arms, recipe.train.demand(), recipe.serve.demand()]
+
+
+def problems(recipe: Recipe) -> Iterator[Problem]:
+    """Everything that stands in the way of a run. What the sample world will bring is not missed before it is drawn."""
+    place = RunDir(Path(recipe.run_dir), tuple(recipe.seeds))
+    for problem in (
+        *preflight.dataset(recipe.dataset),
+        *preflight.caption(recipe.caption),
+        *preflight.train(recipe.train, recipe.train.model),
+        *preflight.evaluate(recipe.evaluate),
+    ):
+        if not _will_be_drawn(recipe, problem.key):
+            yield problem
+    for arm, config in recipe.arms.items():
+        done = (place.dataset(arm) / MANIFEST).is_file()
+        yield from preflight.refine(config, f"arms.{arm}", done=done)
+    yield from _start.lacking(recipe.caption, demands(recipe))
+    yield from preflight.output(recipe.run_dir, "run_dir", *_merged_models(recipe, place))
+    if recipe.sample.out:
+        yield from preflight.output(recipe.sample.out, "sample.out")
+
+
+def _will_be_drawn(recipe: Recipe, key: str) -> bool:
+    """The key names something in a sample world that is not drawn yet."""
+    if not recipe.sample.out or (Path(recipe.sample.out) / MANIFEST).is_file():
+        return False
+    value: Any = recipe
+    for part in key.split("."):
+        value = getattr(value, part, None)
+    return isinstance(value, str) and Path(recipe.sample.out).resolve() in Path(value).resolve().parents
+
+
+def _merged_models(recipe: Recipe, place: RunDir) -> tuple[int, str]:
+    """Bytes of the merged models that are still to be written."""
+    base = preflight.size_of(recipe.train.model)
+    walks = [place.walk(arm, seed) for arm in recipe.arms for seed in recipe.seeds]
+    missing = sum(not walk.merged.directory.exists() for walk in walks)
+    return base * missing, f"{missing} merged models"
+
+
+def steps(recipe: Recipe, *, restart: bool, measure: bool) -> tuple[list[Step], list[Problem]]:
+    """The stages in their order, and those whose directories belong to other runs.
+
+    Args:
+        restart: what lies there is thrown away.
+        measure: load the captioner and measure it, if there is something to caption.
+    """
+    plan = _Plan(restart, measure)
+    place = RunDir(Path(recipe.run_dir).resolve(), tuple(recipe.seeds))
+    if recipe.sample.out:
+        plan.sample(recipe)
+    captions = plan.caption(recipe, place)
+    for arm in recipe.arms:
+        plan.refine(recipe, place, arm, captions)
+    for seed in recipe.seeds:
+        for arm in recipe.arms:
+            plan.walk(recipe, place.dataset(arm), place.walk(arm, seed), seed)
+    return plan.steps, plan.problems
+
+
+class _Plan:
+    """The steps so far, and what stands in their way."""
+
+    def __init__(self, restart: bool, measure: bool) -> None:
+        self.restart, self.measure = restart, measure
+        self.steps: list[Step] = []
+        self.problems: list[Problem] = []
+        self.identities: dict[Path, str] = {}
+
+    def sample(self, recipe: Recipe) -> None:
+        """The sample world."""
+        from pipelines.sample.world import inputs
+
+        size = recipe.sample
+        rows = size.pairs + size.instructions + size.questions
+        self._add("sample", Path(size.out or ""), lambda: inputs(size), rows, f"{rows:,} pictures")
+
+    def caption(self, recipe: Recipe, place: RunDir) -> Step:
+        """Captioning; while it is to be done, the dataset is counted and a sample of it captioned to measure."""
+        from pipelines.blip2 import checkpoint
+        from pipelines.caption.stage import GROWS, inputs
+        from pipelines.formats import open_dataset
+
+        def wanted() -> dict[str, Any]:
+            return inputs(open_dataset(recipe.dataset), checkpoint.resolve(recipe.caption.model), recipe.caption)
+
+        step = self._add("caption", place.captions, wanted, grows=GROWS)
+        if step.state == "complete":
+            return step
+        drawn = not _will_be_drawn(recipe, "dataset")
+        step.rows = None if drawn else recipe.sample.pairs
+        if drawn and self.measure and checkpoint.locate(recipe.caption.model) is not None:
+            _estimate(step, recipe)
+        return step
+
+    def refine(self, recipe: Recipe, place: RunDir, arm: str, captions: Step) -> None:
+        """An arm's data."""
+        from pipelines.refine.operators import read_recipe
+        from pipelines.refine.stage import inputs
+
+        config = recipe.arms[arm]
+        process = read_recipe(config.recipe) if config.recipe else []
+        self._add(
+            f"refine {arm}",
+            place.dataset(arm),
+            lambda: inputs(self._identity(place.captions), process, config),
+            captions.rows,
+            f"text: {config.text}, {len(process)} operators",
+        )
+
+    def walk(self, recipe: Recipe, dataset: Path, walk: Walk, seed: int) -> None:
+        """One model's way: training, merge, evaluation."""
+        from pipelines.adapters.config import decides
+        from pipelines.modelfiles import model_identity
+        from pipelines.train.stage import inputs
+
+        train, base = replace(recipe.train, seed=seed), Path(recipe.train.model)
+        adapter, merged = walk.adapter.directory, walk.merged.directory
+        phases = _phases(recipe, dataset)
+
+        def wanted() -> dict[str, Any]:
+            return inputs(model_identity(base), {name: self._identity(path) for name, path in phases.items()}, train)
+
+        counts = [getattr(train, name) for name in phases]
+        rows = sum(phase.steps * phase.micro_batch * phase.accumulation * train.workers for phase in counts)
+        work = " + ".join(f"{phase.steps} steps of {name}" for name, phase in zip(phases, counts, strict=True))
+        self._add(f"train {walk.name}", adapter, wanted, rows, work)
+        self._add(
+            f"merge {walk.name}",
+            merged,
+            lambda: decides(model_identity(base), self._identity(adapter), recipe.merge),
+            work="one model directory",
+        )
+        self._evaluate(recipe, walk)
+
+    def _evaluate(self, recipe: Recipe, walk: Walk) -> None:
+        """Questions to a merged model; whose answers lie there is known once there is one."""
+        from pipelines.evaluate.stage import find_images, inputs, read_questions
+        from pipelines.modelfiles import model_identity
+
+        name, directory = f"evaluate {walk.name}", walk.evaluation(recipe.evaluate.benchmark).directory
+        drawn = not _will_be_drawn(recipe, "evaluate.annotations")
+        questions = read_questions(recipe.evaluate) if drawn else []
+        rows = len(questions) if drawn else recipe.sample.questions
+        work = f"{recipe.evaluate.benchmark} through {recipe.serve.replicas} replica(s)"
+        if self.steps[-1].state != "complete":
+            state = "continues" if directory.exists() and not self.restart else "starts"
+            self.steps.append(Step(name, str(directory), state, rows, work))
+            return
+
+        def wanted() -> dict[str, Any]:
+            images = find_images(recipe.evaluate, questions)
+            return inputs(recipe.evaluate, questions, images, model_identity(walk.merged.directory))
+
+        step = self._add(name, directory, wanted, rows, work)
+        if step.state == "complete" and walk.evaluation(recipe.evaluate.benchmark).manifest["errors"]:
+            step.state, step.work = "continues", "questions without an answer are asked again"
+
+    def _add(
+        self,
+        name: str,
+        directory: Path,
+        wanted: Callable[[], dict[str, Any]],
+        rows: int | None = None,
+        work: str = "",
+        grows: tuple[str, ...] = (),
+    ) -> Step:
+        """One more step; what its fingerprint is made of is asked only when something lies in its directory."""
+        step = Step(name, str(directory), "starts", rows, work)
+        self.steps.append(step)
+        if self.restart or not directory.exists():
+            return step
+        try:
+            output = look(directory, name.split()[0], wanted(), grows=grows)
+        except UserError as error:
+            self.problems.append(Problem(name, str(error)))
+            return step
+        self.identities[directory] = output.fingerprint
+        step.state = _state(output)
+        if output.complete:
+            step.work = ""
+            step.rows = _rows(output.manifest) or rows
+        return step
+
+    def _identity(self, directory: Path) -> str:
+        """Of a stage's directory, also of one that is not complete yet; of a directory that is not there, nothing."""
+        if directory in self.identities:
+            return self.identities[directory]
+        return identity(directory) if directory.exists() else ""
+
+
+def _phases(recipe: Recipe, dataset: Path) -> dict[str, Path]:
+    """Phase -> its data, whether they are there yet or not."""
+    phases = {"align": dataset} if recipe.train.align.steps else {}
+    if recipe.train.instruct.steps and recipe.train.instruct_data:
+        phases["instruct"] = Path(recipe.train.instruct_data).resolve()
+    return phases
+
+
+def _state(output: StageOutput) -> str:
+    return "complete" if output.complete else "grows" if output.grown else "continues" if output.resumed else "starts"
+
+
+def _rows(manifest: dict[str, Any]) -> int | None:
+    rows = manifest.get("rows_in")
+    return rows if isinstance(rows, int) else None
+
+
+def _estimate(step: Step, recipe: Recipe) -> None:
+    """What captioning says of itself."""
+    from pipelines.caption.estimate import estimate
+
+    found = estimate(recipe.dataset, recipe.caption)
+    step.rows = found["rows"]
+    step.memory = found.get("memory_per_actor")
+    most = max(recipe.caption.actors, recipe.caption.max_actors)
+    step.seconds = next((3600 * row["hours"] for row in found["actors"] if row["actors"] == most), None)
+    step.work = f"{most} replica(s)"
+
+
+def describe(plan: list[Step]) -> str:
+    """The plan for a person."""
+    cells = [("stage", "state", "rows", "time", "memory", "what")]
+    cells += [
+        (
+            step.stage,
+            step.state,
+            "" if step.rows is None else f"{step.rows:,}",
+            "" if step.seconds is None else clock(step.seconds),
+            "" if step.memory is None else f"{step.memory / 1e9:.1f} GB",
+            step.work or step.directory,
+        )
+        for step in plan
+    ]
+    widths = [max(len(row[column]) for row in cells) for column in range(5)]
+    lines = [
+        "  ".join(
+            [row[0].ljust(widths[0]), row[1].ljust(widths[1]), *(row[n].rjust(widths[n]) for n in (2, 3, 4)), row[5]]
+        )
+        for row in cells
+    ]
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def as_json(plan: list[Step], found: list[Problem]) -> dict[str, Any]:
+    """The plan for a program."""
+    return {"steps": [asdict(step) for step in plan], "problems": [asdict(problem) for problem in found]}
