@@ -170,7 +170,7 @@ def _conversation(scene: Scene, rng: random.Random) -> list[dict[str, str]]:
 
 
 def _write_questions(out: Path, config: SampleConfig, progress: Progress) -> int:
-    """`textvqa/` in the layout of TextVQA 0.5.1, with the OCR tokens that its Rosetta files bring."""
+    """`textvqa/` in the layout of TextVQA 0.5.1, whose OCR tokens stand in the Rosetta file alone."""
     rng = random.Random(f"validation/{config.seed}")
     images = out / "textvqa" / "train_images"
     images.mkdir(parents=True, exist_ok=True)
@@ -188,7 +188,6 @@ def _write_questions(out: Path, config: SampleConfig, progress: Progress) -> int
                 "image_width": scene.size[0],
                 "image_height": scene.size[1],
                 "image_classes": [item.kind for item in scene.writings],
-                "ocr_tokens": tokens,
                 "answers": human_answers(question, rng),
                 "set_name": "val",
             }

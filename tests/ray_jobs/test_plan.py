@@ -1,0 +1,163 @@
+"""What `captune run` says before it works: everything that is missing at once, and the plan; and that the recipes which
+come with captune fit the files that people have.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipelines import machine
+from pipelines.sample.config import SampleConfig
+from pipelines.sample.world import write_world
+from ray_jobs import cli
+
+ROOT = Path(__file__).parents[2]
+GIB = 2**30
+SMALL = SampleConfig(pairs=20, instructions=8, questions=8)
+BROUGHT = {
+    "dataset": "data/pairs.jsonl",
+    "caption.model": "models/blip2-opt-2.7b",
+    "train.model": "models/mgm-2b",
+    "train.instruct_data": "data/instruct.json",
+    "evaluate.annotations": "data/textvqa/TextVQA_0.5.1_val.json",
+    "evaluate.images": "data/textvqa/train_images",
+    "evaluate.ocr": "data/textvqa/TextVQA_Rosetta_OCR_v0.2_val.json",
+}
+"""Keys of files that people bring themselves, and where mgm2b_30k looks for them."""
+
+
+@pytest.fixture(scope="module")
+def brought(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory as the README tells people to fill it; the sample's small models stand where the weights belong."""
+    root = tmp_path_factory.mktemp("brought")
+    world = root / "world"
+    write_world(world, SMALL)
+    (root / "data").mkdir()
+    (root / "models").mkdir()
+    for place, source in {
+        "data/pairs.jsonl": "dataset.jsonl",
+        "data/images": "images",
+        "data/instruct.json": "instruct.json",
+        "data/instruct": "instruct",
+        "data/textvqa": "textvqa",
+        "models/blip2-opt-2.7b": "models/blip2",
+        "models/mgm-2b": "models/mgm",
+    }.items():
+        (root / place).symlink_to(world / source)
+    return root
+
+
+@pytest.fixture
+def large(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine that has what the largest recipe asks for."""
+    monkeypatch.setattr(machine, "cpus", lambda: 64)
+    monkeypatch.setattr(machine, "cards", lambda: (machine.Card("a card", 24 * GIB),) * 8)
+
+
+def asked(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, dict[str, Any]]:
+    status = cli.main(["run", *argv, "--dry-run", "--json"])
+    return status, json.loads(capsys.readouterr().out)
+
+
+def test_everything_that_is_missing_is_said_at_once_without_ray(tmp_path: Path) -> None:
+    code = (
+        "import sys; from ray_jobs import cli; status = cli.main(['run', 'mgm2b_30k'])\n"
+        "print(status, sorted({'torch', 'ray', 'transformers', 'pyarrow'} & set(sys.modules)))"
+    )
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=True)
+    assert done.stdout.split(maxsplit=1) == ["2", "[]\n"]
+    for key in (*BROUGHT, "caption.gpus_per_actor", "train.use_gpu", "serve.gpus_per_replica"):
+        assert f"\n  {key}: " in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("recipe", ["mgm2b_30k", "mgm2b_1m"])
+def test_a_recipe_fits_the_published_layouts(
+    recipe: str, brought: Path, large: None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TextVQA's annotations hold no OCR tokens; both recipes ask for them, and find them in the Rosetta file."""
+    monkeypatch.chdir(brought)
+    moved = [word for key, place in BROUGHT.items() for word in (f"--{key}", place)] if recipe == "mgm2b_1m" else []
+    status, plan = asked(capsys, recipe, *moved, "--run_dir", "runs/x")
+    assert plan["problems"] == []
+    assert status == 0
+    found = {step["stage"]: step for step in plan["steps"]}
+    assert found["caption"]["rows"] == SMALL.pairs
+    assert found["caption"]["memory"] > 0
+    assert found["evaluate enhanced"]["rows"] == SMALL.questions
+    assert {step["state"] for step in plan["steps"]} == {"starts"}
+    assert not (brought / "runs").exists()
+
+
+def test_without_the_rosetta_file_the_recipe_is_refused(
+    brought: Path, large: None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(brought)
+    status, plan = asked(capsys, "mgm2b_30k", "--evaluate.ocr", "")
+    assert status == 2
+    assert [problem["key"] for problem in plan["problems"]] == ["evaluate.annotations"]
+    assert "has no 'ocr_tokens'" in plan["problems"][0]["message"]
+
+
+def test_wrong_operators_and_directories_of_others_are_found(
+    brought: Path, large: None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(brought)
+    (tmp_path / "own.yaml").write_text("process:\n  - words_number_filter: {min_num: 3}\n")
+    status, plan = asked(capsys, "mgm2b_30k", "--arms.enhanced.recipe", str(tmp_path / "own.yaml"))
+    assert (status, plan["problems"][0]["key"]) == (2, "arms.enhanced.recipe")
+    assert "words_num_filter" in plan["problems"][0]["message"]
+    (tmp_path / "run" / "captions").mkdir(parents=True)
+    (tmp_path / "run" / "captions" / "notes.txt").write_text("mine")
+    status, plan = asked(capsys, "mgm2b_30k", "--run_dir", str(tmp_path / "run"))
+    assert status == 2
+    assert [problem["key"] for problem in plan["problems"]] == ["caption"]
+
+
+@pytest.mark.heavy
+@pytest.mark.timeout(900)
+def test_the_reference_recipe_really_runs(brought: Path) -> None:
+    """Every stage of mgm2b_30k on twenty rows: its files, arms, phases, precision and OCR tokens; without its card,
+    with fewer steps, and with DDP in place of ZeRO-3, which would first compile an operator.
+    """
+    options = {
+        "caption.gpus_per_actor": 0,
+        "caption.cpus_per_actor": 0.9,
+        "train.use_gpu": "false",
+        "train.cpus_per_worker": 1,
+        "train.strategy": "ddp",
+        "train.max_length": 256,
+        "train.align.steps": 1,
+        "train.align.accumulation": 2,
+        "train.instruct.steps": 1,
+        "train.instruct.accumulation": 2,
+        "serve.gpus_per_replica": 0,
+    }
+    words = [word for key, value in options.items() for word in (f"--{key}", str(value))]
+    command = [sys.executable, "-m", "ray_jobs.cli", "run", "mgm2b_30k", *words]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    first = subprocess.run(command, cwd=brought, env=env, capture_output=True, text=True, check=False)
+    assert first.returncode == 0, first.stderr[-4000:]
+    run = brought / "runs" / "mgm2b_30k"
+    for arm in ("original", "enhanced"):
+        scores = json.loads((run / arm / "predictions" / "textvqa" / "scores.json").read_text())
+        assert scores["count"] == SMALL.questions
+        assert scores["ocr_tokens"] is True
+        asked_for = (run / arm / "predictions" / "textvqa" / "predictions.jsonl").read_text().splitlines()
+        assert all("Reference OCR token: " in json.loads(line)["prompt"] for line in asked_for)
+    assert (run / "report" / "index.html").is_file()
+    started = time.monotonic()
+    again = subprocess.run(command, cwd=brought, env=env, capture_output=True, text=True, check=False)
+    assert again.returncode == 0, again.stderr[-4000:]
+    assert "ray: started" not in again.stderr
+    assert time.monotonic() - started < 60
