@@ -11,15 +11,18 @@ import logging
 import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import fastapi
+import ray
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field
 from ray import serve
+from ray.exceptions import RayActorError
 from ray.serve import Application
 from starlette.exceptions import HTTPException
 
@@ -31,6 +34,7 @@ from serve.config import ServeConfig
 from serve.gate import BatchGate
 
 _HEALTHY_WITHIN_S = 60.0
+_SHUTDOWN_S = 30.0
 _PROXY_READY_S = 60
 """Ray Serve kills a proxy that is not up within this time; its own 5 s are too few for a machine that also trains."""
 _PROXY_GRACE_S = 2.0
@@ -199,6 +203,10 @@ def stop(name: str = "captune") -> None:
     """Take the application away; the last one takes Ray Serve, and with it the port, along."""
     serve.delete(name)
     if not serve.status().applications:
+        # The controller's last task kills the controller itself; `serve.shutdown` lets Ray retry it, and Ray complains.
+        client: Any = serve.context._get_global_client()
+        with suppress(RayActorError):
+            ray.get(client._controller.graceful_shutdown.options(max_task_retries=0).remote(), timeout=_SHUTDOWN_S)
         serve.shutdown()
 
 

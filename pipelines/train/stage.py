@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -126,7 +127,7 @@ def _fit(model: Path, output: Path, config: TrainConfig, data: dict[str, str], w
             logging_config=LoggingConfig(log_level="WARNING"),
         ),
     )
-    with _Watch(output, {phase: getattr(config, phase).steps for phase in data}, what):
+    with _cluster_in_environment(), _Watch(output, {phase: getattr(config, phase).steps for phase in data}, what):
         try:
             facts: dict[str, Any] | None = _beside(trainer.fit).return_value
         except TrainingFailedError as error:
@@ -136,6 +137,23 @@ def _fit(model: Path, output: Path, config: TrainConfig, data: dict[str, str], w
     if "error" in facts:
         raise {"UserError": UserError, "WorkFailed": WorkFailed}[facts["error"]](facts["message"])
     return facts
+
+
+@contextmanager
+def _cluster_in_environment() -> Iterator[None]:
+    """RAY_ADDRESS for Ray Train's own actors: they look for their cluster anew, and two may run here."""
+    import ray
+    from ray.train.v2._internal import constants
+
+    constants.ENV_VARS_TO_PROPAGATE.add("RAY_ADDRESS")
+    if "RAY_ADDRESS" in os.environ:
+        yield
+        return
+    os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
+    try:
+        yield
+    finally:
+        del os.environ["RAY_ADDRESS"]
 
 
 def _beside(work: Callable[[], Any]) -> Any:
