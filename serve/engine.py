@@ -13,13 +13,10 @@ from typing import Any
 
 import torch
 from PIL.Image import Image
-from transformers import AutoModelForImageTextToText, AutoProcessor, LogitsProcessor, StoppingCriteria
+from transformers import LogitsProcessor, StoppingCriteria
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from pipelines.mgm import register
-from pipelines.mgm.directory import check_model_directory
-
-_DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+from pipelines.mgm.load import load_model, load_processor
 
 
 @dataclass
@@ -67,25 +64,22 @@ class Prepared:
 
 
 class Engine:
-    """A merged MGM directory (or any image-text-to-text model of transformers), ready to answer.
+    """An MGM directory, ready to answer.
 
     Args:
-        model: Hugging Face directory with processor and weights.
+        model: Hugging Face directory with processor and weights; merged, converted or quantized.
         dtype: auto, float32, bfloat16 or float16.
         device: auto takes the GPU when there is one.
 
     Raises:
-        UserError: the directory is no such model (see `check_model_directory`).
+        UserError: the directory is no complete MGM.
     """
 
     def __init__(self, model: Path | str, *, dtype: str = "auto", device: str = "auto") -> None:
-        check_model_directory(model)
-        register()
         self.device = torch.device(device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
-        self.processor = AutoProcessor.from_pretrained(model)
+        self.processor = load_processor(model)
         self.tokenizer: PreTrainedTokenizerBase = self.processor.tokenizer
-        self.model = AutoModelForImageTextToText.from_pretrained(model, dtype=_DTYPES[dtype]).eval()
-        self.model.to(device=self.device)
+        self.model: Any = load_model(model, dtype, self.device)
         config = self.model.config.get_text_config()
         self.context = int(config.max_position_embeddings)
         self.stop_ids = _stop_ids(self.tokenizer, self.model.generation_config.eos_token_id)

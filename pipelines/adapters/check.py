@@ -15,12 +15,13 @@ import torch
 
 from pipelines.adapters import probe
 from pipelines.errors import UserError
-from pipelines.mgm.adapter import CONFIG, NON_LORA, WEIGHTS, read_weights, towers_trained
-from pipelines.mgm.convert_config import expected_shapes
-from pipelines.mgm.load import load_processor, load_skeleton
+from pipelines.mgm.adapter import CONFIG, NON_LORA, WEIGHTS, towers_trained, trained_on
+from pipelines.mgm.load import differences, load_config, load_model, load_processor, load_skeleton, quiet
+from pipelines.mgm.names import LANGUAGE_MODEL, TOWERS
+from pipelines.mgm.tensorfiles import read_file
+from pipelines.modelfiles import model_identity, weight_files
 
 _SHOWN = 3
-_TOWERS = {"CLIP": "model.vision_tower.", "ConvNeXt": "model.vision_tower_aux."}
 
 
 @dataclass(frozen=True)
@@ -48,13 +49,13 @@ def check_adapter(adapter: Path | str, model: Path | str) -> list[Verdict]:
     """Verdicts on an adapter directory for the base `model` (whose weights are not loaded).
 
     Raises:
-        UserError: there is no such directory, or the model's configuration cannot be read.
+        UserError: there is no such directory, or the model is not complete.
     """
     adapter, model = Path(adapter), Path(model)
     for path in (adapter, model):
         if not path.is_dir():
             raise UserError(f"{path}: no such directory")
-    return list(_adapter_verdicts(adapter, load_skeleton(model)))
+    return list(_adapter_verdicts(adapter, load_skeleton(model), model_identity(model)))
 
 
 def _verdict(name: str, bad: list[str], good: str) -> Verdict:
@@ -68,41 +69,30 @@ def _verdict(name: str, bad: list[str], good: str) -> Verdict:
 
 def _model_verdicts(model: Path) -> Iterator[Verdict]:
     try:
-        skeleton = load_skeleton(model)
+        config = load_config(model)
         tensors: dict[str, torch.Tensor] = {}
-        for file in sorted(model.glob("*.safetensors")):
-            tensors.update(read_weights(file))
-        if not tensors:
-            raise UserError(f"{model}: a model directory without weights (no *.safetensors)")
+        for file in weight_files(model):
+            tensors.update(read_file(file))
         processor = load_processor(model)
-    except (UserError, ValueError, OSError) as error:
+    except UserError as error:
         yield Verdict("files", False, str(error))
         return
     yield Verdict("files", True, f"configuration, processor and {len(tensors)} tensors")
-    complete = list(_against_config(skeleton, tensors))
+    complete = list(_against_config(config, tensors))
     yield from complete
-    yield from _values(tensors, skeleton.config)
-    yield _dtype(skeleton.config, tensors)
-    agreement = _tokenizer(skeleton.config, processor)
+    yield from _values(tensors, config)
+    yield _dtype(config, tensors)
+    agreement = _tokenizer(config, processor)
     yield agreement
     if agreement.passed and all(verdict.passed for verdict in complete):
         yield from _behaviour(model, processor)
 
 
-def _against_config(skeleton: Any, tensors: dict[str, torch.Tensor]) -> Iterator[Verdict]:
-    expected = expected_shapes(skeleton.config)
-    tied = set(skeleton._tied_weights_keys) if skeleton.config.tie_word_embeddings else set()
-    yield _verdict("missing tensors", sorted(set(expected) - set(tensors)), "none")
-    yield _verdict("unexpected tensors", sorted(set(tensors) - set(expected) - tied), "none")
-    wrong = [
-        f"{name} is {tuple(tensor.shape)}, the configuration says {expected[name]}"
-        for name, tensor in sorted(tensors.items())
-        if name in expected and tuple(tensor.shape) != expected[name]
-    ]
-    yield _verdict("shapes", wrong, "as the configuration says")
-    counts = {tower: sum(name.startswith(prefix) for name in tensors) for tower, prefix in _TOWERS.items()}
-    absent = [f"no tensor of the {tower} tower" for tower, count in counts.items() if not count]
-    yield _verdict("towers", absent, ", ".join(f"{tower}: {count} tensors" for tower, count in counts.items()))
+def _against_config(config: Any, tensors: dict[str, torch.Tensor]) -> Iterator[Verdict]:
+    found = differences(config, {name: tuple(tensor.shape) for name, tensor in tensors.items()})
+    yield _verdict("missing tensors", found.missing, "none")
+    yield _verdict("unexpected tensors", found.unexpected, "none")
+    yield _verdict("shapes", found.wrong, "as the configuration says")
 
 
 def _values(tensors: dict[str, torch.Tensor], config: Any) -> Iterator[Verdict]:
@@ -116,7 +106,7 @@ def _values(tensors: dict[str, torch.Tensor], config: Any) -> Iterator[Verdict]:
 
 def _may_be_zero(name: str, tensor: torch.Tensor, config: Any) -> bool:
     """Vectors: a fresh bias, or the weight of Gemma's norm, which stands for one plus itself. Other norms scale."""
-    gemma = config.text_config.model_type == "gemma" and name.startswith("model.language_model.")
+    gemma = config.text_config.model_type == "gemma" and name.startswith(LANGUAGE_MODEL)
     return tensor.ndim < 2 and (gemma or not name.endswith(".weight"))
 
 
@@ -154,10 +144,8 @@ def _tokenizer(config: Any, processor: Any) -> Verdict:
 
 
 def _behaviour(model: Path, processor: Any) -> Iterator[Verdict]:
-    from pipelines.mgm.load import load_base, quiet
-
     quiet()
-    loaded = load_base(model, "float32")
+    loaded = load_model(model, "float32")
     first, second = (probe.batch(processor, seed) for seed in (1, 2))
     logits = probe.logits(loaded, first)
     finite = bool(logits.isfinite().all())
@@ -186,20 +174,22 @@ def _stops(model: Any, processor: Any) -> Verdict:
 # ---------------------------------------------------------------------------------------------- adapters
 
 
-def _adapter_verdicts(adapter: Path, skeleton: Any) -> Iterator[Verdict]:
+def _adapter_verdicts(adapter: Path, skeleton: Any, base: str) -> Iterator[Verdict]:
     try:
         files = {name for name in (CONFIG, WEIGHTS, NON_LORA) if (adapter / name).exists()}
         if not files:
             raise UserError(f"{adapter}: neither {CONFIG} nor {NON_LORA}")
         if (CONFIG in files) != (WEIGHTS in files):
             raise UserError(f"{adapter}: of {CONFIG} and {WEIGHTS} only one is there")
-        lora = read_weights(adapter / WEIGHTS) if WEIGHTS in files else {}
-        other = read_weights(adapter / NON_LORA) if NON_LORA in files else {}
+        lora = read_file(adapter / WEIGHTS) if WEIGHTS in files else {}
+        other = read_file(adapter / NON_LORA) if NON_LORA in files else {}
         settings = json.loads((adapter / CONFIG).read_text()) if CONFIG in files else None
+        own = trained_on(adapter)
     except (UserError, json.JSONDecodeError) as error:
         yield Verdict("files", False, str(error))
         return
     yield Verdict("files", True, f"{len(lora)} LoRA tensors, {len(other)} others")
+    yield _base(own, base)
     tensors = {**lora, **other}
     yield _verdict(
         "empty tensors", [f"{n} {t.shape}" for n, t in sorted(tensors.items()) if t.numel() == 0], "none is Size([0])"
@@ -210,13 +200,20 @@ def _adapter_verdicts(adapter: Path, skeleton: Any) -> Iterator[Verdict]:
         yield from _lora(settings, lora, skeleton)
 
 
+def _base(own: str | None, base: str) -> Verdict:
+    """Whether the adapter was trained on this very model, and not on one of equal shape."""
+    if own not in (base, None):
+        return Verdict("base", False, f"trained on another model (identity {own}, this one's is {base})")
+    return Verdict("base", True, f"identity {own}" if own else "its files do not say on which model it was trained")
+
+
 def _non_lora(other: dict[str, torch.Tensor], skeleton: Any, towers: bool) -> Verdict:
     shapes = {name: tuple(parameter.shape) for name, parameter in skeleton.named_parameters()}
     bad = []
     for name, tensor in sorted(other.items()):
         if name not in shapes:
             bad.append(f"{name} has no place in the model")
-        elif name.startswith(tuple(_TOWERS.values())) and not towers:
+        elif name.startswith(TOWERS) and not towers:
             bad.append(f"{name} belongs to a tower, and towers stay frozen")
         elif tuple(tensor.shape) != shapes[name]:
             bad.append(f"{name} is {tuple(tensor.shape)}, the model's is {shapes[name]}")
@@ -257,7 +254,7 @@ def _targets(settings: dict[str, Any], parts: dict[str, Any], skeleton: Any) -> 
     targets = settings.get("target_modules")
     config = LoraConfig(target_modules=targets)
     named = [name for name, _ in skeleton.named_modules() if name and check_target_module_exists(config, name)]
-    bad = [f"{name} lies in a tower" for name in sorted({*named, *parts}) if name.startswith(tuple(_TOWERS.values()))]
+    bad = [f"{name} lies in a tower" for name in sorted({*named, *parts}) if name.startswith(TOWERS)]
     known = {name for name, _ in skeleton.named_modules()}
     bad += [f"{name} is no module of the model" for name in sorted(set(parts) - known)]
     bad += [f"{name} is a target without weights" for name in sorted(set(named) - set(parts))]

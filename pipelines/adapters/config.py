@@ -14,10 +14,13 @@ class MergeConfig:
 
     Attributes:
         dtype: of the written weights: `auto` (the base model's), float32, bfloat16 or float16.
+        any_base: merge into a model other than the one that the adapter was trained on, e.g. one whose tokenizer files
+            were edited since.
         tolerance: largest absolute difference of logits, in float32, between base + adapter and the merged model.
     """
 
     dtype: str = "auto"
+    any_base: bool = False
     tolerance: float = 1e-3
 
     def __post_init__(self) -> None:

@@ -18,10 +18,13 @@ from pipelines.adapters import probe
 from pipelines.adapters.config import MergeConfig, decides
 from pipelines.errors import UserError, WorkFailed
 from pipelines.manifest import identity, open_stage, require_finished
-from pipelines.mgm.adapter import WEIGHTS, has_lora, read_non_lora, read_weights, towers_trained
-from pipelines.mgm.load import load_base, load_processor, quiet
+from pipelines.mgm.adapter import WEIGHTS, has_lora, read_non_lora, towers_trained, trained_on
+from pipelines.mgm.directory import check_model_directory
+from pipelines.mgm.load import load_model, load_processor, quiet
+from pipelines.mgm.modeling import MGMForConditionalGeneration
 from pipelines.mgm.names import TOWERS
-from pipelines.modelfiles import model_identity
+from pipelines.mgm.tensorfiles import read_file
+from pipelines.modelfiles import load_complete, model_identity, weight_files
 from pipelines.progress import say
 
 
@@ -34,13 +37,17 @@ def run(
         The manifest, with the largest logit difference found.
 
     Raises:
-        UserError: adapter and model do not belong together, or one of them is incomplete.
+        UserError: adapter and model do not belong together, or one of them is not complete.
         WorkFailed: the merged model differs from base + adapter; nothing was written.
     """
     model, adapter, output = Path(model).resolve(), Path(adapter).resolve(), Path(output).resolve()
     require_finished(adapter)
     has_lora(adapter)
-    stage = open_stage(output, "merge", decides(model_identity(model), identity(adapter), config), restart=restart)
+    check_model_directory(model)
+    base = model_identity(model)
+    if not config.any_base:
+        _refuse_other_base(adapter, model, base)
+    stage = open_stage(output, "merge", decides(base, identity(adapter), config), restart=restart)
     if stage.complete:
         return stage.manifest
     say(f"merge: {adapter} into {model}")
@@ -52,6 +59,16 @@ def run(
         raise
     say(f"merge: logits agree within {facts['max_logit_difference']:.2g} ({facts['merged_tensors']} tensors merged)")
     return stage.finish(**facts)
+
+
+def _refuse_other_base(adapter: Path, model: Path, base: str) -> None:
+    """Another model of equal shape would merge without a word, and answer nonsense."""
+    own = trained_on(adapter)
+    if own not in (base, None):
+        raise UserError(
+            f"{adapter}: was trained on another model than {model} (identity {own}, not {base}); name the model that "
+            "it was trained on, or pass --merge.any_base true if this one is meant"
+        )
 
 
 def _merge(model: Path, adapter: Path, output: Path, config: MergeConfig) -> dict[str, Any]:
@@ -72,7 +89,9 @@ def _merge(model: Path, adapter: Path, output: Path, config: MergeConfig) -> dic
     merged.save_pretrained(output)
     processor.save_pretrained(output)
     changed = compare_files(model, output, dtype, merged, meant=set(read_non_lora(adapter)))
-    written = _difference(probe.logits(load_base(output, "float32"), inputs), expected)
+    # Not by `load_model`, which refuses what is not finished.
+    again = load_complete(MGMForConditionalGeneration, output, dtype=torch.float32)
+    written = _difference(probe.logits(again, inputs), expected)
     if dtype == torch.float32 and not written <= config.tolerance:
         raise WorkFailed(f"the written model's logits differ from base + adapter by {written:.3g}; nothing kept")
     return {
@@ -89,12 +108,12 @@ def stored_dtype(model: Path) -> torch.dtype:
     """Dtype of a model directory's weights."""
     from safetensors import safe_open
 
-    for file in sorted(model.glob("*.safetensors")):
+    for file in weight_files(model):
         with safe_open(file, framework="pt") as tensors:
             names = tensors.keys()
             if names:
                 return tensors.get_tensor(names[0]).dtype  # type: ignore[no-any-return]
-    raise UserError(f"{model}: a model directory without weights (no *.safetensors)")
+    raise UserError(f"{model}: its files hold no tensors")
 
 
 def with_adapter(model: Path, adapter: Path) -> Any:
@@ -103,7 +122,7 @@ def with_adapter(model: Path, adapter: Path) -> Any:
     Raises:
         UserError: a tensor of the adapter has no place in this model, or another shape.
     """
-    base = load_base(model, "float32")
+    base = load_model(model, "float32")
     towers = towers_trained(adapter)
     own = dict(base.named_parameters())
     for name, tensor in read_non_lora(adapter).items():
@@ -123,7 +142,7 @@ def with_adapter(model: Path, adapter: Path) -> Any:
     except (RuntimeError, ValueError) as error:
         raise UserError(f"{adapter}: PEFT cannot load it onto {model} ({error})") from error
     # PEFT only warns about tensors that it did not find or could not place.
-    wanted, found = set(get_peft_model_state_dict(tuned)), set(read_weights(adapter / WEIGHTS))
+    wanted, found = set(get_peft_model_state_dict(tuned)), set(read_file(adapter / WEIGHTS))
     if wanted != found:
         name = sorted(wanted ^ found)[0]
         raise UserError(
@@ -168,8 +187,8 @@ def compare_files(model: Path, output: Path, dtype: torch.dtype, merged: Any, me
 
 def _tensors(directory: Path) -> dict[str, torch.Tensor]:
     found: dict[str, torch.Tensor] = {}
-    for file in sorted(directory.glob("*.safetensors")):
-        found.update(read_weights(file))
+    for file in weight_files(directory):
+        found.update(read_file(file))
     return found
 
 

@@ -25,6 +25,7 @@ from torch.nn import functional as F
 from pipelines.blip2 import checkpoint
 from pipelines.blip2.config import CandidateConfig
 from pipelines.blip2.sampling import uniforms
+from pipelines.modelfiles import load_complete
 
 _FUNCTION_WORDS = (
     "a an the this that these those some any each and or but nor of in on at by to from for with without into "
@@ -170,16 +171,16 @@ class Clip:
         device: torch device.
 
     Raises:
-        UserError: no such model.
+        UserError: no such model, or its directory is not complete.
     """
 
     def __init__(self, model: str, device: torch.device) -> None:
         from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
 
         directory = checkpoint.resolve(model, "caption.candidates.clip_model")
+        checkpoint.check_clip(directory)
         self._tokenizer = AutoTokenizer.from_pretrained(directory)
-        loaded: Any = CLIPModel.from_pretrained(directory)
-        self._model = loaded.to(device).eval()
+        self._model = load_complete(CLIPModel, directory).to(device).eval()
         processor: Any = AutoImageProcessor.from_pretrained(directory)
         self._device, self._size = device, self._model.config.vision_config.image_size
         self._mean = torch.tensor(processor.image_mean, device=device).view(1, 3, 1, 1)

@@ -10,12 +10,13 @@ from typing import Any
 
 from pipelines.blip2.pixels import PixelSpec, spec_from_config
 from pipelines.errors import UserError
-from pipelines.manifest import read_json
+from pipelines.modelfiles import PROCESSOR, TOKENIZER, check_files, read_object
 
 IMAGE_TOKEN = "<image>"
 _HUB_SECONDS = 2.0
 _HUB_ID = re.compile(r"[\w-]+(\.[\w-]+)*/[\w.-]+")
-_WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
+_PARTS = ("vision_model.", "query_tokens", "qformer.", "language_projection.", "language_model.")
+_CLIP_PARTS = ("vision_model.", "visual_projection.", "text_model.", "text_projection.")
 
 
 def resolve(model: str, key: str = "caption.model") -> Path:
@@ -68,17 +69,11 @@ def check(directory: Path, prompt: str = "", max_new_tokens: int = 1) -> None:
     """Refuse a directory that is no complete BLIP-2 checkpoint.
 
     Raises:
-        UserError: naming what is missing: configuration, weights, tokenizer, image token, or room for so many tokens.
+        UserError: naming what is missing, damaged or of another kind: configuration, weights, processor, tokenizer,
+            image token, or room for so many tokens.
     """
-    config = _read(directory, "config.json")
-    if config.get("model_type") != "blip-2":
-        raise UserError(f"{directory}: config.json describes a '{config.get('model_type')}' model, not 'blip-2'")
-    if not any(file for pattern in _WEIGHTS for file in directory.glob(pattern)):
-        raise UserError(f"{directory}: no weights there (model.safetensors or its shards)")
-    for index in directory.glob("*.index.json"):
-        lost = sorted({f for f in read_json(index).get("weight_map", {}).values() if not (directory / f).exists()})
-        if lost:
-            raise UserError(f"{directory}: {index.name} names weights that are not there: {', '.join(lost[:3])}")
+    config = check_files(directory, "blip-2", _PARTS)
+    pixel_spec(directory)
     _check_image_token(directory, config)
     text = config.get("text_config", {})
     limit = text.get("max_position_embeddings") if text.get("model_type", "opt") == "opt" else None
@@ -92,17 +87,22 @@ def check(directory: Path, prompt: str = "", max_new_tokens: int = 1) -> None:
         )
 
 
+def check_clip(directory: Path) -> None:
+    """Refuse a directory that is no complete CLIP. Raises `UserError`, as `check`."""
+    check_files(directory, "clip", _CLIP_PARTS)
+
+
 def pixel_spec(directory: Path) -> PixelSpec:
     """The image processor's settings, from `processor_config.json` (transformers 5) or `preprocessor_config.json`
     (older).
     """
-    for name in ("processor_config.json", "preprocessor_config.json"):
+    for name in PROCESSOR:
         if (directory / name).exists():
-            config = _read(directory, name)
+            config = read_object(directory / name)
             config = config.get("image_processor", config)
             if "size" in config:
                 return spec_from_config(config, str(directory / name))
-    raise UserError(f"{directory}: no image processor settings (processor_config.json or preprocessor_config.json)")
+    raise UserError(f"{directory}: no image processor settings ({' or '.join(PROCESSOR)})")
 
 
 def _check_image_token(directory: Path, config: dict[str, Any]) -> None:
@@ -111,12 +111,9 @@ def _check_image_token(directory: Path, config: dict[str, Any]) -> None:
         raise UserError(
             f"{directory}: config.json has no image_token_index; use a revision of the checkpoint that has one"
         )
-    file = directory / "tokenizer.json"
-    if not file.exists():
-        if any((directory / name).exists() for name in ("vocab.json", "spiece.model", "tokenizer.model")):
-            return  # an older layout that only transformers can read; the engine checks it after loading
-        raise UserError(f"{directory}: no tokenizer there (tokenizer.json)")
-    content = _read(directory, "tokenizer.json")
+    if not (directory / TOKENIZER[0]).exists():
+        return  # an older layout that only transformers can read; the engine checks it after loading
+    content = read_object(directory / TOKENIZER[0])
     tokens = {token["content"]: token["id"] for token in content.get("added_tokens", [])}
     vocabulary = content.get("model", {}).get("vocab", {})
     found = tokens.get(IMAGE_TOKEN, vocabulary.get(IMAGE_TOKEN) if isinstance(vocabulary, dict) else None)
@@ -135,12 +132,3 @@ def refuse_other_image_token(directory: Path, found: int | None, wanted: int) ->
         raise UserError(
             f"{directory}: its tokenizer has '{IMAGE_TOKEN}' at id {found}, but the model expects it at id {wanted}"
         )
-
-
-def _read(directory: Path, name: str) -> dict[str, Any]:
-    if not (directory / name).exists():
-        raise UserError(f"{directory}: not a model directory, {name} is missing")
-    value = read_json(directory / name)
-    if not isinstance(value, dict):
-        raise UserError(f"{directory / name}: not a JSON object")
-    return value

@@ -31,6 +31,7 @@ from pipelines.blip2.pixels import PixelSpec
 from pipelines.blip2.slots import Decoder, Job, Prefix, Slots, round_up
 from pipelines.blip2.t5 import T5Decoder
 from pipelines.errors import UserError, WorkFailed
+from pipelines.modelfiles import load_complete
 from pipelines.progress import say
 
 if TYPE_CHECKING:
@@ -106,7 +107,8 @@ class BlipCaptioner:
         directory, config = Path(model_dir), config or BlipConfig()
         checkpoint.check(directory, config.prompt, config.max_new_tokens)
         spec, tokenizer = checkpoint.pixel_spec(directory), AutoTokenizer.from_pretrained(directory)
-        model = _load_model(directory, getattr(torch, config.dtype)).to(device).eval()
+        model = load_complete(Blip2ForConditionalGeneration, directory, dtype=getattr(torch, config.dtype))
+        model = model.to(device).eval()
         checkpoint.refuse_other_image_token(
             directory, tokenizer.get_vocab().get(checkpoint.IMAGE_TOKEN), model.config.image_token_id
         )
@@ -414,16 +416,3 @@ def _tensor_cores_for_float32(wanted: bool) -> Iterator[None]:
 
 def _as_list(ids: int | list[int] | None) -> list[int]:
     return [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
-
-
-def _load_model(directory: Path, dtype: torch.dtype) -> Any:
-    """Transformers fills weights it does not find with random numbers and only prints a report; here that is an
-    error.
-    """
-    loaded: Any = Blip2ForConditionalGeneration.from_pretrained(directory, dtype=dtype, output_loading_info=True)
-    model, info = loaded
-    lost = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
-    if lost:
-        more = f" and {len(lost) - 3} more" if len(lost) > 3 else ""
-        raise UserError(f"{directory}: its weights do not fit its configuration; missing {', '.join(lost[:3])}{more}")
-    return model

@@ -61,6 +61,8 @@ def run(input: str, output: Path, config: CaptionConfig, *, restart: bool = Fals
     dataset = open_dataset(input)
     model = checkpoint.resolve(config.model)
     checkpoint.check(model, config.prompt, config.max_new_tokens)
+    if config.candidates.clip_model:
+        checkpoint.check_clip(checkpoint.resolve(config.candidates.clip_model, "caption.candidates.clip_model"))
     wanted = inputs(dataset, model, config)
     stage = open_stage(output, "caption", wanted, restart=restart, grows=GROWS)
     work = stage.directory / WORK

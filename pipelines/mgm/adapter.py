@@ -14,7 +14,9 @@ CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 NON_LORA = "non_lora_trainables.safetensors"
 _PEFT_PREFIX = "base_model.model."
-_TOWERS = "towers"  # a key of the safetensors file's metadata
+# Keys of the safetensors files' metadata, which every reader of safetensors passes over.
+_TOWERS = "towers"
+_BASE = "base"
 
 
 def is_lora(name: str) -> bool:
@@ -23,12 +25,13 @@ def is_lora(name: str) -> bool:
 
 
 def write_adapter(
-    directory: Path, weights: dict[str, torch.Tensor], lora_config: Any | None, *, towers: bool = False
+    directory: Path, weights: dict[str, torch.Tensor], lora_config: Any | None, *, base: str, towers: bool = False
 ) -> None:
     """Write trained tensors, named as in the base model.
 
     Args:
         lora_config: PEFT's `LoraConfig`; None when only non-LoRA weights were trained (no PEFT files then).
+        base: `model_identity` of the model that was trained.
         towers: the directory says that tower weights in it are meant (the original's trainer can train them).
 
     Raises:
@@ -51,19 +54,39 @@ def write_adapter(
         )
     directory.mkdir(parents=True, exist_ok=True)
     if lora_config is not None:
-        save_file(lora, directory / WEIGHTS, metadata={"format": "pt"})
+        save_file(lora, directory / WEIGHTS, metadata={"format": "pt", _BASE: base})
         lora_config.save_pretrained(directory)
-    save_file(other, directory / NON_LORA, metadata={"format": "pt"} | ({_TOWERS: "trained"} if towers else {}))
+    about = {"format": "pt", _BASE: base} | ({_TOWERS: "trained"} if towers else {})
+    save_file(other, directory / NON_LORA, metadata=about)
 
 
 def towers_trained(directory: Path) -> bool:
     """Whether the directory was written with `towers`: without that, tower weights in it are somebody's mistake."""
-    from safetensors import safe_open
+    return _TOWERS in _metadata(directory / NON_LORA)
 
-    if not (directory / NON_LORA).exists():
-        return False
-    with safe_open(directory / NON_LORA, framework="pt") as file:
-        return _TOWERS in (file.metadata() or {})
+
+def trained_on(directory: Path) -> str | None:
+    """`model_identity` of the model that the adapter was trained on; None when its files do not say.
+
+    Raises:
+        UserError: its files come from the training of two different models.
+    """
+    named = {_metadata(directory / name).get(_BASE) for name in (WEIGHTS, NON_LORA)} - {None}
+    if len(named) > 1:
+        raise UserError(f"{directory}: {WEIGHTS} and {NON_LORA} were trained on two different models")
+    return next(iter(named), None)
+
+
+def _metadata(file: Path) -> dict[str, str]:
+    from safetensors import SafetensorError, safe_open
+
+    if not file.exists():
+        return {}
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            return tensors.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{file}: not a readable safetensors file ({error})") from error
 
 
 def has_lora(directory: Path) -> bool:
@@ -80,18 +103,9 @@ def has_lora(directory: Path) -> bool:
     return CONFIG in found
 
 
-def read_weights(path: Path) -> dict[str, torch.Tensor]:
-    """Tensors of a safetensors file; a file that is none is named."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path}: not a readable safetensors file ({error})") from error
-
-
 def read_non_lora(directory: Path) -> dict[str, torch.Tensor]:
     """Weights trained without LoRA, named as in the base model; empty when there are none."""
+    from pipelines.mgm.tensorfiles import read_file
+
     path = directory / NON_LORA
-    return read_weights(path) if path.exists() else {}
+    return read_file(path) if path.exists() else {}

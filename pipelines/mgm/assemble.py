@@ -138,7 +138,7 @@ def assemble_from(model: Path, output: Path, seed: int = 0) -> MGMConfig:
             for name, tensor in read_file(file).items():
                 if not name.startswith(names.PROJECTOR):
                     writer.add(name, tensor)
-                    dtype = tensor.dtype if name == parts.EMBEDDING else dtype
+                    dtype = tensor.dtype if name == names.EMBEDDING else dtype
         for name, tensor in fresh_weights(config, seed).items():
             writer.add(name, tensor if dtype is None else tensor.to(dtype))
         writer.close()

@@ -18,8 +18,6 @@ from pipelines.mgm import names
 from pipelines.mgm.configuration import MGMConfig
 from pipelines.mgm.convert_config import build_config, is_tied, original_config, text_type_of
 from pipelines.mgm.parts import (
-    EMBEDDING,
-    HEAD,
     ORIGINAL_DIR,
     TOKENIZER_FILES,
     add_tower,
@@ -35,7 +33,7 @@ from pipelines.mgm.parts import (
 from pipelines.mgm.tensorfiles import ShardWriter, read_file
 from pipelines.modelfiles import read_object, weight_files
 
-_TOWERS = {"vision_tower", "vision_tower_aux"}
+_TOWERS = {tower.split(".")[1] for tower in names.TOWERS}
 
 
 def convert_checkpoint(
@@ -141,8 +139,8 @@ def _export(model_dir: Path, output: Path, inside: set[str], head: bool) -> None
                 unknown.append(name)
             elif not names.is_tower(target) or target.split(".")[1] in inside:
                 writer.add(target, tensor)
-                if name == EMBEDDING and head:
-                    writer.add(HEAD, tensor)
+                if name == names.EMBEDDING and head:
+                    writer.add(names.HEAD, tensor)
     if unknown:
         raise UserError(f"{model_dir}: {len(unknown)} tensors that no MGM has: {listed(unknown)}")
     buffers = model_dir / ORIGINAL_DIR / "buffers.safetensors"

@@ -15,7 +15,8 @@ from transformers import CONFIG_MAPPING
 from pipelines.errors import UserError
 from pipelines.mgm.configuration import MGMConfig
 from pipelines.mgm.modeling import MGMForConditionalGeneration
-from pipelines.modelfiles import read_object
+from pipelines.mgm.names import CLIP, CONVNEXT, HEAD
+from pipelines.modelfiles import Shapes, read_object
 
 # The original's model types (and those from before it was renamed) and the language models behind them.
 TEXT_TYPES = {
@@ -28,8 +29,6 @@ TEXT_TYPES = {
     "mini_gemini_mixtral": "mixtral",
 }
 _CLASSES = {"gemma": "MGMGemma", "llama": "MGMLlama", "mistral": "MGMMistral", "mixtral": "MGMMixtral"}
-
-Shapes = dict[str, tuple[int, ...]]
 
 
 def text_type_of(original: dict[str, Any], where: Path) -> str:
@@ -100,14 +99,14 @@ def clip_config(shapes: Shapes, clip_dir: Path | None) -> dict[str, Any]:
         config = read_object(clip_dir / "config.json")
         config = config.get("vision_config", config)
         return {key: value for key, value in config.items() if key not in ("architectures", "dtype", "torch_dtype")}
-    embeddings = "model.vision_tower.embeddings."
+    embeddings = CLIP + "embeddings."
     width, _, patch, _ = shapes[embeddings + "patch_embedding.weight"]
     if width % 64:
         raise UserError(
             f"CLIP tower of width {width}: its number of attention heads is not in the tensors; give its "
             f"directory as --clip"
         )
-    layers = "model.vision_tower.encoder.layers."
+    layers = CLIP + "encoder.layers."
     return {
         "hidden_size": width,
         "intermediate_size": shapes[layers + "0.mlp.fc1.weight"][0],
@@ -121,14 +120,14 @@ def clip_config(shapes: Shapes, clip_dir: Path | None) -> dict[str, Any]:
 
 def convnext_config(shapes: Shapes) -> dict[str, Any]:
     """From the tensors: everything about a ConvNeXt trunk is in their shapes, except the norms' epsilon."""
-    stages = "model.vision_tower_aux.encoder.stages."
+    stages = CONVNEXT + "encoder.stages."
     count = _count(shapes, stages)
     widths = [shapes[f"{stages}{stage}.layers.0.dwconv.weight"][0] for stage in range(count)]
     return {
         "hidden_sizes": widths,
         "depths": [_count(shapes, f"{stages}{stage}.layers.") for stage in range(count)],
         "num_stages": count,
-        "patch_size": shapes["model.vision_tower_aux.embeddings.patch_embeddings.weight"][-1],
+        "patch_size": shapes[CONVNEXT + "embeddings.patch_embeddings.weight"][-1],
         # timm: 1e-6, but convnext_xxlarge (the only one this wide) has 1e-5
         "layer_norm_eps": 1e-5 if widths[0] == 384 else 1e-6,
     }
@@ -145,7 +144,7 @@ def expected_shapes(config: MGMConfig) -> Shapes:
         model = MGMForConditionalGeneration(config)
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     if config.tie_word_embeddings:
-        del shapes["lm_head.weight"]
+        del shapes[HEAD]
     return dict(pair for name, shape in shapes.items() for pair in _unfuse(name, shape))
 
 

@@ -16,12 +16,11 @@ from pipelines.errors import UserError
 from pipelines.mgm import names
 from pipelines.mgm.adapter import write_adapter
 from pipelines.mgm.configuration import MGMConfig
-from pipelines.mgm.convert_config import Shapes, expected_shapes
+from pipelines.mgm.convert_config import expected_shapes
 from pipelines.mgm.tensorfiles import read_file
-from pipelines.modelfiles import read_object
+from pipelines.modelfiles import Shapes, model_identity, read_object
 
 _PEFT_PREFIX = "base_model.model."
-_TOWERS = ("model.vision_tower.", "model.vision_tower_aux.")
 _LORA = re.compile(r"(?P<module>.+)\.(?P<part>lora_[AB])\.weight$")
 
 
@@ -30,7 +29,7 @@ def convert_lora(adapter: str | Path, model: str | Path, output: str | Path) -> 
 
     Args:
         adapter: the trainer's output directory.
-        model: the converted base model (only its `config.json` is read).
+        model: the converted base model; its weights are not loaded.
         output: an adapter directory, as `captune train` writes it.
 
     Raises:
@@ -62,7 +61,8 @@ def convert_lora(adapter: str | Path, model: str | Path, output: str | Path) -> 
         target_modules=_target_pattern(modules),
         base_model_name_or_path=str(model),
     )
-    write_adapter(output, lora | other, config, towers=any(name.startswith(_TOWERS) for name in other))
+    towers = any(name.startswith(names.TOWERS) for name in other)
+    write_adapter(output, lora | other, config, base=model_identity(model), towers=towers)
 
 
 _CARRIED = {"r", "lora_alpha", "lora_dropout", "use_rslora", "alpha_pattern", "rank_pattern", "target_modules"}

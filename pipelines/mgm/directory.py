@@ -1,24 +1,32 @@
-"""What can be said about a model directory before anything heavy starts."""
+"""What can be said about an MGM directory before anything heavy is imported."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from pipelines.errors import UserError
+from pipelines.mgm.names import LANGUAGE_MODEL, MINING, TOWERS
+from pipelines.modelfiles import CONFIG, check_files, read_object
 
 
-def check_model_directory(model: Path | str) -> None:
-    """Is this a directory that the engine can load?
+def check_model_directory(model: Path | str) -> dict[str, Any]:
+    """Refuse a directory that is no complete MGM; milliseconds, because of weights only headers are read.
+
+    Whether every tensor has the shape that the configuration asks for takes torch: `load.check_tensors`.
+
+    Returns:
+        Its configuration.
 
     Raises:
-        UserError: no directory, no configuration, no processor or no weights in it.
+        UserError: no directory, another kind of model, or files that are missing or damaged.
     """
     path = Path(model)
-    if not path.is_dir():
-        raise UserError(f"{path}: no such model directory")
-    if not (path / "config.json").is_file():
-        raise UserError(f"{path}: not a model directory, config.json is missing")
-    if not any(path.glob("*.safetensors")):
-        raise UserError(f"{path}: a model directory without weights (*.safetensors); did the merge finish?")
-    if not (path / "processor_config.json").is_file() and not (path / "preprocessor_config.json").is_file():
-        raise UserError(f"{path}: the model has no processor (processor_config.json); it cannot take pictures")
+    if (path / CONFIG).is_file() and "mm_vision_tower" in (config := read_object(path / CONFIG)):
+        # Of the Llama variant, the original's model type is "mgm", too.
+        kind = config.get("model_type")
+        raise UserError(f"{path}: an original MGM checkpoint (model_type {kind!r}); run captune convert on it first")
+    if (path / "adapter_config.json").exists():
+        # With PEFT installed, transformers would put the adapter on the model, unasked.
+        raise UserError(f"{path}: holds an adapter (adapter_config.json), not a model; merge it with captune merge")
+    return check_files(path, "mgm", (*TOWERS, *MINING, LANGUAGE_MODEL))

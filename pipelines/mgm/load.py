@@ -1,4 +1,4 @@
-"""An MGM directory as a model, complete or refused; its skeleton without weights."""
+"""An MGM directory as a model: complete or refused, whoever loads it."""
 
 from __future__ import annotations
 
@@ -8,31 +8,103 @@ from typing import Any
 import torch
 
 from pipelines.errors import UserError
+from pipelines.mgm.configuration import MGMConfig
+from pipelines.mgm.convert_config import expected_shapes
+from pipelines.mgm.directory import check_model_directory
 from pipelines.mgm.modeling import MGMForConditionalGeneration
+from pipelines.mgm.names import HEAD, is_buffer
+from pipelines.mgm.processing import MGMProcessor
+from pipelines.modelfiles import (
+    CONFIG,
+    Differences,
+    Shapes,
+    compare_shapes,
+    load_complete,
+    read_object,
+    tensor_shapes,
+)
 
 
-def load_base(path: Path | str, precision: str) -> MGMForConditionalGeneration:
-    """The base model, frozen, in its own dtype (float32 when that is the training precision).
+def load_model(
+    path: Path | str, dtype: str = "auto", device: torch.device | str = "cpu", **options: Any
+) -> MGMForConditionalGeneration:
+    """The model of a directory, frozen and in evaluation mode.
+
+    Args:
+        dtype: auto (as the weights are stored), float32, bfloat16 or float16.
+        options: of `from_pretrained`, e.g. `quantization_config`.
 
     Raises:
-        UserError: no MGM there, or its weights are incomplete.
+        UserError: the directory is no complete MGM, or cannot be read.
     """
     path = Path(path)
-    if not (path / "config.json").exists():
-        raise UserError(f"{path}: not a model directory (it has no config.json)")
-    if not any(path.glob("*.safetensors")):
-        raise UserError(f"{path}: a model directory without weights (no *.safetensors)")
-    dtype = torch.float32 if precision == "float32" else "auto"
-    try:
-        loaded: Any = MGMForConditionalGeneration.from_pretrained(path, dtype=dtype, output_loading_info=True)
-    except (ValueError, OSError, RuntimeError) as error:
-        raise UserError(f"{path}: cannot be loaded as an MGM ({error})") from error
-    model, info = loaded
-    if info["missing_keys"] or info["mismatched_keys"]:
-        names = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
-        raise UserError(f"{path}: {len(names)} tensors are missing or of another shape, e.g. {names[0]}")
+    check_tensors(path)
+    quantized = "quantization_config" in options or _is_quantized(path)
+    if quantized:  # bitsandbytes packs the weights of a module where the module is
+        options["device_map"] = {"": device}
+    wanted = dtype if dtype == "auto" else getattr(torch, dtype)
+    model: Any = load_complete(MGMForConditionalGeneration, path, dtype=wanted, **options)
     frozen: MGMForConditionalGeneration = model.requires_grad_(False).eval()
-    return frozen
+    return frozen if quantized else frozen.to(device)  # type: ignore[arg-type]
+
+
+def check_tensors(path: Path | str) -> None:
+    """Refuse a directory whose files lack a tensor of the configured model, have one too many, or of another shape.
+
+    Headers and a model without weights: below a second for any size.
+
+    Raises:
+        UserError: as above, or no MGM directory at all (`check_model_directory`).
+    """
+    path = Path(path)
+    config, found = load_config(path), tensor_shapes(path)
+    # Packed tensors have names and shapes of their own, pickled ones have no header: loading them tells.
+    if found is not None and not _is_quantized(path) and (bad := differences(config, found)):
+        raise UserError(f"{path}: weights and configuration disagree; {bad.told()}")
+
+
+def differences(config: MGMConfig, found: Shapes) -> Differences:
+    """Hold the tensors of a directory's files against its configuration; what follows from others may be there."""
+    tied = {HEAD} if config.tie_word_embeddings else set()
+    own = {name: shape for name, shape in found.items() if name not in tied and not is_buffer(name)}
+    return compare_shapes(expected_shapes(config), own)
+
+
+def load_config(path: Path | str) -> MGMConfig:
+    """The configuration of a complete MGM directory.
+
+    Raises:
+        UserError: the directory is not complete (`check_model_directory`), or its configuration is impossible.
+    """
+    check_model_directory(path)
+    try:
+        config: MGMConfig = MGMConfig.from_pretrained(path)
+    except (ValueError, OSError, TypeError, AttributeError, KeyError) as error:
+        raise UserError(f"{path}: not the configuration of an MGM ({_first_line(error)})") from error
+    return config
+
+
+def load_skeleton(path: Path | str) -> MGMForConditionalGeneration:
+    """The model without memory for its weights: names, shapes and modules only. Raises as `load_config`."""
+    config = load_config(path)
+    with torch.device("meta"):
+        return MGMForConditionalGeneration(config)
+
+
+def load_processor(path: Path | str) -> MGMProcessor:
+    """The processor of a complete MGM directory, which can put a conversation into words.
+
+    Raises:
+        UserError: the directory is not complete, its tokenizer or processor cannot be read, or it has no chat template.
+    """
+    check_model_directory(path)
+    try:
+        processor: MGMProcessor = MGMProcessor.from_pretrained(path)
+    except Exception as error:  # tokenizers raises bare exceptions
+        raise UserError(f"{path}: its processor cannot be loaded ({_first_line(error)})") from error
+    if not processor.chat_template:
+        raise UserError(f"{path}: its processor has no chat template (chat_template.jinja)")
+    return processor
 
 
 def quiet() -> None:
@@ -50,20 +122,9 @@ def quiet() -> None:
     std_logging.getLogger("bitsandbytes").setLevel(std_logging.ERROR)
 
 
-def load_skeleton(model: Path) -> Any:
-    """The model without memory for its weights: names, shapes and modules only."""
-    from transformers import AutoConfig
-
-    try:
-        config = AutoConfig.from_pretrained(model)
-        with torch.device("meta"):
-            return MGMForConditionalGeneration(config)
-    except (ValueError, OSError, TypeError, AttributeError) as error:
-        raise UserError(f"{model}: not the configuration of an MGM ({error})") from error
+def _is_quantized(path: Path) -> bool:
+    return "quantization_config" in read_object(path / CONFIG)
 
 
-def load_processor(path: Path | str) -> Any:
-    """The processor of a model directory."""
-    from transformers import AutoProcessor
-
-    return AutoProcessor.from_pretrained(path)
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -7,6 +7,18 @@ from __future__ import annotations
 
 import re
 
+# What the names of a part's tensors begin with, here.
+CLIP, CONVNEXT = "model.vision_tower.", "model.vision_tower_aux."
+TOWERS = (CLIP, CONVNEXT)
+MINING = ("model.uni_query.", "model.uni_key.", "model.uni_value.")
+PROJECTOR = ("model.multi_modal_projector.", *MINING)
+"""What alignment trains; the multi-modal projector itself may be the identity, without tensors."""
+LANGUAGE_MODEL = "model.language_model."
+EMBEDDING, HEAD = LANGUAGE_MODEL + "embed_tokens.weight", "lm_head.weight"
+WITHOUT_EFFECT = ("model.uni_key.norm.bias", "model.uni_key.proj.bias")
+"""They add one constant to all scores of a token, which softmax ignores: their gradient is zero, and folded mining
+skips them."""
+
 # (original, ours), tried in this order; each is a prefix. The rest of the name stays, except in the ConvNeXt.
 _PREFIXES = [
     ("model.vision_tower.vision_tower.vision_model.", "model.vision_tower."),
@@ -85,7 +97,7 @@ def from_clip(name: str) -> str | None:
     unknown.
     """
     if name.startswith("vision_model."):
-        return "" if is_buffer(name) else "model.vision_tower." + name.removeprefix("vision_model.")
+        return "" if is_buffer(name) else CLIP + name.removeprefix("vision_model.")
     return "" if _CLIP_REST.match(name) else None
 
 
@@ -95,17 +107,3 @@ def from_openclip(name: str) -> str | None:
         if name.startswith(theirs):
             return to_hf("model.vision_tower_aux." + original + name.removeprefix(theirs))
     return "" if _OPENCLIP_REST.match(name) else None
-
-
-PROJECTOR = ("model.multi_modal_projector.", "model.uni_query.", "model.uni_key.", "model.uni_value.")
-
-
-WITHOUT_EFFECT = ("model.uni_key.norm.bias", "model.uni_key.proj.bias")
-"""They add one constant to all scores of a token, which softmax ignores: their gradient is zero, and folded mining
-skips them."""
-
-
-LANGUAGE_MODEL = "model.language_model."
-
-
-TOWERS = ("model.vision_tower.", "model.vision_tower_aux.")

@@ -22,11 +22,10 @@ from pipelines.mgm.image_processing import MGMImageProcessor
 from pipelines.mgm.processing import MGMProcessor
 from pipelines.mgm.templates import template_for
 from pipelines.mgm.tensorfiles import ShardWriter, read_file
-from pipelines.modelfiles import read_object, weight_files
+from pipelines.modelfiles import compare_shapes, read_object, weight_files
 
 ORIGINAL_DIR = "original"
 """Inside a model directory: files that the way back needs and nobody else."""
-EMBEDDING, HEAD = "model.language_model.embed_tokens.weight", "lm_head.weight"
 TOKENIZER_FILES = [
     "tokenizer.json",
     "tokenizer.model",
@@ -57,11 +56,11 @@ def rename_tensors(
                 buffers[name] = tensor.clone()
             elif target is None:
                 unknown.append(name)
-            elif target == HEAD and drop_head:
+            elif target == names.HEAD and drop_head:
                 head = tensor
             else:
                 writer.add(target, tensor)
-                embedding = tensor if target == EMBEDDING else embedding
+                embedding = tensor if target == names.EMBEDDING else embedding
     if unknown:
         raise UserError(f"{checkpoint}: {len(unknown)} tensors that no MGM has: {listed(unknown)}")
     if head is not None and (embedding is None or not torch.equal(head, embedding)):
@@ -93,12 +92,12 @@ def add_tower(
 def check_names(shapes: dict[str, tuple[int, ...]], checkpoint: Path) -> None:
     """Fail early, and by the original's name, when a tensor is missing from which the configuration is read."""
     needed = [
-        "model.vision_tower.embeddings.patch_embedding.weight",
-        "model.vision_tower.embeddings.position_embedding.weight",
-        "model.vision_tower.encoder.layers.0.mlp.fc1.weight",
-        "model.vision_tower_aux.embeddings.patch_embeddings.weight",
-        "model.vision_tower_aux.encoder.stages.0.layers.0.dwconv.weight",
-        EMBEDDING,
+        names.CLIP + "embeddings.patch_embedding.weight",
+        names.CLIP + "embeddings.position_embedding.weight",
+        names.CLIP + "encoder.layers.0.mlp.fc1.weight",
+        names.CONVNEXT + "embeddings.patch_embeddings.weight",
+        names.CONVNEXT + "encoder.stages.0.layers.0.dwconv.weight",
+        names.EMBEDDING,
     ]
     if missing := [name for name in needed if name not in shapes]:
         raise UserError(f"{checkpoint}: missing tensors: {listed(map(_original_name, missing))}")
@@ -106,23 +105,11 @@ def check_names(shapes: dict[str, tuple[int, ...]], checkpoint: Path) -> None:
 
 def check_shapes(config: MGMConfig, shapes: dict[str, tuple[int, ...]], checkpoint: Path) -> None:
     """The model's tensors, all of them and nothing else, in the shapes that the configuration asks for."""
-    expected = expected_shapes(config)
-    complaints = []
-    if missing := expected.keys() - shapes.keys():
-        complaints.append(f"{len(missing)} missing: {listed(map(_original_name, missing))}")
-    if unexpected := shapes.keys() - expected.keys():
-        complaints.append(
-            f"{len(unexpected)} not part of the configured model: {listed(map(_original_name, unexpected))}"
-        )
-    wrong = [
-        f"{_original_name(name)} {shapes[name]} instead of {shape}"
-        for name, shape in expected.items()
-        if name in shapes and shapes[name] != shape
-    ]
-    if wrong:
-        complaints.append(f"{len(wrong)} of another shape: {listed(wrong)}")
-    if complaints:
-        raise UserError(f"{checkpoint}: tensors and configuration disagree; {'; '.join(complaints)}")
+    theirs, ours = (
+        {_original_name(name): shape for name, shape in found.items()} for found in (shapes, expected_shapes(config))
+    )
+    if bad := compare_shapes(ours, theirs):
+        raise UserError(f"{checkpoint}: tensors and configuration disagree; {bad.told(200)}")
 
 
 def write_processor(config: MGMConfig, checkpoint: Path, clip_dir: Path | None, output: Path) -> None:

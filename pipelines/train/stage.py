@@ -13,6 +13,7 @@ from typing import Any
 
 from pipelines.errors import UserError, WorkFailed
 from pipelines.manifest import identity, open_stage
+from pipelines.mgm.directory import check_model_directory
 from pipelines.modelfiles import model_identity
 from pipelines.progress import Progress, say
 from pipelines.train.config import TrainConfig
@@ -52,15 +53,14 @@ def run(
     """
     input, model, output = Path(input).resolve(), Path(model).resolve(), Path(output).resolve()
     data = phases(input, config)
-    if not (model / "config.json").exists():
-        raise UserError(f"{model}: not a model directory (it has no config.json)")
+    check_model_directory(model)
     wanted = inputs(model_identity(model), {phase: identity(path) for phase, path in data.items()}, config)
     stage = open_stage(output, "train", wanted, restart=restart)
     if stage.complete:
         return stage.manifest
     what = f"train {arm}".strip()
     say(f"{what}: {'continuing' if stage.resumed else 'starting'} with {config.workers} worker(s), {config.strategy}")
-    facts = _fit(model, output, config, data, what)
+    facts = _fit(model, stage.inputs["model"], output, config, data, what)
     for phase, broken in facts["broken"].items():
         if broken:
             first = next(iter(broken.items()))
@@ -100,7 +100,7 @@ def phases(input: Path, config: TrainConfig) -> dict[str, str]:
     return data
 
 
-def _fit(model: Path, output: Path, config: TrainConfig, data: dict[str, str], what: str) -> dict[str, Any]:
+def _fit(model: Path, base: str, output: Path, config: TrainConfig, data: dict[str, str], what: str) -> dict[str, Any]:
     """Run the workers to the end and return what the first one found out."""
     import ray
     from ray.train.torch import TorchConfig
@@ -114,7 +114,7 @@ def _fit(model: Path, output: Path, config: TrainConfig, data: dict[str, str], w
     resources: dict[str, float] = {"CPU": config.cpus_per_worker} | ({"GPU": 1} if config.use_gpu else {})
     trainer = TorchTrainer(
         train_worker,  # type: ignore[arg-type]
-        train_loop_config={"job": Job(str(model), str(output), config, data, what)},
+        train_loop_config={"job": Job(str(model), base, str(output), config, data, what)},
         torch_config=TorchConfig(backend="nccl" if config.use_gpu else "gloo"),
         scaling_config=ScalingConfig(
             num_workers=config.workers, use_gpu=config.use_gpu, resources_per_worker=resources

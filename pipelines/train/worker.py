@@ -17,12 +17,10 @@ import torch
 import torch.distributed as dist
 from ray.train.torch import get_device
 from ray.train.v2._internal.execution import context as ray_train_context
-from transformers import AutoConfig, AutoProcessor
 
 from pipelines.errors import UserError, WorkFailed
 from pipelines.mgm.adapter import is_lora, write_adapter
-from pipelines.mgm.load import load_base, quiet
-from pipelines.mgm.modeling import MGMForConditionalGeneration
+from pipelines.mgm.load import load_model, load_processor, load_skeleton, quiet
 from pipelines.progress import Progress
 from pipelines.train import features
 from pipelines.train.config import PhaseConfig, TrainConfig
@@ -48,9 +46,12 @@ TRAINED = "trained.safetensors"
 
 @dataclass
 class Job:
-    """What the driver tells every worker. `data` has a path per phase, in the order in which the phases run."""
+    """What the driver tells every worker. `data` has a path per phase, in the order in which the phases run; `base` is
+    the model's identity.
+    """
 
     model: str
+    base: str
     output: str
     config: TrainConfig
     data: dict[str, str]
@@ -105,7 +106,7 @@ class Run:
         context = ray.train.get_context()
         self.rank, self.workers = context.get_world_rank(), context.get_world_size()
         self.device = get_device()
-        self.processor = AutoProcessor.from_pretrained(job.model)
+        self.processor = load_processor(job.model)
         self.state = State(workers=self.workers)
         self.trained: dict[str, torch.Tensor] = {}
         self.lora_config: Any = None
@@ -115,11 +116,7 @@ class Run:
     def _check_targets(self) -> None:
         """Find a wrong `target_modules` now, on a model without weights, and not after hours of alignment."""
         if "instruct" in self.job.data:
-            with torch.device("meta"):
-                lora_targets(
-                    MGMForConditionalGeneration(AutoConfig.from_pretrained(self.job.model)),
-                    self.config.lora.target_modules,
-                )
+            lora_targets(load_skeleton(self.job.model), self.config.lora.target_modules)
 
     def train(self) -> dict[str, Any]:
         """All phases; returns the facts for the manifest."""
@@ -139,7 +136,7 @@ class Run:
             self._phase(name, log, checkpoint if name == resumed else None)
         if log is not None:
             log.close()
-            write_adapter(Path(self.job.output), self.trained, self.lora_config)
+            write_adapter(Path(self.job.output), self.trained, self.lora_config, base=self.job.base)
         return vars(self.state)
 
     def _phase(self, name: str, log: TrainLog | None, checkpoint: Path | None) -> None:
@@ -180,7 +177,7 @@ class Run:
 
     def _model(self, name: str) -> Any:
         """The base model with this phase's trainable weights in it, as far as they have been trained."""
-        model = load_base(self.job.model, self.config.precision)
+        model = load_model(self.job.model, "float32" if self.config.precision == "float32" else "auto")
         if name == "align" or self.config.instruct_projector:
             train_projector(model)
         if name == "instruct":

@@ -29,7 +29,7 @@ def test_identity_is_of_what_decides_the_answers(model_dir: Path, tmp_path: Path
     assert len(seen) == 1 + len(list(model_dir.iterdir()))
     (copy / "model.safetensors").unlink()
     (copy / "pytorch_model.bin").unlink()
-    with pytest.raises(UserError, match="no tensor files"):
+    with pytest.raises(UserError, match="no weights there"):
         model_identity(copy)
     with pytest.raises(UserError, match=r"config\.json is missing"):
         model_identity(tmp_path)

@@ -172,12 +172,13 @@ def engine(model: Any, model_dir: Path, phase: Any, precision: str = "float32") 
 def train_adapter(model_dir: Path, data: Path, directory: Path, *, lora: bool = True, steps: int = 3) -> Path:
     """A trained adapter directory, made without Ray."""
     from pipelines.mgm.adapter import write_adapter
-    from pipelines.mgm.load import load_base
+    from pipelines.mgm.load import load_model
+    from pipelines.modelfiles import model_identity
     from pipelines.train.config import LoraSettings, PhaseConfig
     from pipelines.train.step import add_lora, learning_rate, prepare, train_projector
 
     phase = PhaseConfig(steps=steps, learning_rate=1e-2, warmup=0.0)
-    model = load_base(model_dir, "float32")
+    model = load_model(model_dir, "float32")
     train_projector(model)
     config = add_lora(model, LoraSettings(rank=4, alpha=8, dropout=0.0), seed=0) if lora else None
     prepare(model, checkpointing=False)
@@ -187,5 +188,5 @@ def train_adapter(model_dir: Path, data: Path, directory: Path, *, lora: bool = 
     )
     for step, batch in enumerate(batches.steps(0, steps)):
         learner.step(batch, learning_rate(phase, step))
-    write_adapter(directory, learner.weights(), config)
+    write_adapter(directory, learner.weights(), config, base=model_identity(model_dir))
     return directory

@@ -11,8 +11,6 @@ import pytest
 import torch
 from PIL import Image
 
-from pipelines.errors import UserError
-from pipelines.mgm.directory import check_model_directory
 from serve.engine import Answer, Engine, Request
 
 Picture = Callable[[int], bytes]
@@ -115,15 +113,3 @@ def test_a_batch_that_does_not_fit_is_halved(engine: Engine, picture: Picture, m
 
     monkeypatch.setattr(engine.model, "generate", small_device)
     assert engine.answer(requests) == expected
-
-
-def test_a_directory_that_is_no_model_is_named(tmp_path: Path, tiny_model: Path) -> None:
-    with pytest.raises(UserError, match="no such model directory"):
-        check_model_directory(tmp_path / "none")
-    with pytest.raises(UserError, match=r"config\.json is missing"):
-        check_model_directory(tmp_path)
-    for file in tiny_model.iterdir():
-        if file.suffix != ".safetensors":
-            (tmp_path / file.name).write_bytes(file.read_bytes())
-    with pytest.raises(UserError, match="without weights"):
-        check_model_directory(tmp_path)

@@ -44,14 +44,15 @@ def test_a_sound_model_and_adapter_pass(model_dir: Path, adapter_dir: Path) -> N
     verdicts = check_model(model_dir)
     assert not _failed(verdicts)
     assert {v.name for v in verdicts} == {
-        "files", "missing tensors", "unexpected tensors", "shapes", "towers", "finite", "all-zero", "dtype",
+        "files", "missing tensors", "unexpected tensors", "shapes", "finite", "all-zero", "dtype",
         "tokenizer",
         "sees the image", "generation stops",
     }  # fmt: skip
     verdicts = check_adapter(adapter_dir, model_dir)
     assert not _failed(verdicts)
     assert {v.name for v in verdicts} == {
-        "files", "empty tensors", "finite", "trained without LoRA", "rank", "alpha", "targets", "shapes", "non-zero B",
+        "files", "base", "empty tensors", "finite", "trained without LoRA", "rank", "alpha", "targets", "shapes",
+        "non-zero B",
     }  # fmt: skip
 
 
@@ -67,7 +68,7 @@ PROJ = "model.uni_query.proj.weight"
         ("finite", _set(PROJ, lambda t: t * float("nan"))),
         ("all-zero", _set(PROJ, torch.zeros_like)),
         ("dtype", _set(PROJ, lambda t: t.half())),
-        ("towers", lambda tensors: [tensors.pop(n) for n in list(tensors) if ".vision_tower_aux." in n]),
+        ("files", lambda tensors: [tensors.pop(n) for n in list(tensors) if ".vision_tower_aux." in n]),
         ("all-zero", _set("model.vision_tower_aux.embeddings.layernorm.weight", torch.zeros_like)),
         ("sees the image", _set("model.multi_modal_projector.2.weight", torch.zeros_like)),
     ],

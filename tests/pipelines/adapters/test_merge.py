@@ -13,9 +13,10 @@ from pipelines.adapters import merge, probe
 from pipelines.adapters.check import check_adapter, check_model
 from pipelines.adapters.config import MergeConfig
 from pipelines.errors import UserError, WorkFailed
-from pipelines.mgm.adapter import NON_LORA, WEIGHTS, write_adapter
+from pipelines.mgm.adapter import NON_LORA, WEIGHTS, trained_on, write_adapter
 from pipelines.mgm.convert_lora import convert_lora
-from pipelines.mgm.load import load_base, load_processor
+from pipelines.mgm.load import load_model, load_processor
+from pipelines.modelfiles import model_identity
 
 
 def test_merged_model_gives_the_logits_of_base_and_adapter(model_dir: Path, adapter_dir: Path, tmp_path: Path) -> None:
@@ -25,11 +26,11 @@ def test_merged_model_gives_the_logits_of_base_and_adapter(model_dir: Path, adap
     manifest = merge.run(model_dir, adapter_dir, tmp_path / "merged", MergeConfig())
     assert manifest["max_logit_difference_as_written"] <= 1e-3 and manifest["lora"]
     inputs = probe.batch(load_processor(tmp_path / "merged"))
-    merged = probe.logits(load_base(tmp_path / "merged", "float32"), inputs)
+    merged = probe.logits(load_model(tmp_path / "merged", "float32"), inputs)
     torch.testing.assert_close(
         merged, probe.logits(merge.with_adapter(model_dir, adapter_dir), inputs), rtol=0, atol=1e-3
     )
-    assert (merged - probe.logits(load_base(model_dir, "float32"), inputs)).abs().max() > 0.05
+    assert (merged - probe.logits(load_model(model_dir, "float32"), inputs)).abs().max() > 0.05
     before, after = load_file(model_dir / "model.safetensors"), load_file(tmp_path / "merged" / "model.safetensors")
     assert set(before) == set(after)
     assert all(torch.equal(after[name], before[name]) for name in before if "vision_tower" in name)
@@ -43,7 +44,7 @@ def test_tied_and_untied_embeddings_survive(tiny: Any, tmp_path: Path) -> None:
         data = tiny.write_instructions(tmp_path / f"{tie}" / "instruct.json")
         adapter = tiny.train_adapter(model, data, tmp_path / f"adapter-{tie}", steps=1)
         merge.run(model, adapter, tmp_path / f"merged-{tie}", MergeConfig())
-        merged = load_base(tmp_path / f"merged-{tie}", "float32")
+        merged = load_model(tmp_path / f"merged-{tie}", "float32")
         assert (merged.lm_head.weight.data_ptr() == merged.model.language_model.embed_tokens.weight.data_ptr()) == tie
         assert ("lm_head.weight" in load_file(tmp_path / f"merged-{tie}" / "model.safetensors")) != tie
 
@@ -96,7 +97,7 @@ def test_adapters_of_another_model_are_refused(tiny: Any, model_dir: Path, adapt
     """
     other = tiny.write_model(tmp_path / "other", hidden=64)
     with pytest.raises(UserError, match="multi_modal_projector"):
-        merge.run(other, adapter_dir, tmp_path / "merged", MergeConfig())
+        merge.run(other, adapter_dir, tmp_path / "merged", MergeConfig(any_base=True))
     assert not (tmp_path / "merged").exists()
 
     broken = shutil.copytree(adapter_dir, tmp_path / "broken")
@@ -116,11 +117,44 @@ def test_adapters_of_another_model_are_refused(tiny: Any, model_dir: Path, adapt
     assert lost.numel()
 
 
+def test_another_base_of_equal_shape_is_refused(model_dir: Path, adapter_dir: Path, tmp_path: Path) -> None:
+    """Same shapes, other weights: such a merge gives a model that looks right. A note beside the base is no other
+    base, and who means the other model can say so.
+    """
+    copy = shutil.copytree(model_dir, tmp_path / "copy")
+    (copy / "README.md").write_text("moved here, and a note")
+    assert all(verdict.passed for verdict in check_adapter(adapter_dir, copy))
+    tensors = load_file(copy / "model.safetensors")
+    tensors["model.language_model.norm.weight"] += 0.01
+    save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
+    assert [verdict.name for verdict in check_adapter(adapter_dir, copy) if not verdict.passed] == ["base"]
+    with pytest.raises(UserError, match=r"trained on another model than .*--merge\.any_base true"):
+        merge.run(copy, adapter_dir, tmp_path / "merged", MergeConfig())
+    assert not (tmp_path / "merged").exists()
+    assert merge.run(copy, adapter_dir, tmp_path / "merged", MergeConfig(any_base=True))["lora"]
+
+
+def test_an_adapter_that_does_not_say_its_base(model_dir: Path, adapter_dir: Path, tmp_path: Path) -> None:
+    """PEFT loads what captune wrote; what PEFT alone wrote is merged as before; halves of two adapters are refused."""
+    from peft import PeftModel
+
+    tuned = PeftModel.from_pretrained(load_model(model_dir, "float32"), adapter_dir)
+    tuned.save_pretrained(tmp_path / "foreign")
+    shutil.copytree(tmp_path / "foreign", tmp_path / "half")
+    assert trained_on(tmp_path / "foreign") is None
+    assert all(verdict.passed for verdict in check_adapter(tmp_path / "foreign", model_dir))
+    assert merge.run(model_dir, tmp_path / "foreign", tmp_path / "merged", MergeConfig())["lora"]
+    for name, base in ((WEIGHTS, "1" * 32), (NON_LORA, "2" * 32)):
+        save_file(load_file(adapter_dir / name), tmp_path / "half" / name, metadata={"base": base})
+    with pytest.raises(UserError, match="two different models"):
+        merge.run(model_dir, tmp_path / "half", tmp_path / "merged-too", MergeConfig())
+
+
 def test_empty_shards_are_never_written(tmp_path: Path) -> None:
     """The ZeRO-3 accident: a tensor that nobody gathered has no elements; the adapter is refused."""
     weights = {"model.multi_modal_projector.0.weight": torch.empty(0)}
     with pytest.raises(WorkFailed, match="not gathered"):
-        write_adapter(tmp_path / "adapter", weights, None)
+        write_adapter(tmp_path / "adapter", weights, None, base="0" * 32)
     assert not (tmp_path / "adapter").exists()
 
 
@@ -166,7 +200,7 @@ def test_a_mixtral_merges(mixtral_dir: Path, tmp_path: Path) -> None:
         f"{module}.lora_B.default.weight": torch.ones(32, 2),
     }
     settings = LoraConfig(r=2, lora_alpha=2, target_modules=module.replace(".", r"\."), task_type="CAUSAL_LM")
-    write_adapter(tmp_path / "adapter", weights, settings)
+    write_adapter(tmp_path / "adapter", weights, settings, base=model_identity(mixtral_dir))
     merge.run(mixtral_dir, tmp_path / "adapter", tmp_path / "merged", MergeConfig())
     before, after = (load_file(place / "model.safetensors") for place in (mixtral_dir, tmp_path / "merged"))
     torch.testing.assert_close(after[f"{module}.weight"], before[f"{module}.weight"] + 2)

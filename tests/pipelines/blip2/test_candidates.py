@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from pipelines.blip2.candidates import Chooser, Generated, simhash
 from pipelines.blip2.config import CHOICES, CandidateConfig, DecodingConfig
@@ -136,6 +138,17 @@ def test_clip_scores_each_caption_against_its_own_image(clip: Path) -> None:
         assert chosen == image.texts[int(np.argmax(scores))]
     with pytest.raises(UserError, match=r"caption\.candidates\.clip_model"):
         Chooser(CandidateConfig(count=2, choose="clip_best", clip_model="/nowhere"), 0, torch.device("cpu"))
+
+
+def test_a_clip_with_holes_is_refused(clip: Path, blip2: Path, tmp_path: Path) -> None:
+    """Scores by weights that transformers made up would look like any others."""
+    holed = Path(shutil.copytree(clip, tmp_path / "holed"))
+    weights = load_file(holed / "model.safetensors")
+    weights.pop("text_model.final_layer_norm.weight")
+    save_file(weights, holed / "model.safetensors", {"format": "pt"})
+    for directory, message in ((holed, "1 missing: text_model.final_layer_norm.weight"), (blip2, "not 'clip'")):
+        with pytest.raises(UserError, match=message):
+            Chooser(CandidateConfig(count=2, choose="clip_best", clip_model=str(directory)), 0, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("mode", CHOICES)

@@ -249,6 +249,14 @@ def test_incomplete_directories_are_refused_by_name(blip2: Path, tmp_path: Path)
     half = copy("half")
     weights = load_file(half / "model.safetensors")
     save_file({k: v for k, v in weights.items() if "qformer" not in k}, half / "model.safetensors", {"format": "pt"})
+    holed = copy("holed")
+    weights.pop("qformer.layernorm.weight")
+    weights["language_projection.bias"] = torch.ones(3)
+    save_file(weights, holed / "model.safetensors", {"format": "pt"})
+    torn = copy("torn")
+    (torn / "model.safetensors").write_bytes((blip2 / "model.safetensors").read_bytes()[:-1])
+    blind = copy("blind")
+    (blind / "processor_config.json").unlink()
     other = copy("other")
     edit(other / "config.json", model_type="blip")
     moved = copy("moved")
@@ -257,12 +265,15 @@ def test_incomplete_directories_are_refused_by_name(blip2: Path, tmp_path: Path)
     (nameless / "tokenizer.json").unlink()
     cases = [
         (bare, "bare: no weights"),
-        (half, "half: its weights do not fit.*qformer"),
-        (other, "other: .*'blip' model"),
+        (half, r"half: its weights have nothing named qformer\.\*"),
+        (holed, r"1 missing: qformer\.layernorm\.weight; 1 of another shape: language_projection\.bias is \(3,\)"),
+        (torn, "torn/model.safetensors: not a whole safetensors file"),
+        (blind, "blind: the model has no processor"),
+        (other, "other: .*of type 'blip', not 'blip-2'"),
         (moved, "moved: its tokenizer has '<image>' at id 2, but the model expects it at id 1"),
-        (nameless, "nameless: no tokenizer"),
+        (nameless, "nameless: the model has no tokenizer"),
         (make_blip2(tmp_path / "mute", image_token=False), "mute: its tokenizer lacks the image token '<image>'"),
-        (tmp_path, "config.json is missing"),
+        (tmp_path, r"config\.json is missing"),
     ]
     for directory, message in cases:
         with pytest.raises(UserError, match=message):

@@ -18,6 +18,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from pipelines.mgm.load import load_model
 from pipelines.mgm.modeling import MGMForConditionalGeneration
 from pipelines.mgm.processing import MGMProcessor
 
@@ -39,16 +40,14 @@ def model(
 
 
 @pytest.fixture
-def saved(model: MGMForConditionalGeneration, tmp_path: Path) -> Path:
+def saved(model: MGMForConditionalGeneration, processor: MGMProcessor, tmp_path: Path) -> Path:
     model.save_pretrained(tmp_path / "model")
+    processor.save_pretrained(tmp_path / "model")
     return tmp_path / "model"
 
 
-def load(directory: Path, auto: Any = AutoModelForImageTextToText, **kwargs: Any) -> Any:
-    settings = BitsAndBytesConfig(**kwargs)
-    return auto.from_pretrained(
-        directory, dtype=torch.bfloat16, quantization_config=settings, device_map={"": "cpu"}
-    ).eval()
+def load(directory: Path, **kwargs: Any) -> Any:
+    return load_model(directory, "bfloat16", quantization_config=BitsAndBytesConfig(**kwargs))
 
 
 def inputs(processor: MGMProcessor, count: int = 2) -> dict[str, Any]:
@@ -71,7 +70,8 @@ def test_only_the_language_model_is_quantized(
     assert rest == {torch.bfloat16}
     assert quantized.model.uni_key.foldable  # mining keeps its fast path
     quantized.save_pretrained(saved.parent / "quantized")
-    again = AutoModelForImageTextToText.from_pretrained(saved.parent / "quantized").eval()
+    processor.save_pretrained(saved.parent / "quantized")
+    again = load_model(saved.parent / "quantized")
     assert {name for name, module in again.named_modules() if isinstance(module, kind)} == modules
 
     batch = inputs(processor)
@@ -91,7 +91,9 @@ def test_modules_named_by_the_user_come_on_top(saved: Path) -> None:
     quantized = load(saved, **FOUR, llm_int8_skip_modules=["lm_head", "model.language_model.layers.0"])
     modules = [name for name, module in quantized.named_modules() if isinstance(module, bnb.nn.Linear4bit)]
     assert len(modules) == 7 and all(name.startswith("model.language_model.layers.1.") for name in modules)
-    base = load(saved, AutoModel, **FOUR)  # without head, where names have no "model." in front
+    settings = BitsAndBytesConfig(**FOUR)
+    # Without head, where names have no "model." in front.
+    base = AutoModel.from_pretrained(saved, quantization_config=settings, device_map={"": "cpu"})
     names = [name for name, module in base.named_modules() if isinstance(module, bnb.nn.Linear4bit)]
     assert len(names) == 14 and all(name.startswith("language_model.layers.") for name in names)
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from pipelines.errors import UserError, WorkFailed
-from pipelines.mgm.load import load_base
+from pipelines.mgm.load import load_model
 from pipelines.mgm.names import PROJECTOR
 from pipelines.train import features
 from pipelines.train.config import LoraSettings, PhaseConfig
@@ -19,7 +19,7 @@ PHASE = PhaseConfig(steps=12, learning_rate=5e-3, warmup=0.0, max_grad_norm=1.0)
 
 
 def _aligning(model_dir: Path, *, checkpointing: bool = False) -> Any:
-    model = load_base(model_dir, "float32")
+    model = load_model(model_dir, "float32")
     train_projector(model)
     prepare(model, checkpointing)
     return model
@@ -34,7 +34,7 @@ def _losses(
 
 def test_align_trains_projector_and_uni_modules_only(tiny: Any, model_dir: Path, tmp_path: Path) -> None:
     """After some steps exactly these tensors differ from the base model, and the loss fell."""
-    model, base = _aligning(model_dir), load_base(model_dir, "float32").state_dict()
+    model, base = _aligning(model_dir), load_model(model_dir, "float32").state_dict()
     losses = _losses(tiny, model, model_dir, tiny.loader(model_dir, tiny.write_dataset(tmp_path / "data"), "align"))
     changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, base[name])}
     prefixes = {name.split(".")[1] for name in changed}
@@ -44,7 +44,7 @@ def test_align_trains_projector_and_uni_modules_only(tiny: Any, model_dir: Path,
 
 def test_instruct_trains_lora_and_projector_only(tiny: Any, model_dir: Path, tmp_path: Path) -> None:
     """The language model's own weights and both towers stay; every LoRA B has moved; the loss fell."""
-    model, base = _aligning(model_dir), load_base(model_dir, "float32").state_dict()
+    model, base = _aligning(model_dir), load_model(model_dir, "float32").state_dict()
     add_lora(model, LoraSettings(rank=4), seed=0)
     prepare(model, checkpointing=True)
     trainable = {name for name, p in model.named_parameters() if p.requires_grad}
@@ -64,7 +64,7 @@ def test_instruct_trains_lora_and_projector_only(tiny: Any, model_dir: Path, tmp
 
 def test_instruct_may_leave_the_projector_alone(model_dir: Path) -> None:
     """`instruct_projector: false`: LoRA is all that learns."""
-    model = load_base(model_dir, "float32")
+    model = load_model(model_dir, "float32")
     add_lora(model, LoraSettings(), seed=0)
     assert all("lora_" in name for name, p in model.named_parameters() if p.requires_grad)
 
@@ -82,7 +82,7 @@ def test_instruct_may_leave_the_projector_alone(model_dir: Path) -> None:
 def test_wrong_lora_targets_are_errors(model_dir: Path, pattern: str, message: str) -> None:
     """A leaf name, a pattern that also hits the CLIP tower, and no pattern at all."""
     with pytest.raises(UserError, match=message):
-        add_lora(load_base(model_dir, "float32"), LoraSettings(target_modules=pattern), seed=0)
+        add_lora(load_model(model_dir, "float32"), LoraSettings(target_modules=pattern), seed=0)
 
 
 def test_accumulation_equals_one_big_batch(tiny: Any, model_dir: Path, tmp_path: Path) -> None:
@@ -161,7 +161,7 @@ def test_a_batch_without_images_gives_the_projector_a_gradient_of_zero(
 def test_tower_outputs_lead_to_the_models_own_features(model_dir: Path) -> None:
     """features.py splits `get_image_features` at the towers; both halves together must be the whole."""
     torch.manual_seed(0)
-    model = load_base(model_dir, "float32").model
+    model = load_model(model_dir, "float32").model
     pixels, aux = torch.randn(3, 3, 32, 32), torch.randn(3, 3, 64, 64)
     with torch.no_grad():
         whole = model.get_image_features(pixels, aux)
@@ -194,15 +194,6 @@ def test_schedule_rises_and_falls() -> None:
     rates = [learning_rate(phase, step) for step in range(100)]
     assert rates[0] == pytest.approx(0.1) and max(rates) == rates[10] == 1.0 and rates[-1] < 1e-3
     assert rates[10:] == sorted(rates[10:], reverse=True)
-
-
-def test_models_that_cannot_be_trained_are_named(tmp_path: Path, model_dir: Path) -> None:
-    """No configuration, no weights: the directory and what it lacks."""
-    with pytest.raises(UserError, match="no config.json"):
-        load_base(tmp_path, "float32")
-    (tmp_path / "config.json").write_text((model_dir / "config.json").read_text())
-    with pytest.raises(UserError, match="without weights"):
-        load_base(tmp_path, "float32")
 
 
 def test_the_log_of_a_resumed_run_has_every_step_once(tmp_path: Path) -> None:

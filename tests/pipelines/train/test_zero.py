@@ -19,7 +19,7 @@ import torch.distributed as dist
 spec = importlib.util.spec_from_file_location("tiny_mgm", sys.argv[1])
 tiny = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(tiny)
-from pipelines.mgm.load import load_base, load_processor
+from pipelines.mgm.load import load_model, load_processor
 from pipelines.train import zero
 from pipelines.train.config import LoraSettings, PhaseConfig
 from pipelines.train.step import TrainForward, add_lora, prepare, train_projector
@@ -38,7 +38,7 @@ def given_away(*arguments):
 zero.deepspeed_config = given_away
 results = []
 for strategy in ("ddp", "zero3"):
-    model = load_base(model_dir, "float32")
+    model = load_model(model_dir, "float32")
     train_projector(model)
     add_lora(model, LoraSettings(rank=4, dropout=0.0), seed=0)
     prepare(model, checkpointing=True)
