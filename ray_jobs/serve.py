@@ -13,6 +13,7 @@ from pipelines import preflight
 from pipelines.progress import say
 from ray_jobs import _ending, _start, cli
 from ray_jobs._options import Command, Option, parse, reading
+from serve.port import free_port, refuse_impossible
 
 COMMAND = Command(
     "serve",
@@ -34,7 +35,15 @@ def main(argv: list[str]) -> int:
     recipe, options = parse(COMMAND, argv)
     model = Path(options.model)
     demands = [recipe.serve.demand()]
-    preflight.require([*preflight.base_model(options.model, "--model"), *_start.lacking(demands=demands)])
+    # On a cluster that runs already, the port may be its Ray Serve's.
+    look = refuse_impossible if _start.address() else free_port
+    preflight.require(
+        [
+            *preflight.base_model(options.model, "--model"),
+            *preflight.found("--port", lambda: look(options.host, options.port)),
+            *_start.lacking(demands=demands),
+        ]
+    )
     with _start.ray_cluster(demands=demands):
         from serve import app
 

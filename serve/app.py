@@ -8,7 +8,6 @@ what the command line and the tests call. How full batches are is in Prometheus 
 # No `from __future__ import annotations`: Ray Serve and FastAPI read the annotations at run time.
 import asyncio
 import logging
-import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -27,11 +26,11 @@ from ray.serve import Application
 from starlette.exceptions import HTTPException
 
 from pipelines.errors import UserError, WorkFailed
-from pipelines.mgm.directory import check_model_directory
 from pipelines.modelfiles import model_identity
 from serve.api import ApiError, ChatRequest, completion, models, parse
 from serve.config import ServeConfig
 from serve.gate import BatchGate
+from serve.port import free_port
 
 _HEALTHY_WITHIN_S = 60.0
 _SHUTDOWN_S = 30.0
@@ -182,10 +181,10 @@ def start(
         port: 0 takes a free one.
 
     Raises:
-        UserError: no usable model directory, or the port is taken.
+        UserError: the model directory is not complete, or the port is taken.
         WorkFailed: the model did not start.
     """
-    check_model_directory(model)
+    _refuse_incomplete(model)
     logging.getLogger("ray.serve").setLevel(logging.WARNING)  # importing Ray Serve has set it to INFO
     args = BuildArgs(model=str(Path(model).resolve()), name=name, config=config)
     root = _start_http(host, port, config.request_timeout_s + _PROXY_GRACE_S)
@@ -197,6 +196,14 @@ def start(
     base = root + route_prefix.rstrip("/")
     _wait_until_healthy(base)
     return base
+
+
+def _refuse_incomplete(model: Path) -> None:
+    """Here, in one line: in a replica the same error is tried three times and logged with Ray's tracebacks."""
+    from pipelines.mgm.load import check_tensors, load_processor
+
+    check_tensors(model)
+    load_processor(model)
 
 
 def stop(name: str = "captune") -> None:
@@ -220,7 +227,7 @@ def _start_http(host: str, port: int, timeout_s: float) -> str:
                 "use that one or stop it first"
             )
         return f"http://{_reachable(options.host or host)}:{options.port}"
-    port = _free_port(host, port)
+    port = free_port(host, port)
     try:
         serve.start(
             http_options={"host": host, "port": port, "request_timeout_s": timeout_s},
@@ -232,19 +239,6 @@ def _start_http(host: str, port: int, timeout_s: float) -> str:
     except TimeoutError as error:
         raise WorkFailed(f"{host}:{port}: Ray Serve's HTTP proxy did not come up ({error})") from error
     return f"http://{_reachable(host)}:{port}"
-
-
-def _free_port(host: str, port: int) -> int:
-    """Ray Serve binds with SO_REUSEPORT and would share a taken port with a stranger, so ask first and without it."""
-    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-            return int(probe.getsockname()[1])
-        except OSError as error:
-            raise UserError(
-                f"port {port} of {host} cannot be used ({error.strerror}); choose another with --port"
-            ) from error
 
 
 def _reachable(host: str) -> str:

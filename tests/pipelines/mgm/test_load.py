@@ -80,7 +80,7 @@ AT_A_GLANCE = {
     "no processor": (_lose("processor_config.json"), "has no processor"),
     "no tokenizer": (_lose("tokenizer.json"), "has no tokenizer"),
     "an adapter": (lambda d: (d / "adapter_config.json").write_text("{}"), "merge it with captune merge"),
-    "unfinished": (lambda d: (d / ".stage.json").write_text("{}"), "has not finished"),
+    "unfinished": (lambda d: (d / ".stage.json").write_text('{"stage": "merge"}'), "merge has not finished"),
 }
 WITH_A_SKELETON = {
     "missing": (_tensors(lambda t: t.pop(PROJ)), f"1 missing: {PROJ}"),
