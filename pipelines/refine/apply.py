@@ -10,6 +10,7 @@ from typing import Any
 from pipelines.errors import UserError, WorkFailed
 from pipelines.images import BadImage, read_bytes
 from pipelines.refine.operators import Operator, missing_package
+from pipelines.text import has_unspaced, words_of
 
 STATS, CONTEXT = "__dj__stats__", "__dj__context__"
 _FAILED = "failed: "
@@ -86,6 +87,8 @@ def _run_chunk(operators: Sequence[Operator], rows: Sequence[Row]) -> list[Outco
             samples["image_bytes"] = [[images[i]] for i in alive]
         if operator.shares_images:
             samples[CONTEXT] = [contexts[i] for i in alive]
+        elif operator.takes_words:
+            samples[CONTEXT] = [_words(outcomes[i].text) for i in alive]
         apply = _filter if operator.kind == "filter" else _map
         _apply_or_blame_rows(apply, operator, samples, [outcomes[i] for i in alive])
     return outcomes
@@ -111,6 +114,17 @@ def _text_for(operator: Operator, text: str) -> str:
     from data_juicer.utils.mm_utils import SpecialTokens
 
     return f"{SpecialTokens.image}\n{text}"
+
+
+def _words(text: str) -> dict[str, list[str]]:
+    """The context that hands an operator the words of a text in which white space does not part them; Data-Juicer would
+    call a Chinese caption one word. An operator whose recipe names a tokenizer looks under another key, and uses that.
+    """
+    if not has_unspaced(text):
+        return {}
+    from data_juicer.utils.constant import InterVars
+
+    return {f"{InterVars.words}-None-text": words_of(text)}
 
 
 def _apply_or_blame_rows(apply: Any, operator: Operator, samples: Samples, outcomes: list[Outcome]) -> None:
@@ -155,7 +169,7 @@ def _filter(operator: Operator, samples: Samples, outcomes: list[Outcome]) -> No
     # A fresh dictionary per operator: Data-Juicer skips a stat that is there already, which would be stale after a
     # mapper.
     samples[STATS] = [{} for _ in range(count)]
-    context = {"context": True} if operator.shares_images else {}
+    context = {"context": True} if CONTEXT in samples else {}
     if op.is_batched_op():
         samples = op.compute_stats_batched(samples, **context)
         kept = list(op.process_batched(samples))

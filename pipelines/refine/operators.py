@@ -43,6 +43,7 @@ class Operator:
         wants_token: it pairs image tokens in the text with the images, so the text must hold `<__dj__image>`; a filter
             on text alone would count that token as characters, so it gets the bare text.
         shares_images: Data-Juicer lets it keep decoded images in a context that the next image operator reuses.
+        takes_words: Data-Juicer lets it find a text's words in that context instead of splitting at white space.
     """
 
     label: str
@@ -51,6 +52,7 @@ class Operator:
     reads_images: bool
     wants_token: bool
     shares_images: bool
+    takes_words: bool
 
 
 def read_recipe(path: str | Path) -> Process:
@@ -248,7 +250,7 @@ def _describe(label: str, name: str, op: Any, kind: str) -> Operator:
     """What an operator looks at is said nowhere in Data-Juicer's interface, so its source is asked."""
     import inspect
 
-    from data_juicer.ops.op_fusion import LOADED_IMAGES
+    from data_juicer.ops.op_fusion import INTER_WORDS, LOADED_IMAGES
 
     source = inspect.getsource(sys.modules[type(op).__module__])
     return Operator(
@@ -258,4 +260,5 @@ def _describe(label: str, name: str, op: Any, kind: str) -> Operator:
         reads_images="image_key" in source,
         wants_token="SpecialTokens." in source,
         shares_images=kind == "filter" and name in LOADED_IMAGES.modules,
+        takes_words=kind == "filter" and name in INTER_WORDS.modules,
     )

@@ -193,6 +193,39 @@ def test_text_filters_get_the_caption_without_the_image_token() -> None:
     assert dj._describe("x", "image_text_similarity_filter", similarity.__new__(similarity), "filter").wants_token
 
 
+GOOD_CAPTIONS = [
+    "a red stop sign in front of a house",
+    "一个红色的停车标志",
+    "赤い停止標識が家の前にあります。",
+    "ป้ายหยุดสีแดงหน้าบ้าน",
+    "빨간 정지 표지판이 집 앞에 있다",
+    "красный знак остановки перед домом",
+    "لافتة توقف حمراء أمام منزل",
+]
+
+
+def test_the_shipped_recipe_judges_captions_without_spaces() -> None:
+    """Chinese is neither one word nor too short; a loop is found in it; Latin text is left to Data-Juicer's own eyes,
+    and a tokenizer that a recipe names is not overruled.
+    """
+    process = [step for step in dj.read_recipe(SAMPLE) if not next(iter(step)).startswith("image_")]
+    bad = ["红色标志" * 6, "标志", "a sign a sign a sign a sign", "sign", "红色的停车标志" * 80]
+    found = run_operators(dj.build(process), [Row(text, text) for text in (*GOOD_CAPTIONS, *bad)])
+    assert [outcome.reason for outcome in found[: len(GOOD_CAPTIONS)]] == [None] * len(GOOD_CAPTIONS)
+    assert [outcome.step for outcome in found[len(GOOD_CAPTIONS) :]] == [
+        "character_repetition_filter",
+        "text_length_filter",
+        "word_repetition_filter",
+        "words_num_filter",
+        "text_length_filter",
+    ]
+    loop = run_operators(dj.build([{"word_repetition_filter": {"rep_len": 2}}]), [Row("a", bad[0])])[0]
+    assert loop.stats == {"word_rep_ratio": 1.0}
+    counted = run_operators(dj.build([{"words_num_filter": {}}]), [Row("a", GOOD_CAPTIONS[1]), Row("b", "a red sign")])
+    # Data-Juicer takes 一 for a dash
+    assert [outcome.stats["num_words"] for outcome in counted] == [8, 3]
+
+
 def test_mappers_change_the_text_and_later_filters_see_it() -> None:
     process: dj.Process = [
         {"clean_links_mapper": {}},
