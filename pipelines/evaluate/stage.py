@@ -150,8 +150,16 @@ def read_scores(directory: Path | str) -> dict[str, Any]:
         lacks = MANIFEST if path.is_file() else SCORES
         raise UserError(f"{directory}: no finished evaluation there ({lacks} is missing)")
     scores = read_json(path)
-    if not isinstance(scores, dict) or not isinstance(scores.get("questions"), list):
+    if not isinstance(scores, dict) or not scores.keys() >= {"benchmark", "accuracy", "count", "errors", "annotations"}:
         raise UserError(f"{path}: not the scores of an evaluation")
+    rows = scores.get("questions")
+    if not isinstance(rows, list) or not rows:
+        raise UserError(f"{path}: holds no questions")
+    for number, row in enumerate(rows):
+        if not isinstance(row, dict) or not row.keys() >= {"question_id", "score", "error"}:
+            raise UserError(f"{path}: questions[{number}] lacks its id, its score or its error")
+        if not (isinstance(row["score"], int | float) and 0 <= row["score"] <= 1):
+            raise UserError(f"{path}: questions[{number}] has score {row['score']}, which is none between 0 and 1")
     return scores
 
 

@@ -67,7 +67,7 @@ def _why_open(found: dict[str, Any]) -> Markup:
         least, largest = found["failures"]["bounds"]
         return Markup(
             " {number} requests failed and count as wrong answers; answered, they could have made it anything from "
-            "{least} to {largest}. Evaluating again asks them again."
+            "{least} to {largest}, and too little to be told from chance. Evaluating again asks them again."
         ).format(
             number=numbers.count(found["failures"]["count"]),
             least=numbers.points(least),

@@ -15,6 +15,7 @@ from scipy import stats
 from pipelines.errors import UserError
 from pipelines.evaluate.compare import compare, level, run, sentence, summarise, withheld
 from pipelines.evaluate.config import CompareConfig
+from pipelines.evaluate.stage import read_scores
 from pipelines.evaluate.statistics import bootstrap_means, interval, mcnemar
 from ray_jobs import cli
 
@@ -183,6 +184,21 @@ def test_what_must_not_be_compared(tmp_path: Path, changes: dict[str, Any], matc
     evaluations = {name: tmp_path / name for name in ("original", "enhanced")}
     with pytest.raises(UserError, match=match):
         run(evaluations, tmp_path, CONFIG)
+
+
+@pytest.mark.parametrize(
+    "damage, words",
+    [
+        ("[]", "not the scores of an evaluation"),
+        (arm([1.0], questions=[]), "holds no questions"),
+        (arm([0.5, float("nan")]), r"questions\[1\] has score nan"),
+        (arm([1.0], questions=[{"question_id": "0", "score": 1.0}]), r"questions\[0\] lacks"),
+    ],
+)
+def test_scores_that_are_none_are_named(tmp_path: Path, damage: Any, words: str) -> None:
+    (tmp_path / "scores.json").write_text(damage if isinstance(damage, str) else json.dumps(damage))
+    with pytest.raises(UserError, match=words):
+        read_scores(tmp_path)
 
 
 def test_run_writes_the_comparison_and_names_what_is_missing(tmp_path: Path) -> None:
