@@ -66,7 +66,12 @@ def caption(config: CaptionConfig) -> Iterator[Problem]:
     yield from found("caption.model", captioner)
     if clip := config.candidates.clip_model:
         key = "caption.candidates.clip_model"
-        yield from found(key, lambda: checkpoint.locate(clip, key))
+
+        def chooser() -> None:
+            if directory := checkpoint.locate(clip, key):
+                checkpoint.check_clip(directory)
+
+        yield from found(key, chooser)
 
 
 def refine(config: RefineConfig, section: str = "refine", *, done: bool = False) -> Iterator[Problem]:

@@ -24,7 +24,7 @@ class Answerer:
     Attributes:
         name: what it is called in requests.
         endpoint: base URL.
-        identity: of its directory (`manifest.identity`), which captune's own service publishes; None elsewhere.
+        identity: of its directory (`model_identity`), which captune's own service publishes; None elsewhere.
         entry: what `/v1/models` says of it.
     """
 

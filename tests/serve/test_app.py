@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+from safetensors.torch import load_file, save_file
 
 from pipelines.errors import UserError
 from pipelines.evaluate.config import EvaluateConfig
@@ -175,6 +177,21 @@ def test_two_applications_share_the_port(ray_cluster: None, base: str, tiny_mode
         assert httpx.get(base + "/v1/models", trust_env=False).json()["data"][0]["id"] == "captune"
     finally:
         stop("other")
+
+
+def test_a_model_that_no_replica_can_load_is_refused_here(base: str, tiny_model: Path, tmp_path: Path) -> None:
+    """A tensor short, a torn tokenizer: one sentence instead of three replicas' tracebacks."""
+    from serve.app import start
+
+    torn = Path(shutil.copytree(tiny_model, tmp_path / "torn"))
+    (torn / "tokenizer.json").write_text("{}")
+    short = Path(shutil.copytree(tiny_model, tmp_path / "short"))
+    tensors = load_file(short / "model.safetensors")
+    tensors.pop("model.uni_key.norm.weight")
+    save_file(tensors, short / "model.safetensors", metadata={"format": "pt"})
+    for directory, message in ((torn, "its processor cannot be loaded"), (short, "1 missing: model.uni_key.norm")):
+        with pytest.raises(UserError, match=message):
+            start(directory, ServeConfig(), name="fourth", route_prefix="/fourth", port=0)
 
 
 def test_another_port_while_serve_runs_is_refused(base: str, tiny_model: Path) -> None:
