@@ -13,7 +13,7 @@ class EvaluateConfig:
     """How a served model is asked the questions of a benchmark.
 
     Attributes:
-        benchmark: one of `registry.BENCHMARKS`.
+        benchmark: its name, one of those that `captune evaluate --help` lists.
         annotations: the benchmark's own annotation file.
         images: directory of its pictures.
         ocr_tokens: put the reference OCR tokens into the prompt, as the published TextVQA scores do (about 13 points

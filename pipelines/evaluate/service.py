@@ -150,9 +150,12 @@ def _reply(response: httpx.Response) -> Reply:
     if response.status_code == 200:
         return Reply(200, content)
     error = content.get("error") if isinstance(content, dict) else None
-    said = error.get("message") if isinstance(error, dict) else None
-    # While Ray Serve deploys, and behind many a gateway, a proxy whose service is away says 404 in words of its own.
-    gone = response.status_code == 404 and said is None
+    error = error if isinstance(error, dict) else {}
+    said = error.get("message")
+    # While Ray Serve deploys, and behind many a gateway, a proxy whose service is away says 404, too; only that of the
+    # service itself is about the model.
+    about_the_model = said is not None and "model" in f"{said} {error.get('code')} {error.get('param')}".lower()
+    gone = response.status_code == 404 and not about_the_model
     said = " ".join(str(response.text if said is None else said).split())[:300]
     wait = response.headers.get("retry-after", "")
     pause_s = min(float(wait), LONGEST_PAUSE_S) if wait.replace(".", "", 1).isdecimal() else 0.0

@@ -105,7 +105,8 @@ class Endpoint:
                 return PlainTextResponse("Path '/v1/chat/completions' not found.", 404)
             if isinstance(play, int):
                 headers = {"retry-after": "0"} if play == 429 else {}
-                return JSONResponse({"error": {"message": f"played {play}"}}, play, headers=headers)
+                code = "model_not_found" if play == 404 else None
+                return JSONResponse({"error": {"message": f"played {play}", "code": code}}, play, headers=headers)
             if play == "another model":
                 self.is_captune("b" * 32)
             if play == "another root":

@@ -144,6 +144,9 @@ def test_an_endpoint_that_goes_away_keeps_the_answers(
     assert "5 answers of this run are kept; run the same command again" in capsys.readouterr().err
     assert command(files, endpoint, tmp_path / "b") == 0
     assert sum(endpoint.asked.values()) == 8 + 3 + 4, "a proxy without its service is asked again, answers are not"
+    endpoint.faults = {"What is 2?": [404]}
+    assert command(files, endpoint, tmp_path / "c") == 2, "the service itself says that it has no such model"
+    assert "HTTP 404: played 404" in capsys.readouterr().err
 
 
 def test_the_whole_request_has_a_deadline(tmp_path: Path, benchmark: Benchmark, endpoint: Any) -> None:
