@@ -33,6 +33,7 @@ class Entry(NamedTuple):
 
 COMMANDS = {
     "run": Entry("ray_jobs.run", "walk the whole hallway for every arm of a recipe"),
+    "init": Entry("ray_jobs.init", "write a recipe for the data, models and machine at hand"),
     "sample": Entry("ray_jobs.sample", "draw the embedded sample world"),
     "caption": Entry("ray_jobs.caption", "recaption an image-text dataset with BLIP-2"),
     "refine": Entry("ray_jobs.refine", "choose and clean captions with a Data-Juicer recipe"),

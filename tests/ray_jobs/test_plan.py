@@ -124,6 +124,21 @@ def test_wrong_operators_and_directories_of_others_are_found(
     assert [problem["key"] for problem in plan["problems"]] == ["caption"]
 
 
+def test_init_writes_a_recipe_that_this_machine_can_run(
+    brought: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(brought)
+    monkeypatch.setattr(machine, "cards", lambda: ())
+    output = tmp_path / "my.yaml"
+    words = ["init", "data/pairs.jsonl", "--blip2", "models/blip2-opt-2.7b", "--mgm", "models/mgm-2b"]
+    words += ["--textvqa", "data/textvqa", "--instruct", "data/instruct.json", "--output", str(output)]
+    assert cli.main(words) == 0
+    status, plan = asked(capsys, str(output), "--run_dir", str(tmp_path / "run"))
+    assert (status, plan["problems"]) == (0, [])
+    assert cli.main(words) == 2  # it overwrites nothing
+    assert "is there already" in capsys.readouterr().err
+
+
 @pytest.mark.heavy
 @pytest.mark.timeout(900)
 def test_the_reference_recipe_really_runs(brought: Path) -> None:
