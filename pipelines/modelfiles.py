@@ -64,7 +64,7 @@ def weight_files(directory: Path) -> list[Path]:
             continue
         if not name.endswith(".json"):
             return [path]
-        files = [directory / shard for shard in sorted(set(read_object(path).get("weight_map", {}).values()))]
+        files = [directory / shard for shard in sorted(set(_weight_map(path).values()))]
         if missing := [file.name for file in files if not file.exists()]:
             raise UserError(f"{path}: names files that are not there: {', '.join(missing)}")
         if files:
@@ -112,13 +112,21 @@ def tensor_shapes(directory: Path) -> Shapes | None:
     files = weight_files(directory)
     if any(file.suffix != ".safetensors" for file in files):
         return None
-    found = {file.name: _header(file) for file in files}
-    index = directory / _INDEXES[0]
-    if len(files) > 1 or files[0].name != _WHOLE[0]:
-        placed = read_object(index)["weight_map"].items()
-        if lost := sorted(f"{name} in {file}" for name, file in placed if name not in found[file]):
+    found = {file: _header(file) for file in files}
+    if files != [directory / _WHOLE[0]]:
+        index = directory / _INDEXES[0]
+        placed = _weight_map(index).items()
+        if lost := sorted(f"{name} in {file}" for name, file in placed if name not in found[directory / file]):
             raise UserError(f"{index}: names {len(lost)} tensors that are not there, e.g. {lost[0]}")
     return {name: shape for shapes in found.values() for name, shape in shapes.items()}
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    """Tensor -> file, of an index."""
+    placed = read_object(index).get("weight_map")
+    if not isinstance(placed, dict) or not all(isinstance(file, str) for file in placed.values()):
+        raise UserError(f"{index}: not the index of a model's files, it has no weight_map")
+    return placed
 
 
 def _header(path: Path) -> Shapes:

@@ -72,6 +72,7 @@ AT_A_GLANCE = {
     "half a file": (_cut(-1), "not a whole safetensors file"),
     "half a header": (_cut(100), "not a readable safetensors file"),
     "lost shard": (_lose_a_shard, "names files that are not there: model-00002"),
+    "no index": (lambda d: (_shards(d), (d / INDEX).write_text("{}")), "it has no weight_map"),
     "lost in a shard": (lambda d: _shards(d, lose=PROJ), f"names 1 tensors that are not there, e.g. {PROJ}"),
     "no tower": (
         _tensors(lambda t: [t.pop(n) for n in list(t) if ".vision_tower_aux." in n]),
