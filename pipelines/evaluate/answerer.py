@@ -10,11 +10,11 @@ from typing import Any
 from pipelines.errors import UserError
 from pipelines.evaluate.config import EvaluateConfig
 from pipelines.evaluate.service import Gone, Service, public
-from pipelines.manifest import fingerprint
 
 _IDENTITY = re.compile(r"[0-9a-f]{32}")
-_VOLATILE = ("created", "permission")
-"""Of an entry of `/v1/models`: vLLM makes both anew for every request."""
+_VOLATILE = ("created", "permission", "status", "state")
+"""Of an entry of `/v1/models`, what says when and how rather than which: vLLM makes the first two anew for every
+request, and llama.cpp loads a model with the first question."""
 
 
 @dataclass(frozen=True)
@@ -38,10 +38,6 @@ class Answerer:
         that is known counts, the address too: two services may call different models by one name.
         """
         return self.identity or {"name": self.name, "endpoint": self.endpoint, "entry": self.entry}
-
-    def digest(self) -> str:
-        """The same as 32 hexadecimal digits."""
-        return self.identity or fingerprint(self.model())
 
 
 def who_answers(endpoint: str, config: EvaluateConfig) -> Answerer:
