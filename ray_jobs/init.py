@@ -104,70 +104,84 @@ def _size(path: str) -> _Size:
 
 def _recipe(options: SimpleNamespace) -> str:
     """The recipe's text."""
-    import yaml
-
-    from pipelines.modelfiles import read_object
-
-    pairs = _size(options.dataset)
-    cards, cpus = machine.cards(), machine.cpus()
-    workers = max(1, len(cards))
-    textvqa, name = Path(options.textvqa), Path(options.output).stem
-    context = read_object(Path(options.mgm) / "config.json").get("text_config", {}).get("max_position_embeddings", 2048)
-
-    def quoted(value: object) -> str:
-        return yaml.safe_dump(str(value), default_style=None).split("\n")[0]
-
+    pairs, cards = _size(options.dataset), machine.cards()
+    about = f"{len(cards)} x {cards[0].name}" if cards else "no card"
     lines = [
-        f"# Written by captune init for {pairs}, and a machine of {cpus} CPUs, {machine.memory() / 2**30:.0f} GiB, "
-        f"{len(cards) or 'no'} card{'s' if len(cards) > 1 else ''}{f' ({cards[0].name})' if cards else ''}.",
-        f"run_dir: {quoted(options.run_dir or Path('runs') / name)}",
-        f"dataset: {quoted(options.dataset)}",
+        f"# Written by captune init for {pairs}, and a machine of {machine.cpus()} CPUs, "
+        f"{machine.memory() / 2**30:.0f} GiB and {about}.",
+        f"run_dir: {_quoted(options.run_dir or Path('runs') / Path(options.output).stem)}",
+        f"dataset: {_quoted(options.dataset)}",
         "",
-        "caption:",
-        f"  model: {quoted(options.blip2)}",
-        f"  batch_size: {64 if cards else 32}",
-        "  max_new_tokens: 30",
-        f"  dtype: {'bfloat16' if cards else 'float32'}",
-        *([f"  actors: {len(cards)}", "  gpus_per_actor: 1"] if cards else ["  cpus_per_actor: 0.9"]),
+        *_caption(options, len(cards)),
         "",
         "arms: # all that they differ in is the data",
         "  original: {text: caption}",
         "  enhanced: {text: recaption, recipe: refine_captions.yaml}",
         "",
+        *_train(options, pairs, len(cards)),
+        "",
+        "serve:",
+        *(["  gpus_per_replica: 1", "  dtype: bfloat16", "  max_batch_size: 32"] if cards else ["  max_batch_size: 8"]),
+        "",
+        *_evaluate(Path(options.textvqa)),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _caption(options: SimpleNamespace, cards: int) -> list[str]:
+    """A replica on every card; without one, a replica that leaves the decoders a share of the CPUs."""
+    return [
+        "caption:",
+        f"  model: {_quoted(options.blip2)}",
+        f"  batch_size: {64 if cards else 32}",
+        "  max_new_tokens: 30",
+        f"  dtype: {'bfloat16' if cards else 'float32'}",
+        *([f"  actors: {cards}", "  gpus_per_actor: 1"] if cards else ["  cpus_per_actor: 0.9"]),
+    ]
+
+
+def _train(options: SimpleNamespace, pairs: _Size, cards: int) -> list[str]:
+    """Once through the data, in samples as long as the language model takes."""
+    from pipelines.modelfiles import read_object
+
+    context = read_object(Path(options.mgm) / "config.json").get("text_config", {}).get("max_position_embeddings", 2048)
+    workers = max(1, cards)
+    share = max(1, min(4, machine.cpus() // (2 * workers)))
+    lines = [
         "train:",
-        f"  model: {quoted(options.mgm)}",
-        *([f"  instruct_data: {quoted(options.instruct)}"] if options.instruct else []),
-        *(
-            [f"  workers: {workers}", "  use_gpu: true", f"  cpus_per_worker: {max(1, min(4, cpus // (2 * workers)))}"]
-            if cards
-            else []
-        ),
+        f"  model: {_quoted(options.mgm)}",
+        *([f"  instruct_data: {_quoted(options.instruct)}"] if options.instruct else []),
+        *([f"  workers: {workers}", "  use_gpu: true", f"  cpus_per_worker: {share}"] if cards else []),
         f"  max_length: {min(2048, context)}",
         f"  # once through {'the' if pairs.exact else 'the first'} {pairs.rows:,} pairs",
         f"  align: {_phase(pairs.rows, _ALIGN_BATCH, workers, '1.0e-3')}",
     ]
     if options.instruct:
         rows = _size(options.instruct).rows
-        lines += [
-            f"  # once through {rows:,} instructions",
-            f"  instruct: {_phase(rows, _INSTRUCT_BATCH, workers, '2.0e-4')}",
-        ]
+        lines += [f"  # once through {rows:,} instructions"]
+        lines += [f"  instruct: {_phase(rows, _INSTRUCT_BATCH, workers, '2.0e-4')}"]
+    return lines
+
+
+def _evaluate(textvqa: Path) -> list[str]:
+    """With the OCR tokens of the published scores, where their file is there."""
     rosetta = textvqa / _ROSETTA
-    lines += [
-        "",
-        "serve:",
-        *(["  gpus_per_replica: 1", "  dtype: bfloat16", "  max_batch_size: 32"] if cards else ["  max_batch_size: 8"]),
-        "",
+    ocr = ["  ocr_tokens: false # published scores have them, from the Rosetta file"]
+    if rosetta.is_file():
+        ocr = ["  ocr_tokens: true # as published scores do; worth about 13 points", f"  ocr: {_quoted(rosetta)}"]
+    return [
         "evaluate:",
-        f"  annotations: {quoted(textvqa / _ANNOTATIONS)}",
-        f"  images: {quoted(textvqa / _IMAGES)}",
-        *(
-            ["  ocr_tokens: true # as published scores do; worth about 13 points", f"  ocr: {quoted(rosetta)}"]
-            if rosetta.is_file()
-            else ["  ocr_tokens: false # published scores have them, from the Rosetta file"]
-        ),
+        f"  annotations: {_quoted(textvqa / _ANNOTATIONS)}",
+        f"  images: {_quoted(textvqa / _IMAGES)}",
+        *ocr,
     ]
-    return "\n".join(lines) + "\n"
+
+
+def _quoted(value: object) -> str:
+    """As YAML writes a text, with quotes where it needs them."""
+    import yaml
+
+    return str(yaml.safe_dump(str(value), width=10_000)).split("\n")[0]
 
 
 def _phase(rows: int, batch: int, workers: int, rate: str) -> str:
