@@ -45,7 +45,8 @@ def caption_of(value: Any) -> tuple[str, str]:
         return text.strip(), note
     if isinstance(value, list) and all(isinstance(text, str) for text in value):
         texts = [text.strip() for text in value if text.strip()]
-        return (texts or [""])[0], f"its caption is the first of a list of {len(value)}" if len(value) != 1 else ""
+        first = "the first of " if value else ""
+        return (texts or [""])[0], f"its caption is {first}a list of {len(value)}" if len(value) != 1 else ""
     return "", f"its caption is of type {type(value).__name__}, no text, and was left out"
 
 
