@@ -6,17 +6,24 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
+import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
-from pipelines import cluster, preflight
+from pipelines import cluster, connection, preflight
 from pipelines.caption.config import CaptionConfig
 from pipelines.demand import Demand
 from pipelines.errors import Problem
 from pipelines.progress import say
+
+_ours = threading.Event()
+"""The connection was made here, so it ends here: with the outermost of the commands' blocks."""
+_around: list[partial[None]] = []
 
 
 def lacking(caption: CaptionConfig | None = None, demands: Sequence[Demand] = ()) -> Iterator[Problem]:
@@ -30,42 +37,62 @@ def lacking(caption: CaptionConfig | None = None, demands: Sequence[Demand] = ()
 
 @contextmanager
 def ray_cluster(caption: CaptionConfig | None = None, demands: Sequence[Demand] = ()) -> Iterator[None]:
-    """Ray for the time of a command that captions so, and otherwise demands so much of it.
+    """Ray for the time of a command that captions so, and otherwise demands so much of it: connected by the first stage
+    that has work (`pipelines.connection`).
 
     Raises:
         NotReady: Ray would wait for ever, because the machine or cluster never has what is asked for.
     """
     preflight.require(lacking(caption, demands))
+    start = partial(_connect, caption, demands)
+    _around.append(start)
+    try:
+        with connection.when_needed(start):
+            yield
+    finally:
+        _around.remove(start)
+        if _ours.is_set() and not _around:
+            import ray
+
+            ray.shutdown()
+            _ours.clear()
+
+
+def _connect(caption: CaptionConfig | None, demands: Sequence[Demand]) -> None:
+    """Start Ray or join a cluster, unless this process is connected already."""
     # Ray reads these when it is imported.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "0")
     os.environ.setdefault("RAY_DATA_LOG_LEVEL", "WARNING")
+    # Ray's C++ side calls it an error that Ray Data hands its actors what they need to be started again.
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     # A local cluster ends a worker process that was idle for a second, and the next short task waits for a new Python
     # to start.
     os.environ.setdefault("RAY_idle_worker_killing_time_threshold_ms", "30000")
     import ray
 
     quiet_libraries()
-    if ray.is_initialized():
-        cluster.require_room(caption, demands)
-        yield
-        return
+    if not ray.is_initialized():
+        at_sigterm = signal.getsignal(signal.SIGTERM)
+        _join_or_start()
+        _ours.set()
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, at_sigterm)  # Ray has put its own in place, which ends with status 1
+    cluster.require_room(caption, demands)
+
+
+def _join_or_start() -> None:
+    import ray
+
     running = address()
     if running:
         ray.init(address=running, logging_level=logging.WARNING, log_to_driver=True)
         say(f"ray: connected to {running}, {ray.cluster_resources().get('CPU', 0):g} CPUs")
-    else:
-        # Ray Train watches its controller through the dashboard's state API, and people like to look at it.
-        context = ray.init(logging_level=logging.WARNING, log_to_driver=True, include_dashboard=True)
-        say(
-            f"ray: started here, {ray.cluster_resources().get('CPU', 0):g} CPUs, dashboard at "
-            f"http://{context.dashboard_url}"
-        )
-    try:
-        cluster.require_room(caption, demands)
-        yield
-    finally:
-        ray.shutdown()
+        return
+    # Ray Train watches its controller through the dashboard's state API, and people like to look at it.
+    context = ray.init(logging_level=logging.WARNING, log_to_driver=True, include_dashboard=True)
+    cpus = ray.cluster_resources().get("CPU", 0)
+    say(f"ray: started here, {cpus:g} CPUs, dashboard at http://{context.dashboard_url}")
 
 
 def address() -> str:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from pipelines import preflight
+from pipelines import connection, preflight
 from pipelines.evaluate.registry import BENCHMARKS
 from ray_jobs import _ending, _start, cli
 from ray_jobs._options import RESTART, Command, Option, parse, reading, writing
@@ -66,6 +66,7 @@ def main(argv: list[str]) -> int:
 def served(model: Path, config: ServeConfig) -> Iterator[str]:
     """The base URL of `model`, served on a free port for the time of a `with` block, on a Ray that starts no sooner."""
     with _start.ray_cluster(demands=[config.demand()]):
+        connection.connect()
         from serve import app
 
         base = app.start(model, config, name="evaluate", port=0)

@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
-from pipelines import preflight
+from pipelines import connection, preflight
 from pipelines.errors import UserError, WorkFailed
 from pipelines.files import write_text
 from pipelines.progress import clock, say
@@ -58,7 +58,7 @@ def _dry_run(recipe: Recipe, options: SimpleNamespace) -> int:
         steps, found = _plan.steps(recipe, restart=options.restart, measure=True)
     if not found and _start.address():
         with _start.ray_cluster(recipe.caption, _plan.demands(recipe)):
-            pass
+            connection.connect()
     if options.json or not found:
         _ending.tell(options, _plan.as_json(steps, found), _plan.describe(steps))
     preflight.require(found)

@@ -9,7 +9,7 @@ import signal
 import threading
 from pathlib import Path
 
-from pipelines import preflight
+from pipelines import connection, preflight
 from pipelines.progress import say
 from ray_jobs import _ending, _start, cli
 from ray_jobs._options import Command, Option, parse, reading
@@ -45,6 +45,7 @@ def main(argv: list[str]) -> int:
         ]
     )
     with _start.ray_cluster(demands=demands):
+        connection.connect()
         from serve import app
 
         base = app.start(model, recipe.serve, name=options.name, port=options.port, host=options.host)

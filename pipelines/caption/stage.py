@@ -29,6 +29,7 @@ from pipelines.caption.guards import refuse_useless
 from pipelines.caption.index import build_index, errors_of
 from pipelines.caption.results import Results, count_work
 from pipelines.caption.watch import SHEET
+from pipelines.connection import connect
 from pipelines.errors import WorkFailed
 from pipelines.formats import Dataset, open_dataset
 from pipelines.manifest import StageOutput, fingerprint, open_stage
@@ -71,6 +72,7 @@ def run(input: str, output: Path, config: CaptionConfig, *, restart: bool = Fals
         say(f"caption: {output} is complete already ({stage.manifest['rows_out']} rows)")
         return stage.manifest
     results = Results(work, fingerprint({key: value for key, value in wanted.items() if key not in GROWS}))
+    connect()
     with _naming_full_disks(output):
         if stage.grown:
             _take_over(stage, results)

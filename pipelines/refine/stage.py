@@ -14,6 +14,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipelines.connection import connect
 from pipelines.errors import WorkFailed
 from pipelines.formats import error_kind
 from pipelines.manifest import MANIFEST, identity, open_stage, require_finished, write_json
@@ -68,6 +69,7 @@ def run(
     table = read_shards(input, columns=["sample_id", "caption", "recaption", "error", "meta"])
     stage = open_stage(output, "refine", wanted, restart=restart)
     _remove_leftovers(output)
+    connect()
 
     what = f"refine {arm}".strip()
     outcomes = _screen(table, config.text)

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from pipelines.connection import connect
 from pipelines.errors import UserError, WorkFailed
 from pipelines.manifest import identity, open_stage
 from pipelines.mgm.directory import check_model_directory
@@ -102,6 +103,7 @@ def phases(input: Path, config: TrainConfig) -> dict[str, str]:
 
 def _fit(model: Path, base: str, output: Path, config: TrainConfig, data: dict[str, str], what: str) -> dict[str, Any]:
     """Run the workers to the end and return what the first one found out."""
+    connect()
     import ray
     from ray.train.torch import TorchConfig
     from ray.train.v2.api.config import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig

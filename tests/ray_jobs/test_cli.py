@@ -15,8 +15,13 @@ from pathlib import Path
 
 import pytest
 import yaml
+from PIL import Image
 
+from pipelines.caption import stage
+from pipelines.caption.config import CaptionConfig
 from pipelines.errors import UserError
+from pipelines.formats import open_dataset
+from pipelines.manifest import open_stage
 from pipelines.rundir import RunDir
 from ray_jobs import caption, cli, merge, refine, run, train
 from ray_jobs._options import parse
@@ -312,3 +317,23 @@ def test_sigterm_ends_as_ctrl_c_does(tmp_path: Path) -> None:
     assert process.returncode == 143
     assert told.splitlines()[-1] == "captune: stopped; the same command continues"
     assert not (tmp_path / "w" / ".lock").exists()
+
+
+def test_what_is_complete_is_said_without_ray_and_torch(tmp_path: Path) -> None:
+    """`captune caption` again on finished captions; the records themselves are not looked at."""
+    (tmp_path / "photos").mkdir()
+    Image.new("RGB", (64, 64), "teal").save(tmp_path / "photos" / "a.png")
+    model, out = ROOT / "pipelines" / "sample" / "models" / "blip2", tmp_path / "out"
+    config = CaptionConfig(model=str(model))
+    wanted = stage.inputs(open_dataset(str(tmp_path / "photos")), model, config)
+    open_stage(out, "caption", wanted).finish(rows_in=1, rows_out=1, captioned=1)
+    code = (
+        "import sys; from ray_jobs import cli\n"
+        "status = cli.main(sys.argv[1:])\n"
+        "print(status, sorted({'torch', 'ray', 'transformers'} & set(sys.modules)))"
+    )
+    words = ["caption", tmp_path / "photos", "--output", out, "--caption.model", model]
+    done = subprocess.run([sys.executable, "-c", code, *words], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "complete already (1 rows)" in done.stderr
+    assert "next: captune refine" in done.stderr
+    assert done.stdout == "0 []\n"
