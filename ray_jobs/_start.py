@@ -14,11 +14,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from pipelines import cluster, connection, preflight
 from pipelines.caption.config import CaptionConfig
 from pipelines.demand import Demand
-from pipelines.errors import Problem
+from pipelines.errors import Problem, WorkFailed
 from pipelines.progress import say
 
 _ours = threading.Event()
@@ -64,8 +65,6 @@ def _connect(caption: CaptionConfig | None, demands: Sequence[Demand]) -> None:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "0")
     os.environ.setdefault("RAY_DATA_LOG_LEVEL", "WARNING")
-    # Ray's C++ side calls it an error that Ray Data hands its actors what they need to be started again.
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     # A local cluster ends a worker process that was idle for a second, and the next short task waits for a new Python
     # to start.
     os.environ.setdefault("RAY_idle_worker_killing_time_threshold_ms", "30000")
@@ -85,12 +84,15 @@ def _join_or_start() -> None:
     import ray
 
     running = address()
+    # Ray Train watches its controller through the dashboard's state API, and people like to look at it.
+    where: dict[str, Any] = {"address": running} if running else {"include_dashboard": True}
+    try:
+        context = ray.init(logging_level=logging.WARNING, log_to_driver=True, **where)
+    except Exception as error:  # what Ray raises when a node does not come up in time is no more special than that
+        raise WorkFailed(f"Ray {f'at {running}' if running else 'here'} did not answer: {error}") from error
     if running:
-        ray.init(address=running, logging_level=logging.WARNING, log_to_driver=True)
         say(f"ray: connected to {running}, {ray.cluster_resources().get('CPU', 0):g} CPUs")
         return
-    # Ray Train watches its controller through the dashboard's state API, and people like to look at it.
-    context = ray.init(logging_level=logging.WARNING, log_to_driver=True, include_dashboard=True)
     cpus = ray.cluster_resources().get("CPU", 0)
     say(f"ray: started here, {cpus:g} CPUs, dashboard at http://{context.dashboard_url}")
 

@@ -78,7 +78,8 @@ def recipe_path(name: str) -> Path:
     shipped = RECIPES / f"{name.removesuffix('.yaml')}.yaml"
     if path.name == name and shipped.is_file():
         return shipped
-    known = ", ".join(sorted(path.stem for path in RECIPES.glob("*.yaml")))
+    ours = (path for path in RECIPES.glob("*.yaml") if "\nprocess:" not in path.read_text())  # not Data-Juicer's
+    known = ", ".join(sorted(path.stem for path in ours))
     raise UserError(f"{name}: no such recipe file (recipes that come with captune: {known})")
 
 

@@ -13,6 +13,8 @@ from types import SimpleNamespace
 from pipelines import connection, preflight
 from pipelines.errors import UserError, WorkFailed
 from pipelines.files import write_text
+from pipelines.lock import hold
+from pipelines.manifest import read_json
 from pipelines.progress import clock, say
 from pipelines.rundir import RunDir
 from ray_jobs import _ending, _plan, _start, cli
@@ -46,8 +48,11 @@ def main(argv: list[str]) -> int:
         conclude(recipe)
     else:
         run(recipe, restart=options.restart)
-    say(f"done in {clock(time.monotonic() - started)}: open {RunDir(Path(recipe.run_dir)).report}")
-    return 0
+    place = _place(recipe)
+    found = {"run_dir": str(place.root), "report": str(place.report)}
+    comparison = {"comparison": read_json(place.comparison)} if len(recipe.arms) > 1 else {}
+    made = f"done in {clock(time.monotonic() - started)}: open {place.report}"
+    return _ending.end(options, found | comparison, made)
 
 
 def _dry_run(recipe: Recipe, options: SimpleNamespace) -> int:
@@ -69,12 +74,14 @@ def run(recipe: Recipe, *, restart: bool = False) -> None:
     """Every stage of every arm and seed, then the comparison and the report.
 
     Raises:
+        UserError: another process writes to the run directory.
         WorkFailed: a stage failed; or, when all is written, so many requests that they forbid a verdict.
     """
     from pipelines.sample.world import write_world
 
     place = _place(recipe)
     place.root.mkdir(parents=True, exist_ok=True)
+    hold(place.root)
     if recipe.sample.out:
         write_world(recipe.sample.out, recipe.sample, restart=restart)
         preflight.require(_plan.problems(recipe))  # of what has just been drawn
