@@ -18,7 +18,8 @@ from safetensors.torch import load_file
 
 from pipelines.adapters.check import check_adapter
 from pipelines.errors import UserError
-from pipelines.mgm.adapter import CONFIG, NON_LORA, WEIGHTS
+from pipelines.mgm.adapter import CONFIG, NON_LORA, WEIGHTS, trained_on
+from pipelines.modelfiles import model_identity
 from pipelines.train import stage as loop
 from pipelines.train.config import LoraSettings, PhaseConfig, TrainConfig
 from pipelines.train.log import read_log
@@ -79,6 +80,7 @@ def test_both_phases_leave_an_adapter_and_its_history(
     assert manifest["rows_broken"] == {"align": 1, "instruct": 0}
     assert list(manifest["broken"]["align"].values()) == ["not an image"]
     assert all(verdict.passed for verdict in check_adapter(output, model_dir))
+    assert trained_on(output) == model_identity(model_dir)
     checkpoints = [path for path in (output / "checkpoints" / loop.RUN).iterdir() if path.is_dir()]
     assert len(checkpoints) == 2
     trained = sum(tensor.nbytes for tensor in _weights(output).values())
