@@ -17,11 +17,13 @@ from pipelines.formats.texts import caption_of
 from pipelines.storage import AnyPath
 
 Turn = tuple[str, str]
-"""Who says it (`human` or `gpt`; another word stays as it is) and the text, in which `<image>` stands for the image."""
+"""Who says it (`user` or `assistant`; a word that is neither stays as it is) and the text, in which `<image>` stands
+for the image."""
+ROLES = {"human": "user", "gpt": "assistant"}
 IMAGE = "<image>"
 REQUEST = f"{IMAGE}\nProvide a brief description of the given image."
 """What the human says about a caption that came without a request; the wording of LLaVA's own alignment data."""
-_WHO = {"user": "human", "assistant": "gpt"}
+_WHO = {role: who for who, role in ROLES.items()}
 
 
 def turns_of(conversations: Any) -> tuple[Turn, ...]:
@@ -37,7 +39,7 @@ def turns_of(conversations: Any) -> tuple[Turn, ...]:
         who, text = (turn.get("from"), turn.get("value")) if isinstance(turn, dict) else (None, None)
         if not isinstance(who, str) or not isinstance(text, str):
             raise ValueError(f"'conversations' turn {number} is not a 'from' and a text 'value': {str(turn)[:80]}")
-        turns.append((_WHO.get(who, who), text))
+        turns.append((ROLES.get(who, who), text))
     return tuple(turns)
 
 
@@ -52,8 +54,13 @@ def about(caption: str, conversations: Any = None) -> tuple[Turn, Turn]:
         own = turns_of(conversations)
     except ValueError:
         own = ()
-    asked = len(own) == 2 and own[0][0] == "human" and own[0][1].count(IMAGE) == 1
-    return ("human", own[0][1] if asked else REQUEST), ("gpt", caption)
+    asked = len(own) == 2 and own[0][0] == "user" and own[0][1].count(IMAGE) == 1
+    return ("user", own[0][1] if asked else REQUEST), ("assistant", caption)
+
+
+def conversation(turns: Iterable[Turn]) -> list[dict[str, str]]:
+    """Turns in the form that a file has; undoes `turns_of`."""
+    return [{"from": _WHO.get(role, role), "value": text} for role, text in turns]
 
 
 def is_row(value: Any) -> bool:
@@ -92,7 +99,7 @@ def _row(item: Any, where: str, base: AnyPath) -> Row:
         turns = turns_of(_with_texts(item.get("conversations")))
     except ValueError as reason:
         return bad_row(where, str(reason), meta=meta)
-    row = Row(where, next((text for who, text in turns if who == "gpt"), "").strip(), meta=meta)
+    row = Row(where, next((text for role, text in turns if role == "assistant"), "").strip(), meta=meta)
     image = item.get("image")
     if isinstance(image, list) and len(image) == 1:
         image = image[0]
@@ -127,7 +134,7 @@ def write(samples: Iterable[dict[str, Any]], path: Path) -> int:
             item = {
                 "id": str(sample["meta"].get("id", sample["sample_id"])),
                 "image": sample["image_path"],
-                "conversations": [{"from": who, "value": text} for who, text in turns],
+                "conversations": conversation(turns),
             }
             stream.write(("\n" if count == 1 else ",\n") + json.dumps(item, ensure_ascii=False))
         stream.write("\n]\n")

@@ -7,22 +7,28 @@ equal masks need the same arithmetic; it is kept here, once, with one row of num
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache, partial
+from typing import TYPE_CHECKING
 
-from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+from pipelines.mgm.templates import TEMPLATES, Template, get_template
 
-from pipelines.errors import UserError
-from pipelines.mgm.templates import Template, get_template
+if TYPE_CHECKING:
+    from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 IGNORE_INDEX = -100
 IMAGE = "<image>"
 _PLACEHOLDER = -200  # one image, before it is expanded to its visual tokens; as in the original, not a token id
-
-log = logging.getLogger(__name__)
+_HIDDEN = 0xF0000  # first of the private characters that stand for what a caption spells, see `_hide`
 
 Turn = Mapping[str, str]
+Tokenize = Callable[[str], list[int]]
+
+
+class BadConversation(Exception):
+    """This conversation cannot be trained on; the text is the reason."""
 
 
 @dataclass(frozen=True)
@@ -70,14 +76,14 @@ def render_conversation(conversation: Sequence[Turn], template: str) -> str:
     are not the human's are skipped.
 
     Raises:
-        UserError: the roles do not alternate, or the first turn is empty in a format without headers.
+        BadConversation: the roles do not alternate, or the first turn is empty in a format without headers.
     """
     form = get_template(template)
-    turns = _alternating(conversation)
+    turns = alternating(conversation)
     if form.style == "plain":
         return "".join((turn["value"] or "") + (form.end if index % 2 else "") for index, turn in enumerate(turns))
     if form.style == "llama_2" and not turns[0]["value"]:
-        raise UserError(f"conversation turn 0: empty, which template {template} has no form for")
+        raise BadConversation(f"turn 0: empty, which template {template} has no form for")
     prompt = {"two": form.system + " ", "gemma": "", "llama_2": ""}.get(form.style, form.system + form.end)
     for index, turn in enumerate(turns):
         prompt += _render_turn(form, index, turn["value"])
@@ -98,18 +104,23 @@ def _render_turn(form: Template, index: int, text: str | None) -> str:
     return head + (text + form.end if text else "")
 
 
-def _alternating(conversation: Sequence[Turn]) -> list[Turn]:
+def alternating(conversation: Sequence[Turn]) -> list[Turn]:
+    """The turns that train: those of a human and a model in turn. A first turn that is the model's is left out.
+
+    Raises:
+        BadConversation: another speaker, one who speaks twice in a row, or nobody.
+    """
     turns = list(conversation)
     for number, turn in enumerate(turns):
-        if turn.get("from") not in ("human", "gpt"):
-            raise UserError(f"conversation turn {number}: 'from' must be human or gpt, not {turn.get('from')!r}")
+        if turn["from"] not in ("human", "gpt"):
+            raise BadConversation(f"turn {number}: 'from' must be human or gpt, not '{turn['from']}'")
     if turns and turns[0]["from"] != "human":
         turns = turns[1:]
     for number, turn in enumerate(turns):
         if turn["from"] != ("gpt" if number % 2 else "human"):
-            raise UserError(f"conversation turn {number}: human and gpt must take turns, {turn['from']} comes twice")
+            raise BadConversation(f"turn {number}: human and gpt must take turns, {turn['from']} comes twice")
     if not turns:
-        raise UserError("a conversation needs at least one human turn")
+        raise BadConversation("a conversation needs at least one human turn")
     return turns
 
 
@@ -131,6 +142,7 @@ def encode_conversation(
     num_image_tokens: int = 1,
     num_images: int | None = None,
     max_length: int | None = None,
+    captions: bool = False,
 ) -> tuple[list[int], list[int]]:
     """Tokens and labels of one training conversation.
 
@@ -140,33 +152,72 @@ def encode_conversation(
         template: a name of `templates.TEMPLATES`.
         num_image_tokens: visual tokens of one image, `MGMConfig.num_image_tokens`.
         num_images: how many images the sample has, checked against the placeholders (None: not checked).
-        max_length: cut off what is longer. Only text is ever cut: see Raises.
+        max_length: where the caller will cut: the original gives a longer conversation a loss as far as it goes.
+        captions: the answers are captions from anywhere: a special token, a separator or `<image>` that one spells is
+            text. Without it they are what they are to the original.
 
     Returns:
-        input_ids and labels, equally long. -100 where there is no loss: prompts, images, and the whole sample (with a
-        warning, as in the original) when the rounds' lengths do not add up.
+        input_ids and labels, equally long and not cut. -100, no loss, where the prompt and images are, and on the whole
+        sample when the rounds' lengths do not add up (an empty turn, a separator inside a text), as in the original.
 
     Raises:
-        UserError: placeholders and images do not match, roles do not alternate, or `max_length` cuts into an image.
+        BadConversation: placeholders and images do not match, or roles do not alternate.
     """
     form = get_template(template)
-    turns = _alternating(conversation)
+    turns, spelled = alternating(conversation), list[str]()
+    if captions:
+        turns = [turn if turn["from"] == "human" else _hide(tokenizer, form, turn, spelled) for turn in turns]
     found = sum(turn["value"].count(IMAGE) for turn in turns)
     if num_images is not None and found != num_images:
-        raise UserError(f"the conversation has {found} {IMAGE} placeholders for {num_images} images")
+        raise BadConversation(f"the conversation has {found} {IMAGE} placeholders for {num_images} image(s)")
+    tokenize = partial(_tokenize, tokenizer, spelled)
     if form.style == "plain":
-        ids, labels = _encode_plain(tokenizer, turns, form)
+        ids, labels = _encode_plain(tokenize, turns, form)
     else:
         prompt = render_conversation(images_first(turns), template)
-        ids = _tokenize(tokenizer, prompt)
-        labels = _mask(tokenizer, prompt, ids, form, max_length or tokenizer.model_max_length)
+        ids = tokenize(prompt)
+        labels = _mask(tokenizer, tokenize, prompt, ids, form, max_length or tokenizer.model_max_length)
     image_token_id = int(tokenizer.convert_tokens_to_ids(IMAGE))  # type: ignore[arg-type]
-    return _expand(ids, labels, image_token_id, num_image_tokens, max_length)
+    return _expand(ids, labels, image_token_id, num_image_tokens)
 
 
-def _tokenize(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
-    """Token ids with the tokenizer's special tokens in front, once, and `_PLACEHOLDER` for each image."""
-    chunks = [list(tokenizer(chunk).input_ids) for chunk in prompt.split(IMAGE)]
+def template_of(tokenizer: PreTrainedTokenizerBase, chat_template: str | None) -> str | None:
+    """The template that a chat template asks by: the one that gives the same conversation. None: another's."""
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    if chat_template is None:
+        return None
+    asked = str(tokenizer.apply_chat_template(messages, chat_template=chat_template, tokenize=False))
+    turns = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
+    bos = tokenizer.bos_token or ""
+    return next((name for name in TEMPLATES if asked.removeprefix(bos) == render_conversation(turns, name)), None)
+
+
+def _hide(tokenizer: PreTrainedTokenizerBase, form: Template, turn: Turn, spelled: list[str]) -> Turn:
+    """The turn with a private character in place of everything that a tokenizer or `_mask` would take for markup; the
+    n-th character from `_HIDDEN` on stands for `spelled[n]`.
+    """
+
+    def character(match: re.Match[str]) -> str:
+        spelled.append(match.group())
+        return chr(_HIDDEN + len(spelled) - 1)
+
+    return {"from": turn["from"], "value": _markup(tokenizer, form).sub(character, turn["value"])}
+
+
+@lru_cache(maxsize=32)
+def _markup(tokenizer: PreTrainedTokenizerBase, form: Template) -> re.Pattern[str]:
+    """Special tokens and the template's separators, longer ones first."""
+    words = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special} | {IMAGE}
+    if form.style != "plain":
+        words |= {_seams(form).split, _seams(form).answer}
+    return re.compile("|".join(map(re.escape, sorted(words, key=len, reverse=True))))
+
+
+def _tokenize(tokenizer: PreTrainedTokenizerBase, spelled: Sequence[str], prompt: str) -> list[int]:
+    """Token ids with the tokenizer's special tokens in front, once, and `_PLACEHOLDER` for each image. What is hidden
+    in the prompt is tokenized as text.
+    """
+    chunks = [_tokenize_text(tokenizer, spelled, chunk) for chunk in prompt.split(IMAGE)]
     bos = int(bool(chunks[0]) and chunks[0][0] == tokenizer.bos_token_id)
     ids = chunks[0]
     for chunk in chunks[1:]:
@@ -174,17 +225,30 @@ def _tokenize(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
     return ids
 
 
-def _encode_plain(tokenizer: PreTrainedTokenizerBase, turns: list[Turn], form: Template) -> tuple[list[int], list[int]]:
-    """The alignment stage: the image, then its caption. The human's words are dropped."""
+def _tokenize_text(tokenizer: PreTrainedTokenizerBase, spelled: Sequence[str], text: str) -> list[int]:
+    if not spelled:
+        return list(tokenizer(text, verbose=False).input_ids)
+    hidden = f"([{chr(_HIDDEN)}-{chr(_HIDDEN + len(spelled) - 1)}])"
+    first, *rest = re.split(hidden, text)
+    ids = list(tokenizer(first, verbose=False).input_ids)
+    for number, piece in enumerate(rest):
+        piece = spelled[ord(piece) - _HIDDEN] if number % 2 == 0 else piece
+        if piece:
+            ids += tokenizer(piece, add_special_tokens=False, split_special_tokens=number % 2 == 0).input_ids
+    return ids
+
+
+def _encode_plain(tokenize: Tokenize, turns: list[Turn], form: Template) -> tuple[list[int], list[int]]:
+    """The image, then its caption. The human's words are dropped."""
     if len(turns) != 2 or IMAGE not in turns[0]["value"]:
-        raise UserError(f"template plain: a sample is one human turn with {IMAGE} and one answer")
-    ids = _tokenize(tokenizer, IMAGE + turns[1]["value"] + form.end)
-    masked = len(_tokenize(tokenizer, IMAGE))
+        raise BadConversation(f"template plain: a sample is one human turn with {IMAGE} and one answer")
+    ids = tokenize(IMAGE + turns[1]["value"] + form.end)
+    masked = len(tokenize(IMAGE))
     return ids, [IGNORE_INDEX] * masked + ids[masked:]
 
 
 def _mask(
-    tokenizer: PreTrainedTokenizerBase, prompt: str, ids: list[int], form: Template, max_length: int
+    tokenizer: PreTrainedTokenizerBase, tokenize: Tokenize, prompt: str, ids: list[int], form: Template, max_length: int
 ) -> list[int]:
     """Labels: the ids of answers, -100 elsewhere. The arithmetic is the original's, see the module."""
     seams = _seams(form)
@@ -198,18 +262,26 @@ def _mask(
             break
         seam = legacy if seams.paired else index > 0 and not legacy
         shift = seams.legacy if seam else 0
-        length = len(_tokenize(tokenizer, text)) + seams.round + shift
-        instruction = len(_tokenize(tokenizer, parts[0] + seams.answer)) + seams.instruction + shift
+        length = len(tokenize(text)) + seams.round + shift
+        instruction = len(tokenize(parts[0] + seams.answer)) + seams.instruction + shift
         end = min(position + max(instruction, 0), len(labels))
         labels[position:end] = [IGNORE_INDEX] * (end - position)
         position += length
     labels[position:] = [IGNORE_INDEX] * len(labels[position:])
-    # Where padding is the unknown token (Llama, Yi), the original does not count unknown tokens of the text either.
-    total = sum(token != tokenizer.pad_token_id for token in ids)
-    if position != total and position < max_length:
-        log.warning("tokenization mismatch: rounds of %d tokens in a conversation of %d; no loss", position, total)
-        return [IGNORE_INDEX] * len(ids)
-    return labels
+    padding = _padding(tokenizer, form)
+    total = sum(token != padding for token in ids)
+    return labels if position == total or position >= max_length else [IGNORE_INDEX] * len(ids)
+
+
+def _padding(tokenizer: PreTrainedTokenizerBase, form: Template) -> int | None:
+    """The token that the original pads with and therefore does not count, wherever it stands: Gemma's own, a reserved
+    one for Llama 3, else the unknown token. What a tokenizer pads with here does not matter.
+    """
+    if form.style == "gemma":
+        return tokenizer.pad_token_id
+    if form.style == "llama_3":
+        return int(tokenizer.convert_tokens_to_ids("<|reserved_special_token_0|>"))  # type: ignore[arg-type]
+    return tokenizer.unk_token_id
 
 
 def _rounds(prompt: str, seams: _Seams) -> list[str]:
@@ -221,9 +293,9 @@ def _rounds(prompt: str, seams: _Seams) -> list[str]:
 
 
 def _expand(
-    ids: list[int], labels: list[int], image_token_id: int, num_image_tokens: int, max_length: int | None
+    ids: list[int], labels: list[int], image_token_id: int, num_image_tokens: int
 ) -> tuple[list[int], list[int]]:
-    """Each placeholder becomes `num_image_tokens` image tokens without loss; then cut to `max_length`."""
+    """Each placeholder becomes `num_image_tokens` image tokens without loss."""
     new_ids: list[int] = []
     new_labels: list[int] = []
     for token, label in zip(ids, labels, strict=True):
@@ -233,10 +305,4 @@ def _expand(
         else:
             new_ids.append(token)
             new_labels.append(label)
-    if max_length is not None:
-        if image_token_id in new_ids[max_length:]:
-            raise UserError(
-                f"max_length {max_length} cuts into an image: {len(new_ids)} tokens, {num_image_tokens} an image"
-            )
-        new_ids, new_labels = new_ids[:max_length], new_labels[:max_length]
     return new_ids, new_labels

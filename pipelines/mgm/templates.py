@@ -62,6 +62,16 @@ TEMPLATES = {
 # The original's other names for these, as its scripts use them.
 ALIASES = {"v1": "vicuna_v1", "default": "vicuna_v1", "mistral_direct": "chatml_direct", "v0_plain": "plain"}
 
+ALIGNMENT = {
+    "gemma": "gemma",
+    "llama_3": "llama_3",
+    "vicuna_v1": "plain",
+    "mistral_instruct": "plain",
+    "chatml_direct": "plain",
+}
+"""The template that the original aligns a language model with, by the one it then instructs it with: `--version` of the
+two trainings in scripts/{gemma,llama3,llama,mixtral,yi}/train/stage_1_2_*.sh."""
+
 
 def get_template(name: str) -> Template:
     """A template by its name or one of the original's aliases."""

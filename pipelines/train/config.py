@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from pipelines.demand import Demand
 from pipelines.errors import UserError
+from pipelines.mgm.templates import ALIASES, TEMPLATES
 
 
 @dataclass
@@ -21,6 +22,9 @@ class PhaseConfig:
         micro_batch: samples per worker and forward pass.
         accumulation: forward passes per optimizer step.
         max_grad_norm: gradients are clipped to this norm.
+        template: the form of its conversations, one of gemma, vicuna_v1, llama_3, mistral_instruct, chatml_direct and
+            plain (the image, then the caption); `auto`: the one that the original trains this language model with in
+            this phase.
     """
 
     steps: int = 100
@@ -30,6 +34,7 @@ class PhaseConfig:
     micro_batch: int = 1
     accumulation: int = 1
     max_grad_norm: float = 1.0
+    template: str = "auto"
 
     def check(self, name: str) -> None:
         """Raise `UserError` naming the key of an impossible value."""
@@ -42,6 +47,9 @@ class PhaseConfig:
             raise UserError(f"train.{name}: learning_rate and max_grad_norm must be positive")
         if not 0 <= self.warmup < 1:
             raise UserError(f"train.{name}.warmup is a share of the steps, from 0 to below 1")
+        if self.template not in ("auto", *TEMPLATES, *ALIASES):
+            known = ", ".join(["auto", *TEMPLATES])
+            raise UserError(f"train.{name}.template must be one of {known}, not '{self.template}'")
 
 
 @dataclass
@@ -99,6 +107,7 @@ class TrainConfig:
             does.
         feature_cache_mb: memory per worker for the frozen towers' outputs, so that each image is encoded once and not
             every epoch; a data set whose outputs do not fit is encoded afresh. 0: never keep them.
+        max_broken_share: largest share of a phase's rows that may turn out unusable; 1 trains on whatever is left.
         seed: order of the data, dropout and the adapter's initial values.
         max_failures: how often a dead worker group is started again.
     """
@@ -119,6 +128,7 @@ class TrainConfig:
     log_every: int = 1
     max_length: int = 2048
     feature_cache_mb: int = 2048
+    max_broken_share: float = 0.5
     seed: int = 0
     max_failures: int = 3
 
@@ -130,6 +140,8 @@ class TrainConfig:
                 raise UserError(f"train.{key} must be at least 1, not {getattr(self, key)}")
         if self.feature_cache_mb < 0 or self.max_failures < 0:
             raise UserError("train.feature_cache_mb and train.max_failures cannot be negative")
+        if not 0 <= self.max_broken_share <= 1:
+            raise UserError(f"train.max_broken_share is a share between 0 and 1, not {self.max_broken_share:g}")
         if self.cpus_per_worker <= 0:
             raise UserError(f"train.cpus_per_worker must be positive, not {self.cpus_per_worker}")
         if self.strategy not in ("ddp", "zero2", "zero3"):

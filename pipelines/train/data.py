@@ -1,4 +1,4 @@
-"""The templates that turn rows into tokens and loss masks, batches of them, and an order that a restart finds again.
+"""Rows as tokens and loss masks, batches of them, and an order that a restart finds again.
 
 Nothing here depends on Ray. In the place of a row that turns out broken comes the next one, so that every step sees the
 same number of samples whatever was broken.
@@ -10,15 +10,19 @@ import queue
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, TypeVar
 
 import torch
 
+from pipelines.errors import UserError
+from pipelines.formats.llava import REQUEST, conversation
 from pipelines.images import BadImage, decode
-from pipelines.train.rows import IMAGE, BadRow, Row, Rows
+from pipelines.mgm.conversation import IGNORE_INDEX, BadConversation, encode_conversation, template_of
+from pipelines.mgm.templates import ALIASES, ALIGNMENT, TEMPLATES, get_template
+from pipelines.train.rows import BadRow, Row, Rows
 
-IGNORE = -100
+IGNORE = IGNORE_INDEX
 """Label of a token that the loss does not see."""
 
 T = TypeVar("T")
@@ -26,72 +30,83 @@ T = TypeVar("T")
 
 @dataclass
 class Example:
-    """One row as tokens: `input_ids` with the image's tokens in place, and `labels` of equal length."""
+    """One row as tokens, int32: `input_ids` with the image's tokens in place, and `labels` of equal length."""
 
     input_ids: torch.Tensor
     labels: torch.Tensor
 
 
 class Templates:
-    """Rows to tokens and loss masks.
+    """Rows to tokens and loss masks, those that `pipelines.mgm.conversation` gives.
 
     Args:
-        processor: an `MGMProcessor`; its chat template must mark what the model says with `{% generation %}`.
+        processor: an `MGMProcessor`; its chat template says which language model this is.
         max_length: longest sequence, visual tokens included. What is longer loses its end, as in the original.
+        align, instruct: the phases' templates, names of `pipelines.mgm.templates.TEMPLATES`; `auto`: as the original
+            trains this language model.
+
+    Raises:
+        UserError: `auto` for a chat template that is none of the original's, or a tokenizer of another kind of model.
     """
 
-    def __init__(self, processor: Any, max_length: int) -> None:
+    def __init__(self, processor: Any, max_length: int, align: str = "auto", instruct: str = "auto") -> None:
         self.tokenizer = processor.tokenizer
-        self.chat_template = processor.chat_template
         self.image_token_id = int(processor.image_token_id)
         self.num_image_tokens = int(processor.num_image_tokens)
         self.max_length = max_length
+        family = template_of(processor.tokenizer, processor.chat_template)
+        self.names = {
+            "align": _name("align", align, family and ALIGNMENT.get(family, family)),
+            "instruct": _name("instruct", instruct, family),
+        }
+        for name in self.names.values():
+            begins = self.tokenizer("a").input_ids[0] == self.tokenizer.bos_token_id
+            if name != "plain" and get_template(name).bos and not begins:
+                raise UserError(f"train: template {name} needs a tokenizer that puts BOS in front; no row had a loss")
         self.cut: set[str] = set()
 
     def align(self, row: Row) -> Example:
-        """The alignment template `plain`: image, then its caption; the loss is on the caption and its end."""
-        caption = next(text for role, text in row.turns if role == "assistant")
-        answer = self._tokens(caption.strip()) + [self.tokenizer.eos_token_id]
-        start = [self.tokenizer.bos_token_id] if self.tokenizer.bos_token_id is not None else []
-        start += [self.image_token_id] if row.image is not None else []
-        return self._finish(row, start + answer, [0] * len(start) + [1] * len(answer))
+        """Tokens of a row for the alignment of the projector. Raises `BadRow`."""
+        return self._encode(row, self.names["align"])
 
     def instruct(self, row: Row) -> Example:
-        """The model's chat template; the loss is on the answers, the end of their turn included."""
-        messages = [{"role": role, "content": self._content(text)} for role, text in row.turns]
-        encoded = self.tokenizer.apply_chat_template(
-            messages,
-            chat_template=self.chat_template,
-            tokenize=True,
-            return_dict=True,
-            return_assistant_tokens_mask=True,
-        )
-        return self._finish(row, list(encoded["input_ids"]), list(encoded["assistant_masks"]))
+        """Tokens of a row for instruction. Raises `BadRow`."""
+        return self._encode(row, self.names["instruct"])
 
-    def _content(self, text: str) -> list[dict[str, str]]:
-        """Images first in their turn, wherever the placeholder stood: so does the original."""
-        parts = [{"type": "image"}] * text.count(IMAGE)
-        return [*parts, {"type": "text", "text": text.replace(IMAGE, "").strip()}]
-
-    def _tokens(self, text: str) -> list[int]:
-        # A caption that spells a special token is text, not the token.
-        return list(self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
-
-    def _finish(self, row: Row, ids: list[int], mask: list[int]) -> Example:
-        if ids.count(self.image_token_id) != (row.image is not None):
-            raise BadRow(f"{ids.count(self.image_token_id)} image token(s) for {int(row.image is not None)} image(s)")
-        input_ids = torch.tensor(ids)
-        labels = torch.where(torch.tensor(mask, dtype=torch.bool), input_ids, IGNORE)
-        repeats = torch.where(input_ids == self.image_token_id, self.num_image_tokens, 1)
-        input_ids, labels = input_ids.repeat_interleave(repeats), labels.repeat_interleave(repeats)
-        if len(input_ids) > self.max_length:
-            if self.image_token_id in input_ids[self.max_length :]:
-                raise BadRow(f"the image's tokens end after max_length {self.max_length}")
+    def _encode(self, row: Row, template: str) -> Example:
+        is_caption = len(row.turns) == 1
+        turns = (("user", row.request or REQUEST), *row.turns) if is_caption else row.turns
+        try:
+            ids, labels = encode_conversation(
+                self.tokenizer,
+                conversation(turns),
+                template,
+                self.num_image_tokens,
+                num_images=int(row.image is not None),
+                max_length=self.max_length,
+                captions=is_caption,
+            )
+        except BadConversation as reason:
+            raise BadRow(f"bad conversation: {reason}") from None
+        if self.image_token_id in ids[self.max_length :]:
+            raise BadRow(f"too long: the image's tokens end after max_length {self.max_length}")
+        if not any(label != IGNORE for label in labels[1 : self.max_length]):
+            if len(ids) > self.max_length:
+                raise BadRow(f"too long: nothing to learn within max_length {self.max_length}")
+            raise BadRow("nothing to learn: a turn is empty or spells a separator, and the original gives it no loss")
+        if len(ids) > self.max_length:
             self.cut.add(row.name)
-            input_ids, labels = input_ids[: self.max_length], labels[: self.max_length]
-        if not (labels[1:] != IGNORE).any():
-            raise BadRow(f"nothing to learn within max_length {self.max_length}")
-        return Example(input_ids, labels)
+        as_tensor = partial(torch.tensor, dtype=torch.int32)  # half the memory of the loader's cache
+        return Example(as_tensor(ids[: self.max_length]), as_tensor(labels[: self.max_length]))
+
+
+def _name(phase: str, wanted: str, of_model: str | None) -> str:
+    if wanted == "auto" and of_model is None:
+        raise UserError(
+            f"train.{phase}.template: the model directory's chat template is none of the original's; name one of "
+            f"{', '.join(TEMPLATES)}"
+        )
+    return ALIASES.get(wanted, wanted) if wanted != "auto" else str(of_model)
 
 
 @dataclass
@@ -257,7 +272,7 @@ class Loader:
                 return example, self.pixels(row) if self.features is None else self.features.place(row)
             except BadRow as reason:
                 self.rows.broken[row.name] = str(reason)
-        self.rows.require_some()
+        self.rows.require_usable()
         raise AssertionError("unreachable: rows are left, but none was usable")
 
 

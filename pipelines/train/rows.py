@@ -1,4 +1,5 @@
-"""Rows to train on: kept records of a refined dataset, or the conversations of a LLaVA file.
+"""Rows to train on, of any dataset that captune reads: kept records with the text that trains, conversations where rows
+carry them, and captions otherwise.
 
 A row that cannot be used is counted and named with its reason, never skipped in silence.
 """
@@ -8,20 +9,29 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pipelines import formats
 from pipelines.errors import UserError
-from pipelines.images import read_bytes
+from pipelines.formats import error_kind, open_dataset
+from pipelines.formats.llava import IMAGE, Turn, about, conversation, turns_of
+from pipelines.images import BadImage, decode, read_bytes
 from pipelines.manifest import training_text
-from pipelines.records import shard_paths
+from pipelines.mgm.conversation import BadConversation, alternating
+from pipelines.records import holds_records, shard_paths
 
-IMAGE = "<image>"
+_LOOKED_AT = 100  # images decoded before training starts, to find a dataset whose images lie elsewhere
+
+Image = str | tuple[int, int]
+Keep = Callable[[bytes], Image]
 
 
 class BadRow(Exception):
-    """This row cannot be trained on; the text is the reason."""
+    """This row cannot be trained on; the text is the reason, its kind first (`error_kind`)."""
 
 
 @dataclass(frozen=True)
@@ -30,13 +40,16 @@ class Row:
 
     Attributes:
         name: how messages name it: its sample id, or file and row.
-        turns: (role, text) with role `user` or `assistant`; a caption is a single assistant turn.
+        turns: (role, text) with role `user` or `assistant`; `<image>` stands for the image. A caption is a single
+            assistant turn.
         image: what tells one image from another: its path, or its place in the spool. None for a row of text only.
+        request: what the user asks for where the row is a caption; LLaVA's own wording when it is empty.
     """
 
     name: str
-    turns: tuple[tuple[str, str], ...]
-    image: str | tuple[int, int] | None
+    turns: tuple[Turn, ...]
+    image: Image | None
+    request: str = ""
 
 
 @dataclass
@@ -48,7 +61,8 @@ class Rows:
         rows: what looked usable when it was read.
         broken: name -> reason; grows while training finds images that do not decode.
         total: rows as found, broken ones included.
-        spool: open file that holds the images which came inside of records.
+        spool: open file that holds the images which came inside of rows.
+        foreseen: share of the rows that will turn out broken, by the images that were looked at.
     """
 
     source: str
@@ -56,11 +70,20 @@ class Rows:
     broken: dict[str, str] = field(default_factory=dict)
     total: int = 0
     spool: Any = None
+    foreseen: float = 0.0
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def image_bytes(self, image: str | tuple[int, int]) -> bytes:
+    def add(self, name: str, make: Callable[..., Row], *arguments: Any) -> None:
+        """Count one more row: what `make` returns, or broken for the reason that it raises."""
+        self.total += 1
+        try:
+            self.rows.append(make(*arguments))
+        except BadRow as reason:
+            self.broken[name] = str(reason)
+
+    def image_bytes(self, image: Image) -> bytes:
         """Encoded bytes of an image.
 
         Raises:
@@ -71,120 +94,141 @@ class Rows:
         offset, size = image
         return os.pread(self.spool.fileno(), size, offset)
 
-    def require_some(self) -> Rows:
-        """Self, or `UserError` naming some of the broken rows when none is usable."""
-        if self.rows and len(self.broken) < self.total:
+    def look_at_images(self) -> None:
+        """Decode some images that rows name, evenly spread; those that cannot be are broken rows from here on."""
+        named = [row for row in self.rows if isinstance(row.image, str)]
+        looked = named[:: max(1, len(named) // _LOOKED_AT)]
+        before = len(self.broken)
+        for row in looked:
+            try:
+                decode(read_bytes(str(row.image)))
+            except BadImage as reason:
+                self.broken[row.name] = str(reason)
+        if looked:
+            failing = (len(self.broken) - before) / len(looked) * len(named)
+            self.foreseen = (before + failing) / self.total
+
+    def require_usable(self, max_share: float = 1.0) -> Rows:
+        """Self, or `UserError` that shows an example of each kind of broken row.
+
+        Args:
+            max_share: largest share of broken rows, found or foreseen; all of them are too many even at 1.
+        """
+        broken = max(len(self.broken) / self.total, self.foreseen) if self.total else 1.0
+        if broken < 1 and broken <= max_share:
             return self
-        shown = "; ".join(f"{name}: {reason}" for name, reason in list(self.broken.items())[:5])
-        raise UserError(
-            f"{self.source}: no row to train on" + (f" ({len(self.broken)} broken: {shown})" if shown else "")
-        )
+        reason = f"{100 * broken:.0f} % of {self.total} rows are unusable, and train.max_broken_share is {max_share:g}"
+        reason = reason if broken < 1 else "no row to train on"
+        raise UserError(f"{self.source}: {reason}" + "".join(f"\n  {line}" for line in self.kinds()))
+
+    def kinds(self) -> list[str]:
+        """One line per kind of broken row, the most frequent first, with an example."""
+        examples = {error_kind(reason): f"{name}: {reason}" for name, reason in reversed(self.broken.items())}
+        counted = Counter(map(error_kind, self.broken.values())).most_common()
+        return [f"{kind} ({count}), e.g. {examples[kind][:300]}" for kind, count in counted]
 
 
-def read_rows(path: Path | str) -> Rows:
-    """Rows of a directory of sample records or of a LLaVA JSON file.
+def read_rows(path: Path | str, *, images: bool = True) -> Rows:
+    """Rows of a directory of sample records or of any dataset in another format.
+
+    Args:
+        images: keep the images that come inside of rows; without them nothing can be trained.
 
     Raises:
-        UserError: neither of the two, unfinished, or without a usable row.
+        UserError: no dataset, an unfinished stage, or a shard of records that is given by itself.
     """
-    path = Path(path)
-    if not path.exists():
-        raise UserError(f"{path}: no such file or directory")
-    return (read_records(path) if path.is_dir() else read_llava(path)).require_some()
+    dataset = open_dataset(path)
+    if dataset.format == "parquet":
+        for part in dataset.parts or (dataset.path,):
+            assert not isinstance(part, str)
+            if isinstance(part, Path) and part.is_dir() and holds_records(part):
+                return read_records(part, images=images)
+            if holds_records(part):
+                raise UserError(f"{part}: a shard of captune's records; give the local directory that it belongs to")
+    found = Rows(str(dataset.path), [], spool=tempfile.TemporaryFile())  # noqa: SIM115  (lives as long as the rows)
+    keep = _spooling(found.spool) if images else _forget
+    for row in dataset.rows():
+        found.add(row.where, _from_dataset, row, keep)
+    found.spool.flush()
+    return found
 
 
-def read_records(directory: Path) -> Rows:
+def _from_dataset(row: formats.Row, keep: Keep) -> Row:
+    if row.error is not None:
+        raise BadRow(row.error)
+    image = row.image_uri if row.image is None else keep(row.image)
+    conversations = row.meta.get("conversations")
+    if conversations is None:
+        return _about_caption(row.where, row.caption, image)
+    try:
+        turns = turns_of(conversations)
+        alternating(conversation(turns))
+    except (ValueError, BadConversation) as reason:
+        raise BadRow(f"bad conversation: {reason}") from None
+    if not any(role == "assistant" and text.strip() for role, text in turns):
+        raise BadRow("bad conversation: no answer to learn")
+    placeholders = sum(text.count(IMAGE) for _, text in turns)
+    if placeholders != (image is not None):
+        raise BadRow(f"bad conversation: {placeholders} {IMAGE} placeholder(s) for {int(image is not None)} image(s)")
+    return Row(row.where, turns, image)
+
+
+def _about_caption(name: str, caption: str, image: Image | None, conversations: Any = None) -> Row:
+    if not caption.strip():
+        raise BadRow("no text: its caption is empty")
+    if not image:
+        raise BadRow("no image: a caption without one teaches nothing")
+    (_, request), answer = about(caption.strip(), conversations)
+    return Row(name, (answer,), image, request)
+
+
+def read_records(directory: Path, *, images: bool = True) -> Rows:
     """Kept records of a refined dataset (or of `captune caption`'s output), in the order of their ids."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     column = training_text(directory)
-    wanted = ["sample_id", "image_uri", column, "keep", "error"]
+    wanted = ["sample_id", "image_uri", column, "keep", "error", "meta"]
+    found = Rows(str(directory), [], spool=tempfile.TemporaryFile())  # noqa: SIM115
+    keep = _spooling(found.spool) if images else _forget
     tables: list[Any] = []
-    blobs: dict[str, tuple[int, int]] = {}
-    spool = tempfile.TemporaryFile()  # noqa: SIM115  (lives as long as the rows)
+    inside: dict[str, Image] = {}
     for shard in shard_paths(directory):
         try:
             file = pq.ParquetFile(shard)
             tables.append(file.read(columns=wanted).select(wanted))
             for batch in file.iter_batches(columns=["sample_id", "image"], batch_size=256):
-                _spool(batch, blobs, spool)
+                for name, image in zip(batch.column(0).to_pylist(), batch.column(1).to_pylist(), strict=True):
+                    if image:
+                        inside[name] = keep(image)
         except (pa.ArrowInvalid, KeyError, OSError) as error:
             raise UserError(f"{shard}: not a readable Parquet shard of sample records ({error})") from error
-    spool.flush()
-    found = Rows(str(directory), [], spool=spool)
+    found.spool.flush()
     for record in pa.concat_tables(tables, promote_options="permissive").sort_by("sample_id").to_pylist():
-        if record["keep"] is False:
-            continue
-        found.total += 1
-        name, text, uri = record["sample_id"], (record[column] or "").strip(), record["image_uri"]
-        image = blobs.get(name) or (uri.removeprefix("file://") if uri else None)
-        reason = record["error"] or (None if text else f"empty {column}") or (None if image else "no image")
-        if reason:
-            found.broken[name] = reason
-        else:
-            found.rows.append(Row(name, (("assistant", text),), image))
+        if record["keep"] is not False:
+            found.add(record["sample_id"], _from_record, record, column, inside)
     return found
 
 
-def _spool(batch: Any, blobs: dict[str, tuple[int, int]], spool: Any) -> None:
-    """Copy encoded images to an unlinked file: a random read from Parquet would decompress a whole row group."""
-    for name, image in zip(batch.column(0).to_pylist(), batch.column(1).to_pylist(), strict=True):
-        if image:
-            blobs[name] = (spool.tell(), len(image))
-            spool.write(image)
+def _from_record(record: dict[str, Any], column: str, inside: dict[str, Image]) -> Row:
+    if record["error"]:
+        raise BadRow(record["error"])
+    name, uri, meta = record["sample_id"], record["image_uri"], record["meta"] or ""
+    image = inside.get(name) or (uri.removeprefix("file://") if uri else None)
+    conversations = json.loads(meta).get("conversations") if '"conversations"' in meta else None
+    return _about_caption(name, record[column] or "", image, conversations)
 
 
-def read_llava(path: Path) -> Rows:
-    """Conversations of a LLaVA JSON (or JSONL) file; images are relative to the file, or to `images/` beside it."""
-    try:
-        text = path.read_text()
-        entries = (
-            [json.loads(line) for line in text.splitlines() if line.strip()]
-            if path.suffix == ".jsonl"
-            else json.loads(text)
-        )
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not valid JSON ({error})") from error
-    if not isinstance(entries, list):
-        raise UserError(f"{path}: a LLaVA file is a list of conversations, this is a {type(entries).__name__}")
-    found = Rows(str(path), [], total=len(entries))
-    for number, entry in enumerate(entries):
-        name = f"{path.name} row {number}"
-        try:
-            found.rows.append(_llava_row(name, entry, path.parent))
-        except BadRow as reason:
-            found.broken[name] = str(reason)
-    return found
+def _spooling(spool: Any) -> Keep:
+    """Copies encoded images to an unlinked file: a random read from Parquet would decompress a whole row group."""
+
+    def keep(image: bytes) -> Image:
+        place = (spool.tell(), len(image))
+        spool.write(image)
+        return place
+
+    return keep
 
 
-_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
-
-
-def _llava_row(name: str, entry: Any, root: Path) -> Row:
-    if not isinstance(entry, dict) or not isinstance(entry.get("conversations"), list) or not entry["conversations"]:
-        raise BadRow("no 'conversations'")
-    turns: list[tuple[str, str]] = []
-    for turn in entry["conversations"]:
-        role, value = _ROLES.get(turn.get("from", "")), turn.get("value")
-        if role is None or not isinstance(value, str):
-            raise BadRow(f"a turn needs 'from' (human or gpt) and a text 'value': {str(turn)[:80]}")
-        if role != ("user", "assistant")[len(turns) % 2]:
-            raise BadRow("turns must alternate, human first")
-        turns.append((role, value))
-    if not any(role == "assistant" and value.strip() for role, value in turns):
-        raise BadRow("no answer to learn")
-    placeholders = sum(value.count(IMAGE) for _, value in turns)
-    image = entry.get("image")
-    if isinstance(image, list):
-        if len(image) > 1:
-            raise BadRow(f"{len(image)} images; one is supported")
-        image = image[0] if image else None
-    if placeholders != (1 if image else 0) or any(IMAGE in value for role, value in turns if role == "assistant"):
-        raise BadRow(f"{placeholders} {IMAGE} placeholder(s) for {1 if image else 0} image(s)")
-    return Row(name, tuple(turns), str(_locate(root, image)) if image else None)
-
-
-def _locate(root: Path, image: str) -> Path:
-    beside = root / image
-    return beside if beside.exists() or not (root / "images" / image).exists() else root / "images" / image
+def _forget(image: bytes) -> Image:
+    return (0, len(image))

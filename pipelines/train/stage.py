@@ -13,11 +13,14 @@ from typing import Any
 
 from pipelines.connection import connect
 from pipelines.errors import UserError, WorkFailed
-from pipelines.manifest import identity, open_stage
+from pipelines.formats import open_dataset
+from pipelines.manifest import look, open_stage
 from pipelines.mgm.directory import check_model_directory
 from pipelines.modelfiles import model_identity
 from pipelines.progress import Progress, say
+from pipelines.storage import is_remote
 from pipelines.train.config import TrainConfig
+from pipelines.train.rows import read_rows
 
 RUN = "run"
 _NOT_RESULT = (
@@ -30,6 +33,7 @@ _NOT_RESULT = (
     "log_every",
     "checkpoint_every",
     "feature_cache_mb",
+    "max_broken_share",
 )
 """Settings that say where and how fast, not what: a run may be continued with others."""
 
@@ -52,20 +56,21 @@ def run(
         UserError: an impossible input, model or setting.
         WorkFailed: training itself failed.
     """
-    input, model, output = Path(input).resolve(), Path(model).resolve(), Path(output).resolve()
+    model, output = Path(model).resolve(), Path(output).resolve()
     data = phases(input, config)
     check_model_directory(model)
-    wanted = inputs(model_identity(model), {phase: identity(path) for phase, path in data.items()}, config)
+    identities = {phase: open_dataset(path).identity() for phase, path in data.items()}
+    wanted = inputs(model_identity(model), identities, config)
+    what = f"train {arm}".strip()
+    if restart or not look(output, "train", wanted).complete:
+        _look_at_rows(data, config, what)
     stage = open_stage(output, "train", wanted, restart=restart)
     if stage.complete:
         return stage.manifest
-    what = f"train {arm}".strip()
     say(f"{what}: {'continuing' if stage.resumed else 'starting'} with {config.workers} worker(s), {config.strategy}")
     facts = _fit(model, stage.inputs["model"], output, config, data, what)
     for phase, broken in facts["broken"].items():
-        if broken:
-            first = next(iter(broken.items()))
-            say(f"{what}: {len(broken)} row(s) of {phase} could not be used, e.g. {first[0]}: {first[1]}")
+        _say_broken(broken, phase, what)
     return stage.finish(
         rows_in={phase: found["rows"] for phase, found in facts["phases"].items()},
         rows_broken={phase: len(broken) for phase, broken in facts["broken"].items()},
@@ -84,21 +89,37 @@ def inputs(model: str, data: dict[str, str], config: TrainConfig) -> dict[str, A
     return {"config": settings, "model": model, "data": data}
 
 
-def phases(input: Path, config: TrainConfig) -> dict[str, str]:
+def phases(input: Path | str, config: TrainConfig) -> dict[str, str]:
     """Phase -> its data, for the phases that have steps."""
     data = {}
     if config.align.steps > 0:
-        data["align"] = str(input)
+        data["align"] = _absolute(input)
     if config.instruct.steps > 0 and config.instruct_data is not None:
-        data["instruct"] = str(Path(config.instruct_data).resolve())
+        data["instruct"] = _absolute(config.instruct_data)
     if not data:
         raise UserError(
             "train.align.steps is 0 and there is no instruct phase (train.instruct.steps, train.instruct_data)"
         )
-    for path in (str(input), *data.values()):
-        if not Path(path).exists():
-            raise UserError(f"{path}: no such file or directory")
     return data
+
+
+def _absolute(path: Path | str) -> str:
+    """As the workers, which start elsewhere, must be told it."""
+    return str(path) if is_remote(path) else str(Path(path).absolute())
+
+
+def _look_at_rows(data: dict[str, str], config: TrainConfig, what: str) -> None:
+    """Read every phase's rows before anything is claimed or started: say how many are broken, refuse too many."""
+    for phase, path in data.items():
+        rows = read_rows(path, images=False)
+        rows.look_at_images()
+        _say_broken(rows.require_usable(config.max_broken_share).broken, phase, what)
+
+
+def _say_broken(broken: dict[str, str], phase: str, what: str) -> None:
+    if broken:
+        name, reason = next(iter(broken.items()))
+        say(f"{what}: {len(broken)} row(s) of {phase} could not be used, e.g. {name}: {reason}")
 
 
 def _fit(model: Path, base: str, output: Path, config: TrainConfig, data: dict[str, str], what: str) -> dict[str, Any]:

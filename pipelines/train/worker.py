@@ -111,7 +111,11 @@ class Run:
         self.trained: dict[str, torch.Tensor] = {}
         self.lora_config: Any = None
         self._check_targets()
-        self.rows = {name: read_rows(path) for name, path in job.data.items()}
+        self.templates = Templates(
+            self.processor, self.config.max_length, self.config.align.template, self.config.instruct.template
+        )
+        limit = self.config.max_broken_share
+        self.rows = {name: read_rows(path).require_usable(limit) for name, path in job.data.items()}
 
     def _check_targets(self) -> None:
         """Find a wrong `target_modules` now, on a model without weights, and not after hours of alignment."""
@@ -147,12 +151,11 @@ class Run:
         model = self._model(name)
         rows = self.rows[name]
         rows.broken.update(self.state.broken.get(name, {}))
-        templates = Templates(self.processor, self.config.max_length)
-        templates.cut.update(self.state.cut.get(name, []))
+        self.templates.cut = set(self.state.cut.get(name, []))
         share = Share(self.rank, self.workers, phase.micro_batch, phase.accumulation)
         loader = Loader(
             rows,
-            getattr(templates, name),
+            getattr(self.templates, name),
             self.processor.image_processor.resize,
             Sampler(len(rows), self.config.seed, name),
             share,
@@ -167,9 +170,11 @@ class Run:
             "steps": phase.steps,
             "batch": share.per_step,
             "rows": rows.total,
+            "template": self.templates.names[name],
             "cached_images": len(loader.features.slots) if loader.features is not None else 0,
         }
-        self._steps(name, phase, engine, loader, templates, log)
+        self._gather_broken(name, rows)
+        self._steps(name, phase, engine, loader, log)
         self.trained.update(engine.weights())
         engine.close()
         del engine, model
@@ -218,10 +223,11 @@ class Run:
             autocast(self.device, self.config.precision),
             progress,
         )
+        if loader.features is not None:
+            bad = loader.features.bad
+            loader.rows.broken.update({row.name: bad[row.image] for row in loader.rows.rows if row.image in bad})
 
-    def _steps(
-        self, name: str, phase: PhaseConfig, engine: Engine, loader: Loader, templates: Templates, log: TrainLog | None
-    ) -> None:
+    def _steps(self, name: str, phase: PhaseConfig, engine: Engine, loader: Loader, log: TrainLog | None) -> None:
         """From the current step to the phase's last, with log lines and checkpoints."""
         state, seen = self.state, 0
         before = state.seconds.get(name, 0.0)
@@ -243,17 +249,19 @@ class Run:
                 last, seen = now, 0
             if state.step % self.config.checkpoint_every == 0 or state.step == phase.steps:
                 state.done[name] = state.step
-                self._gather_broken(name, loader.rows, templates)
+                self._gather_broken(name, loader.rows)
                 self._checkpoint(engine, {"phase": name, "step": state.step, "loss": result.loss})
 
-    def _gather_broken(self, name: str, rows: Rows, templates: Templates) -> None:
-        """Workers see different rows; the state holds what any of them found."""
-        found: list[Any] = [(rows.broken, sorted(templates.cut))]
+    def _gather_broken(self, name: str, rows: Rows) -> None:
+        """Workers see different rows; the state holds what any of them found. Too many stop all of them at once."""
+        found: list[Any] = [(rows.broken, sorted(self.templates.cut))]
         if self.workers > 1:
             found = [None] * self.workers
-            dist.all_gather_object(found, (rows.broken, sorted(templates.cut)))
+            dist.all_gather_object(found, (rows.broken, sorted(self.templates.cut)))
         self.state.broken[name] = {row: reason for broken, _ in found for row, reason in sorted(broken.items())}
         self.state.cut[name] = sorted({row for _, cut in found for row in cut})
+        rows.broken.update(self.state.broken[name])
+        rows.require_usable(self.config.max_broken_share)
 
     def _checkpoint(self, engine: Engine, metrics: dict[str, Any]) -> None:
         """Report a checkpoint that holds what was trained and nothing of the base model."""

@@ -16,7 +16,7 @@ SPECIAL = ["<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>
 
 def tokenizer() -> Any:
     """A byte-level BPE tokenizer with Gemma's special tokens, built in memory."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
     core = Tokenizer(models.BPE())
@@ -27,6 +27,9 @@ def tokenizer() -> Any:
         vocab_size=300, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
     )
     core.train_from_iterator([" ".join(_WORDS)] * 10, trainer)
+    core.post_processor = processors.TemplateProcessing(
+        single="<bos> $A", special_tokens=[("<bos>", core.token_to_id("<bos>"))]
+    )
     return PreTrainedTokenizerFast(
         tokenizer_object=core,
         bos_token="<bos>",
@@ -139,7 +142,14 @@ def write_instructions(path: Path, rows: int = 8, text_only: int = 0) -> Path:
 
 
 def loader(
-    model_dir: Path, data: Path, phase: str, *, micro_batch: int = 4, accumulation: int = 1, seed: int = 0
+    model_dir: Path,
+    data: Path,
+    phase: str,
+    *,
+    micro_batch: int = 4,
+    accumulation: int = 1,
+    seed: int = 0,
+    template: str = "auto",
 ) -> Any:
     """The batches of one phase for a single worker."""
     from pipelines.mgm.load import load_processor
@@ -150,7 +160,7 @@ def loader(
     rows = read_rows(data)
     return Loader(
         rows,
-        getattr(Templates(processor, 512), phase),
+        getattr(Templates(processor, 512, **{phase: template}), phase),
         processor.image_processor.resize,
         Sampler(len(rows), seed, phase),
         Share(0, 1, micro_batch, accumulation),

@@ -195,8 +195,8 @@ def test_lines_of_llava_and_of_data_juicer_are_told_apart(records: Path, tmp_pat
 def test_a_caption_is_taught_with_the_samples_own_request(conversations: Any, request_kept: bool) -> None:
     """Where the request is not about the one picture, LLaVA's own wording takes its place."""
     request, answer = llava.about("a red sign", conversations)
-    assert answer == ("gpt", "a red sign")
-    assert request == ("human", TURNS[0]["value"] if request_kept else llava.REQUEST)
+    assert answer == ("assistant", "a red sign")
+    assert request == ("user", TURNS[0]["value"] if request_kept else llava.REQUEST)
 
 
 def test_coco_captions(tmp_path: Path, jpeg: Jpeg) -> None:

@@ -35,7 +35,8 @@ def _losses(
 def test_align_trains_projector_and_uni_modules_only(tiny: Any, model_dir: Path, tmp_path: Path) -> None:
     """After some steps exactly these tensors differ from the base model, and the loss fell."""
     model, base = _aligning(model_dir), load_model(model_dir, "float32").state_dict()
-    losses = _losses(tiny, model, model_dir, tiny.loader(model_dir, tiny.write_dataset(tmp_path / "data"), "align"))
+    data = tiny.write_dataset(tmp_path / "data")
+    losses = _losses(tiny, model, model_dir, tiny.loader(model_dir, data, "align", template="plain"))
     changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, base[name])}
     prefixes = {name.split(".")[1] for name in changed}
     assert prefixes == {"multi_modal_projector", "uni_query", "uni_key", "uni_value"}
