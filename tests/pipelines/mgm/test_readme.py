@@ -29,5 +29,9 @@ def test_every_test_in_the_table_exists() -> None:
     named = set(re.findall(r"`(test_\w+\.py)(?:::(\w+))?`", README.read_text()))
     assert len(named) > 20
     for file, test in named:
-        path = next(folder / file for folder in (HERE, HERE.parent / "adapters") if (folder / file).exists())
+        path = next(
+            folder / file
+            for folder in (HERE, HERE.parent / "adapters", HERE.parent / "train")
+            if (folder / file).exists()
+        )
         assert not test or f"\ndef {test}(" in path.read_text(), f"{file}::{test}"
