@@ -2,32 +2,22 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 
+from . import tiny_mgm
 from .tiny_blip2 import make_blip2
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
-def _load(path: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location("tiny_mgm", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture(scope="session")
 def tiny() -> Any:
     """Builders of tiny models and data sets."""
-    return _load(Path(__file__).parent / "tiny_mgm.py")
+    return tiny_mgm
 
 
 @pytest.fixture(scope="session")

@@ -10,40 +10,30 @@ from pathlib import Path
 from typing import Any
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 220), "white": (240, 240, 240)}
-_WORDS = ["a", "an", "square", "of", "colour", "what", "is", "the", "?", ".", "user", "model", *COLOURS]
-SPECIAL = ["<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>", "<image>"]
 
 
 def tokenizer() -> Any:
-    """A byte-level BPE tokenizer with Gemma's special tokens, built in memory."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-    from transformers import PreTrainedTokenizerFast
+    """Of the kind that Gemma has."""
+    from tests.tiny_tokenizers import tokenizer_for
 
-    core = Tokenizer(models.BPE())
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    core.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=300, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
-    )
-    core.train_from_iterator([" ".join(_WORDS)] * 10, trainer)
-    core.post_processor = processors.TemplateProcessing(
-        single="<bos> $A", special_tokens=[("<bos>", core.token_to_id("<bos>"))]
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=core,
-        bos_token="<bos>",
-        eos_token="<eos>",
-        pad_token="<pad>",
-        unk_token="<unk>",
-        extra_special_tokens=["<start_of_turn>", "<end_of_turn>", "<image>"],
-    )
+    return tokenizer_for("gemma")
 
 
 def write_model(
-    directory: Path, *, layers: int = 2, hidden: int = 32, dtype: str = "float32", tie: bool = True
+    directory: Path,
+    *,
+    layers: int = 2,
+    hidden: int = 32,
+    dtype: str = "float32",
+    tie: bool = True,
+    spread: float = 0.02,
 ) -> Path:
-    """Save a random MGM (16 visual tokens an image) and its processor."""
+    """Save a random MGM (16 visual tokens an image) and its processor.
+
+    Args:
+        spread: standard deviation of the language model's weights; with a large one it answers different things to
+            different questions.
+    """
     import torch
     from transformers import CLIPVisionConfig, GemmaConfig
 
@@ -61,6 +51,8 @@ def write_model(
             num_key_value_heads=1,
             head_dim=max(8, hidden // 4),
             intermediate_size=2 * hidden,
+            max_position_embeddings=512,
+            initializer_range=spread,
             tie_word_embeddings=tie,
             bos_token_id=tok.bos_token_id,
             eos_token_id=tok.eos_token_id,

@@ -17,58 +17,11 @@ import pytest
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Directory of a random MGM (0.1M parameters) with a byte-level tokenizer and the Gemma chat template."""
     import torch
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import CLIPVisionConfig, GemmaConfig, PreTrainedTokenizerFast
 
-    from pipelines.mgm.configuration import MGMConfig, MGMConvNextConfig
-    from pipelines.mgm.modeling import MGMForConditionalGeneration
-    from pipelines.mgm.processing import MGMProcessor
+    from tests.pipelines.tiny_mgm import write_model
 
     torch.set_num_threads(1)
-    special = ["<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>", "<image>"]
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    bpe = Tokenizer(models.BPE({token: i for i, token in enumerate(special + letters)}, [], unk_token="<unk>"))
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    bpe.add_special_tokens(special)
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=bpe, pad_token="<pad>", eos_token="<eos>", bos_token="<bos>", unk_token="<unk>"
-    )
-    torch.manual_seed(0)
-    config = MGMConfig(
-        text_config=GemmaConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=32,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            head_dim=16,
-            intermediate_size=64,
-            max_position_embeddings=512,
-            initializer_range=0.4,
-            pad_token_id=0,
-            eos_token_id=1,
-            bos_token_id=2,
-        ),
-        vision_config=CLIPVisionConfig(
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            image_size=32,
-            patch_size=16,
-        ),
-        vision_config_aux=MGMConvNextConfig(
-            hidden_sizes=[8, 8, 16, 16], depths=[1, 1, 1, 1], layer_scale_init_value=1.0
-        ),
-        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
-        image_size_aux=64,
-    )
-    model = MGMForConditionalGeneration(config).eval()
-    directory = tmp_path_factory.mktemp("tiny") / "mgm"
-    model.save_pretrained(directory)
-    MGMProcessor.from_config(config, tokenizer).save_pretrained(directory)
-    return directory
+    return write_model(tmp_path_factory.mktemp("tiny") / "mgm", spread=0.6)
 
 
 @pytest.fixture(scope="session")

@@ -270,7 +270,7 @@ def test_incomplete_directories_are_refused_by_name(blip2: Path, tmp_path: Path)
         (torn, "torn/model.safetensors: not a whole safetensors file"),
         (blind, "blind: the model has no processor"),
         (other, "other: .*of type 'blip', not 'blip-2'"),
-        (moved, "moved: its tokenizer has '<image>' at id 2, but the model expects it at id 1"),
+        (moved, "moved: its tokenizer has '<image>' at id 3, but the model expects it at id 1"),
         (nameless, "nameless: the model has no tokenizer"),
         (make_blip2(tmp_path / "mute", image_token=False), "mute: its tokenizer lacks the image token '<image>'"),
         (tmp_path, r"config\.json is missing"),

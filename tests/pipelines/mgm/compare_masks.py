@@ -27,8 +27,7 @@ from typing import Any
 import torch
 
 from pipelines.mgm.conversation import IGNORE_INDEX, BadConversation, encode_conversation
-
-from .mgm_tokenizers import tokenizer_for
+from tests.tiny_tokenizers import tokenizer_for
 
 KINDS = ["gemma", "vicuna_v1", "vicuna_v1-legacy", "llama_3", "mistral_instruct", "chatml_direct", "plain"]
 PIECES = [

@@ -16,8 +16,7 @@ from transformers import CLIPVisionConfig, GemmaConfig, PreTrainedTokenizerFast
 from pipelines.mgm.configuration import MGMConfig, MGMConvNextConfig
 from pipelines.mgm.modeling import MGMForConditionalGeneration
 from pipelines.mgm.processing import MGMProcessor
-
-from .mgm_tokenizers import tokenizer_for
+from tests.tiny_tokenizers import tokenizer_for
 
 DATA = Path(__file__).parent / "data"
 

@@ -16,9 +16,9 @@ from pipelines.mgm.names import PROJECTOR, TOWERS
 from pipelines.mgm.tensorfiles import read_file
 from pipelines.modelfiles import weight_files
 from ray_jobs import cli
+from tests.tiny_tokenizers import byte_level, sentencepiece_like
 
 from .conftest import chat, noise_image
-from .mgm_tokenizers import byte_level, sentencepiece_like
 
 Tensors = dict[str, torch.Tensor]
 # As published: without <image>.

@@ -28,9 +28,9 @@ from pipelines.mgm.processing import MGMProcessor
 from pipelines.mgm.tensorfiles import read_file
 from pipelines.modelfiles import weight_files
 from ray_jobs import cli
+from tests.tiny_tokenizers import tokenizer_for
 
 from .conftest import chat, noise_image
-from .mgm_tokenizers import tokenizer_for
 
 Tensors = dict[str, torch.Tensor]
 

@@ -16,9 +16,9 @@ from pipelines.mgm.load import load_processor
 from pipelines.mgm.templates import ALIGNMENT, CHAT_TEMPLATES
 from pipelines.train.data import IGNORE, Loader, Sampler, Share, Templates, prefetch
 from pipelines.train.rows import read_rows
+from tests.tiny_tokenizers import tokenizer_for
 
 from ..mgm.conftest import load_masks
-from ..mgm.mgm_tokenizers import tokenizer_for
 
 
 def _target_text(batch: Any, tokenizer: Any, row: int) -> str:

@@ -11,21 +11,19 @@ from typing import Any
 import pytest
 
 _SCRIPT = """
-import importlib.util, sys
+import sys
 from pathlib import Path
 import torch
 import torch.distributed as dist
 
-spec = importlib.util.spec_from_file_location("tiny_mgm", sys.argv[1])
-tiny = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(tiny)
 from pipelines.mgm.load import load_model, load_processor
 from pipelines.train import zero
 from pipelines.train.config import LoraSettings, PhaseConfig
 from pipelines.train.step import TrainForward, add_lora, prepare, train_projector
+from tests.pipelines import tiny_mgm as tiny
 
 torch.set_num_threads(1)
-model_dir, data, scratch = (Path(argument) for argument in sys.argv[2:])
+model_dir, data, scratch = (Path(argument) for argument in sys.argv[1:])
 phase = PhaseConfig(steps=3, micro_batch=2, accumulation=2)
 dist.init_process_group("gloo", init_method=f"file://{scratch}/rendezvous", rank=0, world_size=1)
 plain = zero.deepspeed_config
@@ -72,9 +70,9 @@ def test_parameters_that_are_given_away_come_back(tiny: Any, model_dir: Path, tm
     """
     pytest.importorskip("deepspeed")
     data = tiny.write_instructions(tmp_path / "instruct.json", rows=3, text_only=5)
-    builders = Path(__file__).parents[1] / "tiny_mgm.py"
     done = subprocess.run(
-        [sys.executable, "-c", _SCRIPT, str(builders), str(model_dir), str(data), str(tmp_path)],
+        [sys.executable, "-c", _SCRIPT, str(model_dir), str(data), str(tmp_path)],
+        cwd=Path(__file__).parents[3],
         env=os.environ | {"OMP_NUM_THREADS": "1", "LOCAL_RANK": "0", "RANK": "0", "WORLD_SIZE": "1"},
         capture_output=True,
         text=True,
