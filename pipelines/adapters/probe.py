@@ -6,6 +6,10 @@ from typing import Any
 
 import torch
 
+from pipelines.mgm.load import load_processor
+
+__all__ = ["QUESTION", "batch", "load_processor", "logits", "noise_image"]
+
 QUESTION = "What does the sign say?"
 
 
