@@ -46,8 +46,10 @@ def _modules(file: Path) -> set[str]:
 def _imported(*folders: str) -> set[str]:
     """Distributions that the files below some folders import; a module's own name where none is installed for it."""
     files = [file for folder in folders for file in (ROOT / folder).rglob("*.py")]
-    own = {*OURS, "tests"} | {bench.stem for bench in (ROOT / "tests" / "bench").glob("*.py")}
-    modules = {name for file in files for name in _modules(file)} - sys.stdlib_module_names - own
+    # what is started by its path finds the files beside it by their names; `_typeshed` is the type checker's own
+    beside = {file.stem for folder in ("ray_jobs", "tests/bench") for file in (ROOT / folder).glob("*.py")}
+    modules = {name for file in files for name in _modules(file)} - sys.stdlib_module_names
+    modules -= {*OURS, "tests", "_typeshed", *beside}
     known = packages_distributions()
     return {_name(known.get(module, [module])[0]) for module in modules}
 

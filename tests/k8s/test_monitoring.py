@@ -145,9 +145,7 @@ def test_what_training_exports_was_recorded_and_is_shown() -> None:
 def test_what_captioning_exports_is_what_its_source_says_and_is_shown() -> None:
     source = "".join(path.read_text() for path in (ROOT / "pipelines" / "caption").glob("*.py"))
     said = {f"ray_{name}" for name in re.findall(r"captune_caption_[a-z_]+", source)}
-    if not said:
-        pytest.skip("this checkout's captioning stage exports nothing yet")
-    assert said == CAPTION
+    assert said == CAPTION != set()
     assert said <= {name for _, expression in expressions() for name in names(expression)}
 
 

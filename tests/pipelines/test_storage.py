@@ -82,7 +82,8 @@ def test_far_is_as_near(datasets: Path) -> None:
     for name in INPUTS:
         near, far = f"{datasets}/{name}", f"memory://bucket/x/{name}"
         assert ids_and_errors(near) == ids_and_errors(far), name
-        assert open_dataset(far).identity() == open_dataset(far).identity()
+        if "." not in name:  # of a folder; a single shard far away counts by the time of its upload, too
+            assert open_dataset(near).identity() == open_dataset(far).identity(), name
     assert [row[1] for row in ids_and_errors("memory://bucket/x/photos")] == ["from txt", "described"]
     (datasets / "mixed.jsonl").write_text('{"text": "far", "images": ["memory://bucket/x/photos/a.jpg"]}\n')
     (record,) = (to_record(row) for row in open_dataset(datasets / "mixed.jsonl").rows())

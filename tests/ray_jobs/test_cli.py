@@ -254,11 +254,14 @@ def test_help_explains_the_keys_when_asked(capsys: pytest.CaptureFixture[str]) -
 
 def test_a_command_declares_every_section_that_it_uses() -> None:
     """What a command does not declare it would silently find at its defaults."""
+    seen = set()
     for entry in cli.COMMANDS.values():
         module = importlib.import_module(entry.room)
-        used = set(re.findall(r"recipe\.([a-z_]+)", inspect.getsource(module.main))) & {f.name for f in fields(Recipe)}
+        used = set(re.findall(r"recipe\.([a-z_]+)", inspect.getsource(module))) & {f.name for f in fields(Recipe)}
         declared = {read.split(".")[0] for read in module.COMMAND.reads} | {"run_dir"}
         assert used <= declared, entry.room
+        seen |= used
+    assert {"caption", "refine", "train", "merge", "serve", "evaluate", "compare"} <= seen, "the pattern finds them"
 
 
 def test_an_entrypoint_runs_by_its_path_from_elsewhere(tmp_path: Path) -> None:

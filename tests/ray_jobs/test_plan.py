@@ -169,6 +169,7 @@ def test_the_reference_recipe_really_runs(brought: Path) -> None:
         assert scores["count"] == SMALL.questions
         assert scores["ocr_tokens"] is True
         asked_for = (run / arm / "predictions" / "textvqa" / "predictions.jsonl").read_text().splitlines()
+        assert len(asked_for) == SMALL.questions
         assert all("Reference OCR token: " in json.loads(line)["prompt"] for line in asked_for)
     assert (run / "report" / "index.html").is_file()
     started = time.monotonic()

@@ -73,7 +73,7 @@ def test_an_answer_has_openai_shape_and_true_token_counts(
     assert usage["completion_tokens"] <= 3
     assert usage["total_tokens"] == usage["prompt_tokens"] + usage["completion_tokens"]
     text_only = http.post("/v1/chat/completions", json=chat_body("What?", max_tokens=3)).json()["usage"]
-    assert usage["prompt_tokens"] - text_only["prompt_tokens"] == 5, "four visual tokens and a newline"
+    assert usage["prompt_tokens"] - text_only["prompt_tokens"] == 17, "sixteen visual tokens and a newline"
 
 
 def test_the_picture_reaches_the_model(

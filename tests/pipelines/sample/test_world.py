@@ -62,7 +62,9 @@ def test_questions_are_in_textvqa_layout_with_ten_answers(world: Path) -> None:
 
 
 def test_instructions_are_in_llava_format(world: Path) -> None:
-    for row in json.loads((world / "instruct.json").read_text()):
+    rows = json.loads((world / "instruct.json").read_text())
+    assert len(rows) == SMALL.instructions
+    for row in rows:
         assert [turn["from"] for turn in row["conversations"]] == ["human", "gpt"]
         assert row["conversations"][0]["value"].startswith("<image>\n")
         assert (world / row["image"]).is_file()

@@ -172,7 +172,6 @@ def test_zero_shards_train_as_ddp_does(
     """ZeRO-2 and ZeRO-3 on two workers, really on (the engine is asked): full tensors, and the weights that DDP
     gets.
     """
-    pytest.importorskip("deepspeed")
     results = {}
     for strategy in ("ddp", "zero2", "zero3"):
         config = _config(
@@ -195,7 +194,6 @@ def test_zero_continues_from_its_shards(
     ray_cluster: None, model_dir: Path, data: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A ZeRO-3 run that stopped after a checkpoint goes on from it, with the losses of an undisturbed run."""
-    pytest.importorskip("deepspeed")
     config = _config(None, strategy="zero3", workers=2)
     loop.run(data["refined"], model_dir, tmp_path / "whole", config)
     whole = read_log(tmp_path / "whole")

@@ -54,12 +54,12 @@ def test_instruct_trains_lora_and_projector_only(tiny: Any, model_dir: Path, tmp
     losses = _losses(
         tiny, model, model_dir, tiny.loader(model_dir, tiny.write_instructions(tmp_path / "i.json"), "instruct")
     )
-    for name, tensor in model.state_dict().items():
-        plain = name.replace(".base_layer", "")
-        if plain in base and name not in trainable:
-            assert torch.equal(tensor, base[plain]), name
-        if "lora_B" in name:
-            assert tensor.any(), name
+    state = model.state_dict()
+    kept = {name: name.replace(".base_layer", "") for name in state if name not in trainable}
+    assert sum(".base_layer." in name for name in kept) == 2 * 7 and set(kept.values()) <= set(base)
+    for name, plain in kept.items():
+        assert torch.equal(state[name], base[plain]), name
+    assert all(tensor.any() for name, tensor in state.items() if "lora_B" in name)
     assert losses[-1] < losses[0] - 0.1
 
 
@@ -67,7 +67,8 @@ def test_instruct_may_leave_the_projector_alone(model_dir: Path) -> None:
     """`instruct_projector: false`: LoRA is all that learns."""
     model = load_model(model_dir, "float32")
     add_lora(model, LoraSettings(), seed=0)
-    assert all("lora_" in name for name, p in model.named_parameters() if p.requires_grad)
+    trainable = [name for name, p in model.named_parameters() if p.requires_grad]
+    assert len(trainable) == 2 * 2 * 7 and all("lora_" in name for name in trainable)
 
 
 @pytest.mark.parametrize(

@@ -68,7 +68,6 @@ def test_parameters_that_are_given_away_come_back(tiny: Any, model_dir: Path, tm
     gathered weights equal plain training: nothing reads a weight that is not there (mining reads weights directly),
     and nothing is left over from an earlier micro-batch where one shows no image.
     """
-    pytest.importorskip("deepspeed")
     data = tiny.write_instructions(tmp_path / "instruct.json", rows=3, text_only=5)
     done = subprocess.run(
         [sys.executable, "-c", _SCRIPT, str(model_dir), str(data), str(tmp_path)],
