@@ -17,7 +17,6 @@ UNIMPORTED = {
     "ninja": "DeepSpeed builds its operator for CPUs with it",
     "sentencepiece": "transformers makes a tokenizer of a `tokenizer.model` with it",
     "protobuf": "the same reads such a file with it",
-    "scipy": "Data-Juicer's document_minhash_deduplicator needs it",
     "tensorboard": "torch.utils.tensorboard writes with it",
     "bitsandbytes": "transformers loads 4-bit and 8-bit weights with it",
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 from collections.abc import Callable
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import sentencepiece
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import (
@@ -24,11 +26,12 @@ from pipelines.errors import UserError
 from pipelines.mgm.convert import convert_checkpoint, export_original
 from pipelines.mgm.modeling import MGMForConditionalGeneration
 from pipelines.mgm.names import from_openclip, to_hf, to_original
+from pipelines.mgm.parts import TOKENIZER_FILES
 from pipelines.mgm.processing import MGMProcessor
 from pipelines.mgm.tensorfiles import read_file
 from pipelines.modelfiles import weight_files
 from ray_jobs import cli
-from tests.tiny_tokenizers import tokenizer_for
+from tests.tiny_tokenizers import CORPUS, tokenizer_for
 
 from .conftest import chat, noise_image
 
@@ -272,6 +275,28 @@ def test_every_projector_goes_there_and_back(
     assert names == {f"model.mm_projector.{place}{part}" for place in places for part in ("weight", "bias")}
     convert_checkpoint(tmp_path / "original", tmp_path / "again", clip=tmp_path / "openai-clip")
     same(tensors(tmp_path / "hf"), tensors(tmp_path / "again"))
+
+
+def test_a_sentencepiece_model_is_tokenizer_enough(checkpoint: Path, tmp_path: Path) -> None:
+    """Published checkpoints may hold a `tokenizer.model` and nothing made of it."""
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(CORPUS), model_writer=model, vocab_size=100, model_type="bpe", minloglevel=2,
+        add_dummy_prefix=False,
+        pad_id=0, eos_id=1, bos_id=2, unk_id=3, pad_piece="<pad>", eos_piece="<eos>", bos_piece="<bos>",
+        control_symbols=["<start_of_turn>", "<end_of_turn>"],
+    )  # fmt: skip
+    for name in TOKENIZER_FILES:
+        (checkpoint / name).unlink(missing_ok=True)
+    (checkpoint / "tokenizer.model").write_bytes(model.getvalue())
+    settings = {"tokenizer_class": "GemmaTokenizer", "pad_token": "<pad>", "eos_token": "<eos>", "bos_token": "<bos>"}
+    (checkpoint / "tokenizer_config.json").write_text(json.dumps(settings))
+    convert_checkpoint(checkpoint, tmp_path / "hf")
+    tokenizer = AutoProcessor.from_pretrained(tmp_path / "hf").tokenizer
+    said = "What is written on the sign?"
+    assert tokenizer.decode(tokenizer(said)["input_ids"], skip_special_tokens=True).strip() == said
+    reader = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
+    assert [token for token in tokenizer(said)["input_ids"] if token != 2] == reader.encode(said)
 
 
 def test_the_commands(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
