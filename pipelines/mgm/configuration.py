@@ -8,7 +8,6 @@ import re
 from typing import Any
 
 from transformers import AutoConfig, CLIPVisionConfig, ConvNextConfig, PreTrainedConfig
-from transformers.configuration_utils import SubConfigSpec
 
 
 class MGMConvNextConfig(ConvNextConfig):
@@ -64,10 +63,10 @@ class MGMConfig(PreTrainedConfig):
     """
 
     model_type = "mgm"
-    sub_configs_defaults = {
-        "text_config": SubConfigSpec(config_class=AutoConfig, model_type="gemma", init_kwargs=GEMMA_2B),
-        "vision_config": SubConfigSpec(config_class=CLIPVisionConfig, init_kwargs=CLIP_LARGE_336),
-        "vision_config_aux": SubConfigSpec(config_class=MGMConvNextConfig, init_kwargs=CONVNEXT_LARGE),
+    sub_configs = {  # transformers 5.20's way to name defaults, `SubConfigSpec`, is unknown to those before it
+        "text_config": AutoConfig,
+        "vision_config": CLIPVisionConfig,
+        "vision_config_aux": MGMConvNextConfig,
     }
     keys_to_ignore_at_inference = ["past_key_values"]
 
@@ -88,6 +87,9 @@ class MGMConfig(PreTrainedConfig):
         if "mm_vision_tower" in kwargs:
             # The original's Llama variant has model_type "mgm" too, and would load with every weight left out.
             raise ValueError("this is the config.json of an original MGM checkpoint: run `captune convert` on it first")
+        self.text_config = _part(self.text_config, AutoConfig, {"model_type": "gemma", **GEMMA_2B})
+        self.vision_config = _part(self.vision_config, CLIPVisionConfig, CLIP_LARGE_336)
+        self.vision_config_aux = _part(self.vision_config_aux, MGMConvNextConfig, CONVNEXT_LARGE)
         super().__post_init__(**kwargs)
         # Whether the head is tied is a fact about the language model; both places must agree after a reload.
         self.tie_word_embeddings = bool(self.text_config.tie_word_embeddings)
@@ -132,6 +134,14 @@ class MGMConfig(PreTrainedConfig):
     def num_image_tokens(self) -> int:
         """Visual tokens of one image: how often `image_token_id` stands in `input_ids` for it."""
         return self.num_views * self.patches_per_side**2
+
+
+def _part(given: Any, kind: Any, default: dict[str, Any]) -> PreTrainedConfig:
+    """A part's configuration from whatever stands in its place: itself, its dict, or None for MGM-2B's."""
+    if isinstance(given, PreTrainedConfig):
+        return given
+    values = dict(default if given is None else given)
+    return kind.for_model(values.pop("model_type", "gemma"), **values) if kind is AutoConfig else kind(**values)
 
 
 AutoConfig.register("mgm_convnext", MGMConvNextConfig, exist_ok=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from transformers import AddedToken, AutoProcessor, BatchFeature
+from transformers.image_utils import make_flat_list_of_images
 from transformers.processing_utils import ProcessorMixin
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
@@ -92,8 +93,18 @@ class MGMProcessor(ProcessorMixin):
         return inputs
 
     def validate_inputs(self, images: Any = None, text: Any = None, **kwargs: Any) -> None:  # type: ignore[override]
-        """Besides transformers' own checks (their sum must match): each row has as many images as placeholders."""
+        """Besides transformers' own checks: as many images as placeholders in all, which it counts from 5.20 on, and in
+        each row.
+        """
         super().validate_inputs(images=images, text=text, **kwargs)
+        texts = [text] if isinstance(text, str) else text or []
+        found = sum(sample.count(self.image_token) for sample in texts)
+        given = 0 if images is None else len(make_flat_list_of_images(images))
+        if text is not None and found != given:
+            raise ValueError(
+                f"the number of {self.image_token} in the text must be the same as the number of images: "
+                f"{found} in the text, but {given or 'no'} images were passed"
+            )
         if isinstance(text, list) and isinstance(images, (list, tuple)) and len(images) == len(text):
             for row, (sample, own) in enumerate(zip(text, images, strict=True)):
                 if isinstance(own, (list, tuple)) and len(own) != sample.count(self.image_token):
@@ -105,11 +116,12 @@ class MGMProcessor(ProcessorMixin):
         """As in transformers, except that an `<image>` typed in a message's text stays text.
 
         Images are given as parts of type "image". Text that spells the placeholder must not take their place, so such
-        conversations are tokenized with `sanitize_control_tokens=True`.
+        conversations are tokenized with `sanitize_control_tokens=True`. Before 5.20 transformers cannot do that: there,
+        such conversations have more placeholders than images.
 
         Raises:
-            ValueError: a message's text has `<image>` in it and the prompt is wanted as a string, where it cannot be
-                told from a real one.
+            ValueError: a message's text has `<image>` in it and the prompt is wanted as a string (or transformers is
+                older), where it cannot be told from a real one.
         """
         if "sanitize_control_tokens" not in kwargs and self._spells_image_token(conversation):
             if not kwargs.get("tokenize"):

@@ -119,7 +119,10 @@ def prepare(model: MGMForConditionalGeneration, checkpointing: bool) -> None:
     """Training mode for the language model and what learns; the frozen towers stay in evaluation mode."""
     model.model.language_model.train()
     if checkpointing:
-        model.model.language_model.activation_checkpointing_enable({"use_reentrant": False})
+        language_model = model.model.language_model
+        new = hasattr(language_model, "activation_checkpointing_enable")  # its name in transformers from 5.20 on
+        enable = language_model.activation_checkpointing_enable if new else language_model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
 
 
 class TrainForward(nn.Module):

@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import Blip2ForConditionalGeneration, Blip2Processor
+from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 
 from pipelines.blip2.config import CandidateConfig, DecodingConfig
 from pipelines.blip2.engine import BlipCaptioner, Request
@@ -65,6 +66,7 @@ def test_equals_plain_generate(blip2: Path, photos: list[Image.Image], prompt: s
     """
     engine = BlipCaptioner(blip2, CaptionConfig(prompt=prompt, max_new_tokens=12))
     processor = Blip2Processor.from_pretrained(blip2)
+    processor.image_processor = BlipImageProcessorPil.from_pretrained(blip2)  # torchvision's, where it is, resizes anew
     model = Blip2ForConditionalGeneration.from_pretrained(blip2).eval()
     inputs = processor(images=photos, text=[prompt] * len(photos) if prompt else None, return_tensors="pt")
     expected = model.generate(**inputs, max_new_tokens=12, do_sample=False)
