@@ -1,0 +1,1 @@
+"""What `tests/bench/gpu.py` measures, one file a subject."""
