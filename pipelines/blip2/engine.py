@@ -30,6 +30,8 @@ from pipelines.blip2.opt import OptDecoder
 from pipelines.blip2.pixels import PixelSpec
 from pipelines.blip2.slots import Decoder, Job, Prefix, Slots, round_up
 from pipelines.blip2.t5 import T5Decoder
+from pipelines.blip2.uploads import Uploads
+from pipelines.blip2.vision import VisionTower
 from pipelines.errors import UserError, WorkFailed
 from pipelines.modelfiles import load_complete
 from pipelines.progress import say
@@ -129,9 +131,16 @@ class BlipCaptioner:
         self.batch_size = config.batch_size
         language_model = model.language_model
         self._slots: Slots | None = None
+        fp8 = config.products == "fp8"
+        if fp8:
+            _refuse_fp8(model)
+        self._tower = VisionTower(model.vision_model, fp8)
         self._decoder: Decoder = (
-            OptDecoder(language_model) if model.config.use_decoder_only_language_model else T5Decoder(language_model)
+            OptDecoder(language_model, fp8)
+            if model.config.use_decoder_only_language_model
+            else T5Decoder(language_model)
         )
+        self._uploads = Uploads(self.device)
         self._ends = _as_list(language_model.generation_config.eos_token_id)
         deviation_311 = torch.tensor(spec.std, device=self.device).view(3, 1, 1)
         self._slope_311 = spec.scale / deviation_311
@@ -202,15 +211,13 @@ class BlipCaptioner:
 
     def normalize(self, pixels_BCHW: Tensor) -> Tensor:
         """uint8 -> the image processor's floats, on the device, so that only bytes cross the bus."""
-        if self.device.type == "cuda":
-            pixels_BCHW = pixels_BCHW.pin_memory()
-        floats_BCHW = pixels_BCHW.to(self.device, non_blocking=True).float()
+        floats_BCHW = pixels_BCHW.to(self.device).float()
         return torch.addcmul(self._shift_311, floats_BCHW, self._slope_311).to(self.dtype)
 
     def features(self, pixels_BCHW: Tensor) -> Tensor:
         """uint8 -> the image as the language model reads it (B, Q, d): vision tower, Q-Former, projection."""
         model = self.model
-        states = model.vision_model(pixel_values=self.normalize(pixels_BCHW)).last_hidden_state
+        states = self._tower(self.normalize(pixels_BCHW))
         with _tensor_cores_for_float32(self.device.type == "cuda" and self.dtype == torch.float16):
             # without the mask of ones that transformers makes: the device would be waited for to learn that it masks
             # nothing
@@ -290,19 +297,19 @@ class BlipCaptioner:
                 ].error = f"prompt too long: {len(ids)} tokens leave {max(room, 0)} of {limit} for the caption"
                 refused.append(row)
             if fitting:
-                images = self.features(
-                    torch.from_numpy(np.stack([opened[row].request.pixels for row, _, _ in fitting]))
-                )
+                images = self.features(self._uploads.stack([opened[row].request.pixels for row, _, _ in fitting]))
                 plans = zip(fitting, images, strict=True)
                 yield [Prefix(row, opened[row].sample_id, image, ids, limit) for (row, ids, limit), image in plans]
 
     def _decode(self, batches: Iterator[list[Prefix]], opened: dict[int, _Open]) -> Iterator[tuple[Job, list[int]]]:
         """Greedy decoding and sampling in slots; they are emptied and made longer when a longer prompt comes."""
-        batch = next(batches, None)
+        ahead = _Ahead(batches)
+        meanwhile = ahead.fill if self.device.type == "cuda" else None
+        batch = next(ahead, None)
         while batch:
             slots = self._slots_for(max(prefix.length for prefix in batch))
-            jobs = _Jobs(batch, batches, slots.prefix, self.config.candidates.count, opened)
-            yield from slots.run(jobs)
+            jobs = _Jobs(batch, ahead, slots.prefix, self.config.candidates.count, opened)
+            yield from slots.run(jobs, meanwhile)
             batch = jobs.left
 
     def _search(self, batches: Iterator[list[Prefix]], opened: dict[int, _Open]) -> Iterator[tuple[Job, list[int]]]:
@@ -311,7 +318,8 @@ class BlipCaptioner:
 
     def _slots_for(self, prefix: int) -> Slots:
         if self._slots is None or self._slots.prefix < prefix:
-            self._slots = None  # before the new cache is there
+            self._slots = None
+            self._decoder.release()  # before the new cache is there
             self._slots = Slots(
                 self._decoder,
                 self.batch_size,
@@ -353,6 +361,26 @@ class BlipCaptioner:
         """New tokens that fit behind so many."""
         limit = self._decoder.max_length
         return limit - prefix if limit is not None else self._new
+
+
+class _Ahead:
+    """Batches of prefixes, of which one may be made before it is asked for."""
+
+    def __init__(self, batches: Iterator[list[Prefix]]) -> None:
+        self._batches = batches
+        self._made: list[Prefix] = []
+
+    def fill(self) -> None:
+        """Make the next one, where none is made yet. An empty one, of a stream that pauses, is not kept."""
+        if not self._made:
+            self._made = next(self._batches, [])
+
+    def __iter__(self) -> Iterator[list[Prefix]]:
+        return self
+
+    def __next__(self) -> list[Prefix]:
+        made, self._made = self._made, []
+        return made or next(self._batches)
 
 
 class _Jobs:
@@ -412,6 +440,13 @@ def _tensor_cores_for_float32(wanted: bool) -> Iterator[None]:
         yield
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+def _refuse_fp8(model: Any) -> None:
+    if not model.config.use_decoder_only_language_model or model.dtype != torch.bfloat16:
+        raise UserError("caption.products: fp8 is for a BLIP-2 with OPT, and for caption.dtype: bfloat16")
+    if model.device.type == "cuda" and torch.cuda.get_device_capability(model.device) < (8, 9):
+        raise UserError(f"caption.products: {torch.cuda.get_device_name(model.device)} has no products in float8")
 
 
 def _as_list(ids: int | list[int] | None) -> list[int]:

@@ -22,6 +22,7 @@ from pipelines.blip2.config import DecodingConfig
 from pipelines.blip2.sampling import pick, uniforms
 
 _IDLE = -(2**31)
+_PREFIXES = 64
 _COLUMNS = 16  # step widths are multiples of this: few graphs, aligned masks
 
 
@@ -68,10 +69,12 @@ class Decoder(Protocol):
     Attributes:
         start_token: what the first step is fed; None where that is the prompt's last token.
         max_length: most positions of a caption and its prefix; None where there is no limit.
+        own_length: every row of a step reads as far as it reaches, whatever `length` says.
     """
 
     start_token: int | None
     max_length: int | None
+    own_length: bool
 
     def embed(self, ids: Tensor) -> Tensor: ...  # noqa: D102
     def allocate(self, slots: int, prefix: int, new: int) -> None: ...  # noqa: D102
@@ -110,21 +113,27 @@ class Slots:
         self._uniforms = torch.zeros(count, new + 1, device=device)
         end = new + (prefix if decoder.start_token is None else 0)
         self._last_position = min(end, decoder.max_length or end) - 1
-        self._granule = max(1, count // 8)
+        # on a GPU, prefixes of fewer rows than this cost the time of their launches
+        self._granule = max(1, count // 8, min(_PREFIXES, count // 2) if device.type == "cuda" else 0)
         self._jobs: list[Job | None] = [None] * count
         # the host's own copy of positions, to know how much of the cache is in use
         self._reached = np.full(count, _IDLE)
         self._step = _Graphs(self._advance, device) if device.type == "cuda" else self._advance
+        self._outcome = _Outcome(self._done, self._made, self._history)
 
-    def run(self, jobs: Iterable[Job | None]) -> Iterator[tuple[Job, list[int]]]:
+    def run(
+        self, jobs: Iterable[Job | None], meanwhile: Callable[[], None] | None = None
+    ) -> Iterator[tuple[Job, list[int]]]:
         """Decode every job; each comes back as it ends, with its tokens (the end token among them, if it came to one).
 
         None among the jobs says that there is none at the moment: the others go on, and jobs are asked for again while
-        any does.
+        any does. `meanwhile` is called whenever a step has been launched: what it launches keeps a GPU busy, and so do
+        captions that are handed on only once it has work again.
         """
         self._jobs = [None] * self.count
         self._reached[:] = _IDLE
         waiting, more = iter(jobs), True
+        ended: list[tuple[Job, list[int]]] = []
         while True:
             free = np.flatnonzero(self._reached < 0)
             if len(free) >= self._granule:
@@ -134,12 +143,17 @@ class Slots:
                 if len(new) < len(free):
                     self._compact()
             rows = int(np.flatnonzero(self._reached >= 0).max(initial=-1)) + 1
+            if rows:
+                length = self._last_position if self._decoder.own_length else int(self._reached.max())
+                self._step(min(round_up(rows, self._granule), self.count), round_up(length + 1))
+                self._outcome.fetch()
+                self._reached += self._reached >= 0
+                if meanwhile is not None:
+                    meanwhile()
+            yield from ended
             if not rows:
                 return
-            length = round_up(int(self._reached.max()) + 1)
-            self._step(min(round_up(rows, self._granule), self.count), length)
-            self._reached += self._reached >= 0
-            yield from self._finished(rows)
+            ended = self._finished(rows)
 
     @staticmethod
     def _next(jobs: Iterator[Job | None], most: int) -> tuple[list[Job], bool]:
@@ -201,17 +215,15 @@ class Slots:
         made.clamp_(max=self.new)
         positions.add_(1).clamp_(max=self._last_position)
 
-    def _finished(self, rows: int) -> Iterator[tuple[Job, list[int]]]:
-        done = self._done[:rows].cpu().numpy() & (self._reached[:rows] >= 0)
-        slots = np.flatnonzero(done)
-        if not len(slots):
-            return
-        slots_G = self._tensor(slots)
-        made, history = self._made[slots_G].tolist(), self._history[slots_G].tolist()
-        for slot, count, tokens in zip(slots, made, history, strict=True):
+    def _finished(self, rows: int) -> list[tuple[Job, list[int]]]:
+        """What the last step ended; its slots are free."""
+        done, made, history = self._outcome.read()
+        ended = []
+        for slot in np.flatnonzero(done[:rows] & (self._reached[:rows] >= 0)):
             job, self._jobs[slot], self._reached[slot] = self._jobs[slot], None, _IDLE
             assert job is not None
-            yield job, tokens[:count]
+            ended.append((job, history[slot, : made[slot]].tolist()))
+        return ended
 
     def _compact(self) -> None:
         """Move the last rows into holes when that makes a step smaller."""
@@ -230,6 +242,26 @@ class Slots:
 
     def _tensor(self, values: Any) -> Tensor:
         return torch.as_tensor(values, dtype=torch.long).to(self._device)
+
+
+class _Outcome:
+    """What a step came to, for the host: fetched behind it, so that reading waits for nothing launched later."""
+
+    def __init__(self, *states: Tensor) -> None:
+        self._states, cuda = states, states[0].is_cuda
+        self._event = torch.cuda.Event() if cuda else None
+        self._copies = [torch.empty(state.shape, dtype=state.dtype, pin_memory=cuda) for state in states]
+
+    def fetch(self) -> None:
+        for copy, state in zip(self._copies, self._states, strict=True):
+            copy.copy_(state, non_blocking=True)
+        if self._event is not None:
+            self._event.record()
+
+    def read(self) -> list[np.ndarray]:
+        if self._event is not None:
+            self._event.synchronize()
+        return [copy.numpy() for copy in self._copies]
 
 
 class _Graphs:
@@ -255,7 +287,13 @@ class _Graphs:
 
     def _capture(self, rows: int, length: int) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()
-        # thread_local: what other threads do with the device, such as pinning memory, does not break this capture
-        with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
-            self._advance(rows, length)
+        torch.cuda.synchronize()
+        # not by `torch.cuda.graph`, which collects garbage and empties the allocator every time; thread_local: what
+        # other threads do with the device, such as pinning memory, does not break this capture
+        with torch.cuda.stream(self._stream):
+            graph.capture_begin(self._pool, capture_error_mode="thread_local")
+            try:
+                self._advance(rows, length)
+            finally:
+                graph.capture_end()
         return graph

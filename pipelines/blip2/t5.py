@@ -27,6 +27,7 @@ class T5Decoder:
     """
 
     max_length: int | None = None  # relative positions
+    own_length = False
 
     def __init__(self, model: Any) -> None:
         self._model, self._blocks = model, model.decoder.block

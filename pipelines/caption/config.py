@@ -55,7 +55,7 @@ class CaptionConfig(BlipConfig):
 
         Not batch size, actors, CPUs or guards: they may change between a kill and its rerun.
         """
-        keys = ("prompt", "prompt_key", "max_new_tokens", "dtype")
+        keys = ("prompt", "prompt_key", "max_new_tokens", "dtype", *(["products"] if self.products != "dtype" else []))
         sections = {"decoding": asdict(self.decoding), "candidates": asdict(self.candidates)}
         if self.candidates.clip_model:
             from pipelines.blip2.checkpoint import resolve

@@ -167,9 +167,8 @@ def test_images_go_through_the_towers_once(blip2: Path) -> None:
         blip2, CaptionConfig(max_new_tokens=4, batch_size=8, decoding=decoding, candidates=candidates)
     )
     seen: list[int] = []
-    engine.model.vision_model.register_forward_pre_hook(
-        lambda _, args, kwargs: seen.append(len(kwargs["pixel_values"])), with_kwargs=True
-    )
+    embeddings = engine.model.vision_model.embeddings
+    embeddings.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
     assert all(len(tokens) == 5 for tokens in engine.generate(requests(20)))
     assert sum(seen) == 20
 
