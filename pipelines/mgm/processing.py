@@ -99,7 +99,7 @@ class MGMProcessor(ProcessorMixin):
         super().validate_inputs(images=images, text=text, **kwargs)
         texts = [text] if isinstance(text, str) else text or []
         found = sum(sample.count(self.image_token) for sample in texts)
-        given = 0 if images is None else len(make_flat_list_of_images(images))
+        given = 0 if images is None else len(make_flat_list_of_images(images))  # type: ignore[arg-type]
         if text is not None and found != given:
             raise ValueError(
                 f"the number of {self.image_token} in the text must be the same as the number of images: "
