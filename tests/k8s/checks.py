@@ -12,9 +12,9 @@ from k8s.render import FOLDER, cluster_spec
 from tests.k8s import rules, schemas
 
 RAY = ("RayCluster", "RayJob", "RayService")
-README = (FOLDER / "README.md").read_text()
-SECRETS = set(re.findall(r"create secret generic (\S+) --from-literal=(\w+)=", README))
-"""Name and key of what the README tells to make; manifests refer to them and never hold them."""
+README, OPERATING = ((FOLDER / name).read_text() for name in ("README.md", "OPERATING.md"))
+SECRETS = set(re.findall(r"create\s+secret\s+generic\s+(\S+)\s+--from-literal=(\w+)=", README + OPERATING))
+"""Name and key of what the documents tell to make; manifests refer to them and never hold them."""
 
 Object = dict[str, Any]
 
@@ -157,7 +157,7 @@ def _sizes(found: Object) -> list[str]:
 
 
 def _secrets(node: Any, where: str = "") -> list[str]:
-    """Secrets are referred to, by a name that the README tells to make; nothing that smells of one stands in clear."""
+    """Secrets are referred to, by a name that the documents tell to make; nothing like one stands in clear."""
     said = []
     if isinstance(node, dict):
         where = f"{node['kind']} {node['metadata']['name']}" if "kind" in node and "metadata" in node else where
