@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 COLUMNS = 120
-RECORDED = {".json", ".jinja", ".safetensors", ".png", ".jpg"}
+RECORDED = {".json", ".jsonl", ".jinja", ".safetensors", ".png", ".jpg"}
 """Data: recorded, drawn, or byte for byte what another program reads. Ruff holds the lines of Python."""
 GUIDE = ROOT / ".github" / "CONTRIBUTING.md"
 
