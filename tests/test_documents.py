@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import importlib
 import re
+import shlex
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from ray_jobs import cli
+from ray_jobs._options import parse
 
 ROOT = Path(__file__).resolve().parent.parent
 COLUMNS = 120
@@ -76,3 +81,23 @@ def test_the_guide_names_files_that_are_there() -> None:
     named = re.findall(r"`([\w./*-]+/[\w.*-]*|[\w-]+\.(?:toml|txt|md|yaml)|Makefile)`", _prose(GUIDE))
     assert len(set(named)) > 60
     assert [name for name in named if not any(ROOT.glob(name.rstrip("/")))] == []
+
+
+def _commands(text: str) -> list[list[str]]:
+    """Words of every captune command in a text, in blocks of code and in prose; placeholders stand as they are."""
+    blocks = re.findall(r"^```\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    lines = [line.split(" #")[0].split(" | ")[0] for block in blocks for line in block.splitlines()]
+    inline = [" ".join(found.split()).split(" | ")[0] for found in re.findall(r"`(captune [^`]*)`", text)]
+    found = [shlex.split(line) for line in [*lines, *inline] if line.startswith("captune ")]
+    return [words for words in found if "COMMAND" not in words]
+
+
+def test_the_readme_names_every_command_as_it_is_taken() -> None:
+    """Each parses with the parser of the command that it names; recipes that are not there are the sample's."""
+    commands = _commands((ROOT / "README.md").read_text(encoding="utf-8"))
+    assert {words[1] for words in commands} == set(cli.COMMANDS)
+    stand_ins = {"RECIPE": "sample", "my.yaml": "sample", "N": "8000", "O": "kind"}
+    for _, command, *words in [words for words in commands if len(words) > 2]:  # others are mentioned, not shown
+        room = importlib.import_module(cli.COMMANDS[command].room)
+        asked = [stand_ins.get(word, word) for word in (words[1:] if command == "k8s" else words)]
+        parse(room.COMMAND, asked)
