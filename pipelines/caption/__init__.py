@@ -1,1 +1,1 @@
-"""BLIP-2 captioning: `engine.py` is torch only (images in, captions out), `stage.py` runs it on Ray Data."""
+"""BLIP-2 captioning on Ray Data: `stage.py` walks the passes, `dataflow.py` is the one with the model."""

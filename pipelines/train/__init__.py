@@ -1,1 +1,1 @@
-"""LoRA tuning of MGM: `step.py` is torch only, `loop.py` runs it on Ray Train, `data.py` makes batches."""
+"""LoRA tuning of MGM: `step.py` is torch only, `stage.py` and `worker.py` run it on Ray Train, `data.py` batches."""
