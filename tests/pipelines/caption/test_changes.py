@@ -73,7 +73,7 @@ def test_a_dataset_that_grows_is_captioned_where_it_is_new(ray_cluster: None, bl
 
     photos(folder, range(12, 17))
     (folder / "000.jpg").unlink()
-    (folder / "late.jpg").write_bytes(picture(99))
+    (folder / "late.jpg").write_bytes(picture(98))
     claimed = json.loads((output / ".stage.json").read_text())["fingerprint"]
     second = stage.run(str(folder), output, sampled)
     after = by_name(output)
