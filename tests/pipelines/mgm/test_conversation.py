@@ -14,9 +14,9 @@ from pipelines.mgm.conversation import (
     template_of,
 )
 from pipelines.mgm.templates import CHAT_TEMPLATES, TEMPLATES
-from tests.tiny_tokenizers import tokenizer_for
 
 from .conftest import load_masks
+from .mgm_tokenizers import tokenizer_for
 
 TOKENIZERS = ["gemma", "vicuna_v1", "vicuna_v1-legacy", "llama_3", "mistral_instruct", "chatml_direct", "plain"]
 
