@@ -173,7 +173,7 @@ class _Plan:
             return inputs(model_identity(base), {name: self._identity(path) for name, path in phases.items()}, train)
 
         counts = [getattr(train, name) for name in phases]
-        rows = sum(phase.steps * phase.micro_batch * phase.accumulation * train.workers for phase in counts)
+        rows = sum(phase.steps * phase.per_step(train.workers) for phase in counts)
         work = " + ".join(f"{phase.steps} steps of {name}" for name, phase in zip(phases, counts, strict=True))
         self._add(f"train {walk.name}", adapter, wanted, rows, work)
         self._add(

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from pipelines.demand import Demand
 from pipelines.errors import UserError
 from pipelines.mgm.templates import ALIASES, TEMPLATES
+
+AUTO = "auto"
 
 
 @dataclass
@@ -19,8 +21,11 @@ class PhaseConfig:
         learning_rate: peak of the cosine schedule.
         warmup: share of the steps over which the learning rate rises from 0.
         weight_decay: AdamW's.
-        micro_batch: samples per worker and forward pass.
-        accumulation: forward passes per optimizer step.
+        batch: samples of one optimizer step, all workers together: with the data's order it is what decides the
+            result, however it is spread over workers and forward passes. None: workers x micro_batch x accumulation.
+        micro_batch: samples per worker and forward pass; `auto`: the largest power of two that fits the card by
+            `pipelines.train.memory`, which needs a `batch`.
+        accumulation: forward passes per worker and optimizer step; follows from `batch` where that is given.
         max_grad_norm: gradients are clipped to this norm.
         template: the form of its conversations, one of gemma, vicuna_v1, llama_3, mistral_instruct, chatml_direct and
             plain (the image, then the caption); `auto`: the one that the original trains this language model with in
@@ -31,15 +36,20 @@ class PhaseConfig:
     learning_rate: float = 1e-3
     warmup: float = 0.03
     weight_decay: float = 0.0
-    micro_batch: int = 1
+    batch: int | None = None
+    micro_batch: int | str = 1
     accumulation: int = 1
     max_grad_norm: float = 1.0
     template: str = "auto"
 
     def check(self, name: str) -> None:
         """Raise `UserError` naming the key of an impossible value."""
-        for key in ("micro_batch", "accumulation"):
-            if getattr(self, key) < 1:
+        if isinstance(self.micro_batch, str) and self.micro_batch != AUTO:
+            raise UserError(f"train.{name}.micro_batch is a number or auto, not '{self.micro_batch}'")
+        if self.micro_batch == AUTO and self.batch is None:
+            raise UserError(f"train.{name}.micro_batch auto needs train.{name}.batch: samples of one optimizer step")
+        for key in ("batch", "micro_batch", "accumulation"):
+            if getattr(self, key) not in (None, AUTO) and getattr(self, key) < 1:
                 raise UserError(f"train.{name}.{key} must be at least 1, not {getattr(self, key)}")
         if self.steps < 0:
             raise UserError(f"train.{name}.steps cannot be negative")
@@ -50,6 +60,24 @@ class PhaseConfig:
         if self.template not in ("auto", *TEMPLATES, *ALIASES):
             known = ", ".join(["auto", *TEMPLATES])
             raise UserError(f"train.{name}.template must be one of {known}, not '{self.template}'")
+
+    def per_step(self, workers: int) -> int:
+        """Samples of one optimizer step, all workers together."""
+        return self.batch or workers * int(self.micro_batch) * self.accumulation
+
+    def settled(self, name: str, workers: int, micro_batch: int | None = None) -> PhaseConfig:
+        """The same steps with this micro-batch (its own, or for `auto` 1), the accumulation following from it.
+
+        Raises:
+            UserError: the batch does not divide by it.
+        """
+        micro = micro_batch or (1 if self.micro_batch == AUTO else int(self.micro_batch))
+        batch = self.per_step(workers)
+        if batch % (workers * micro):
+            raise UserError(
+                f"train.{name}.batch {batch} does not divide into {workers} worker(s) with micro-batches of {micro}"
+            )
+        return replace(self, batch=batch, micro_batch=micro, accumulation=batch // (workers * micro))
 
 
 @dataclass
@@ -135,6 +163,10 @@ class TrainConfig:
     def __post_init__(self) -> None:
         self.align.check("align")
         self.instruct.check("instruct")
+        for name in ("align", "instruct"):
+            phase: PhaseConfig = getattr(self, name)
+            if phase.batch is not None and self.workers > 0:
+                phase.settled(name, self.workers)
         for key in ("workers", "checkpoint_every", "log_every", "max_length"):
             if getattr(self, key) < 1:
                 raise UserError(f"train.{key} must be at least 1, not {getattr(self, key)}")
@@ -148,6 +180,12 @@ class TrainConfig:
             raise UserError(f"train.strategy must be ddp, zero2 or zero3, not '{self.strategy}'")
         if self.precision not in ("bf16", "float32"):
             raise UserError(f"train.precision must be bf16 or float32, not '{self.precision}'")
+
+    def settled(self) -> TrainConfig:
+        """With the micro-batch and accumulation of each phase that make up its batch."""
+        return replace(
+            self, **{name: getattr(self, name).settled(name, self.workers) for name in ("align", "instruct")}
+        )
 
     def demand(self) -> Demand:
         """All workers at once: a step needs every one of them."""

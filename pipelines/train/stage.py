@@ -68,7 +68,7 @@ def run(
     if stage.complete:
         return stage.manifest
     say(f"{what}: {'continuing' if stage.resumed else 'starting'} with {config.workers} worker(s), {config.strategy}")
-    facts = _fit(model, stage.inputs["model"], output, config, data, what)
+    facts = _fit(model, stage.inputs["model"], output, config.settled(), data, what)
     for phase, broken in facts["broken"].items():
         _say_broken(broken, phase, what)
     return stage.finish(
@@ -84,8 +84,14 @@ def run(
 
 
 def inputs(model: str, data: dict[str, str], config: TrainConfig) -> dict[str, Any]:
-    """Everything that decides the adapter, with the identities of the model and of each phase's data."""
+    """Everything that decides the adapter, with the identities of the model and of each phase's data.
+
+    Of a step's micro-batches only their sum: however a batch is spread over workers and forward passes, it is the same.
+    """
     settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in _NOT_RESULT}
+    for name in ("align", "instruct"):
+        phase = {k: v for k, v in settings[name].items() if k not in ("micro_batch", "accumulation")}
+        settings[name] = phase | {"batch": getattr(config, name).per_step(config.workers)}
     return {"config": settings, "model": model, "data": data}
 
 

@@ -152,7 +152,7 @@ class Run:
         rows = self.rows[name]
         rows.broken.update(self.state.broken.get(name, {}))
         self.templates.cut = set(self.state.cut.get(name, []))
-        share = Share(self.rank, self.workers, phase.micro_batch, phase.accumulation)
+        share = Share(self.rank, self.workers, int(phase.micro_batch), phase.accumulation)
         loader = Loader(
             rows,
             getattr(self.templates, name),
