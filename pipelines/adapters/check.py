@@ -15,7 +15,7 @@ import torch
 
 from pipelines.adapters import probe
 from pipelines.errors import UserError
-from pipelines.mgm.adapter import CONFIG, NON_LORA, WEIGHTS, towers_trained, trained_on
+from pipelines.mgm.adapter import CONFIG, NON_LORA, WEIGHTS, is_lora, read_whole, towers_trained, trained_on
 from pipelines.mgm.load import differences, load_config, load_model, load_processor, load_skeleton, quiet
 from pipelines.mgm.names import LANGUAGE_MODEL, TOWERS
 from pipelines.mgm.tensorfiles import read_file
@@ -182,7 +182,8 @@ def _adapter_verdicts(adapter: Path, skeleton: Any, base: str) -> Iterator[Verdi
         if (CONFIG in files) != (WEIGHTS in files):
             raise UserError(f"{adapter}: of {CONFIG} and {WEIGHTS} only one is there")
         lora = read_file(adapter / WEIGHTS) if WEIGHTS in files else {}
-        other = read_file(adapter / NON_LORA) if NON_LORA in files else {}
+        lora = {name: tensor for name, tensor in lora.items() if is_lora(name)}
+        other = read_whole(adapter)
         settings = json.loads((adapter / CONFIG).read_text()) if CONFIG in files else None
         own = trained_on(adapter)
     except (UserError, json.JSONDecodeError) as error:
@@ -195,7 +196,7 @@ def _adapter_verdicts(adapter: Path, skeleton: Any, base: str) -> Iterator[Verdi
         "empty tensors", [f"{n} {t.shape}" for n, t in sorted(tensors.items()) if t.numel() == 0], "none is Size([0])"
     )
     yield _verdict("finite", [n for n, t in sorted(tensors.items()) if not t.isfinite().all()], "no NaN, no infinity")
-    yield _non_lora(other, skeleton, towers=NON_LORA in files and towers_trained(adapter))
+    yield _non_lora(other, skeleton, towers=towers_trained(adapter))
     if settings is not None:
         yield from _lora(settings, lora, skeleton)
 

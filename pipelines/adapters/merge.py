@@ -18,7 +18,7 @@ from pipelines.adapters import probe
 from pipelines.adapters.config import MergeConfig, decides
 from pipelines.errors import UserError, WorkFailed
 from pipelines.manifest import identity, open_stage, require_finished
-from pipelines.mgm.adapter import WEIGHTS, has_lora, read_non_lora, towers_trained, trained_on
+from pipelines.mgm.adapter import WEIGHTS, has_lora, read_whole, towers_trained, trained_on
 from pipelines.mgm.directory import check_model_directory
 from pipelines.mgm.load import load_model, load_processor, quiet
 from pipelines.mgm.modeling import MGMForConditionalGeneration
@@ -88,7 +88,7 @@ def _merge(model: Path, adapter: Path, output: Path, config: MergeConfig) -> dic
     merged.config.dtype = dtype
     merged.save_pretrained(output)
     processor.save_pretrained(output)
-    changed = compare_files(model, output, dtype, merged, meant=set(read_non_lora(adapter)))
+    changed = compare_files(model, output, dtype, merged, meant=set(read_whole(adapter)))
     # Not by `load_model`, which refuses what is not finished.
     again = load_complete(MGMForConditionalGeneration, output, dtype=torch.float32)
     written = _difference(probe.logits(again, inputs), expected)
@@ -125,7 +125,7 @@ def with_adapter(model: Path, adapter: Path) -> Any:
     base = load_model(model, "float32")
     towers = towers_trained(adapter)
     own = dict(base.named_parameters())
-    for name, tensor in read_non_lora(adapter).items():
+    for name, tensor in read_whole(adapter).items():
         if name not in own:
             raise UserError(f"{adapter}: trained tensor {name} has no place in {model}")
         if own[name].shape != tensor.shape:

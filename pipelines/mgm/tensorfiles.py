@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from pipelines.errors import UserError
+from pipelines.modelfiles import weight_files
 
 
 def read_file(path: Path) -> dict[str, torch.Tensor]:
@@ -31,11 +32,25 @@ def read_file(path: Path) -> dict[str, torch.Tensor]:
     return state
 
 
-def _iterate_safetensors(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
+def read_tensors(directory: Path, wanted: Callable[[str], bool]) -> dict[str, torch.Tensor]:
+    """The tensors of a model directory whose names are wanted; no others of its safetensors files are read."""
+    found: dict[str, torch.Tensor] = {}
+    for path in weight_files(directory):
+        if path.suffix == ".safetensors":
+            found.update(_iterate_safetensors(path, wanted))
+        else:
+            found.update({name: tensor for name, tensor in read_file(path).items() if wanted(name)})
+    return found
+
+
+def _iterate_safetensors(
+    path: Path, wanted: Callable[[str], bool] = lambda name: True
+) -> Iterator[tuple[str, torch.Tensor]]:
     try:
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118 (safe_open is not a mapping)
-                yield name, file.get_tensor(name)
+                if wanted(name):
+                    yield name, file.get_tensor(name)
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path}: not a readable safetensors file, truncated perhaps ({error})") from None
 

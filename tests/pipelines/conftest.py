@@ -27,6 +27,13 @@ def model_dir(tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def adapter_dir(tiny: Any, model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """LoRA and projector, trained for three steps."""
+    root = tmp_path_factory.mktemp("adapter")
+    return tiny.train_adapter(model_dir, tiny.write_instructions(root / "instruct.json"), root / "adapter")
+
+
+@pytest.fixture(scope="session")
 def blip2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_blip2(tmp_path_factory.mktemp("blip2"))
 

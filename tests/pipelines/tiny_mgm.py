@@ -183,6 +183,8 @@ def train_adapter(model_dir: Path, data: Path, directory: Path, *, lora: bool = 
     model = load_model(model_dir, "float32")
     train_projector(model)
     config = add_lora(model, LoraSettings(rank=4, alpha=8, dropout=0.0), seed=0) if lora else None
+    if config is not None:
+        config.base_model_name_or_path = str(model_dir)
     prepare(model, checkpointing=False)
     learner, batches = (
         engine(model, model_dir, phase),

@@ -2,16 +2,8 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
-
-
-@pytest.fixture(scope="session")
-def adapter_dir(tiny: Any, model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """LoRA and projector, trained for three steps."""
-    root = tmp_path_factory.mktemp("adapter")
-    return tiny.train_adapter(model_dir, tiny.write_instructions(root / "instruct.json"), root / "adapter")
 
 
 @pytest.fixture(scope="session")

@@ -145,7 +145,7 @@ Q = "base_model.model.model.language_model.layers.0.self_attn.q_proj.lora_{}.wei
         ("targets", WEIGHTS, lambda tensors: tensors.pop(Q.format("A"))),
         ("targets", WEIGHTS, lambda tensors: [tensors.pop(Q.format(part)) for part in "AB"]),
         ("finite", WEIGHTS, _set(Q.format("A"), lambda t: t / 0)),
-        ("trained without LoRA", NON_LORA, _set(PROJ, torch.ones(2, 2))),
+        ("files", NON_LORA, _set(PROJ, torch.ones(2, 2))),  # PEFT's file has another
         (
             "trained without LoRA",
             NON_LORA,
