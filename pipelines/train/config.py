@@ -9,6 +9,12 @@ from pipelines.errors import UserError
 from pipelines.mgm.templates import ALIASES, TEMPLATES
 
 AUTO = "auto"
+GROUPS = ("projector", "uni_modules", "language_model")
+METHODS = ("lora", "rslora", "dora", "qlora", "adalora", "prefix", "full")
+SCHEDULES = ("cosine", "linear", "constant")
+_ALIGN_RATE, _FULL_RATE, _LORA_RATE, _PREFIX_RATE = 1e-3, 2e-5, 2e-4, 1e-2
+_DDP_ONLY = ("qlora", "adalora", "prefix")
+"""Methods whose weights no ZeRO stage has been shown to shard rightly: packed ones, and those that watch gradients."""
 
 
 @dataclass
@@ -16,9 +22,16 @@ class PhaseConfig:
     """One training phase.
 
     Attributes:
-        steps: optimizer steps; 0 leaves the phase out. Steps, not epochs: arms of unequal size then see equally many
-            samples.
-        learning_rate: peak of the cosine schedule.
+        steps: optimizer steps; 0 leaves the phase out. Steps, not epochs, are what a fair comparison fixes: arms of
+            unequal size then see equally many samples.
+        epochs: passes over the phase's rows; where given, the steps follow from it.
+        learn: what learns: projector, uni_modules (patch info mining) and language_model, the latter in the way that
+            `train.method` names; empty: the first two in align, all in instruct.
+        learning_rate: peak of the schedule; empty: 1e-3 in align (the pretraining scripts of LLaVA and MGM); in
+            instruct 2e-4 with 2e-5 for projector and uni-modules (LLaVA's `finetune_lora.sh`), or 2e-5 for all where
+            the method is full (MGM's second stage), or 1e-2 for a prefix (PEFT's own example).
+        rates: peaks of single groups where they differ from `learning_rate`, e.g. `{projector: 2.0e-5}`.
+        schedule: after the warm-up: cosine or linear down to zero, or constant.
         warmup: share of the steps over which the learning rate rises from 0.
         weight_decay: AdamW's.
         batch: samples of one optimizer step, all workers together: with the data's order it is what decides the
@@ -33,7 +46,11 @@ class PhaseConfig:
     """
 
     steps: int = 100
-    learning_rate: float = 1e-3
+    epochs: float | None = None
+    learn: list[str] | None = None
+    learning_rate: float | None = None
+    rates: dict[str, float] = field(default_factory=dict)
+    schedule: str = "cosine"
     warmup: float = 0.03
     weight_decay: float = 0.0
     batch: int | None = None
@@ -53,8 +70,17 @@ class PhaseConfig:
                 raise UserError(f"train.{name}.{key} must be at least 1, not {getattr(self, key)}")
         if self.steps < 0:
             raise UserError(f"train.{name}.steps cannot be negative")
-        if self.learning_rate <= 0 or self.max_grad_norm <= 0:
-            raise UserError(f"train.{name}: learning_rate and max_grad_norm must be positive")
+        if self.epochs is not None and self.epochs <= 0:
+            raise UserError(f"train.{name}.epochs must be positive, not {self.epochs:g}; steps: 0 leaves a phase out")
+        rates = [*self.rates.values(), *([] if self.learning_rate is None else [self.learning_rate])]
+        if min(rates, default=1.0) <= 0 or self.max_grad_norm <= 0:
+            raise UserError(f"train.{name}: learning_rate, rates and max_grad_norm must be positive")
+        unknown = sorted({*(self.learn or ()), *self.rates} - set(GROUPS))
+        if unknown or self.learn == []:
+            wrong = f"not '{unknown[0]}'" if unknown else "and at least one has to learn"
+            raise UserError(f"train.{name}: learn and rates name some of {', '.join(GROUPS)}, {wrong}")
+        if self.schedule not in SCHEDULES:
+            raise UserError(f"train.{name}.schedule must be one of {', '.join(SCHEDULES)}, not '{self.schedule}'")
         if not 0 <= self.warmup < 1:
             raise UserError(f"train.{name}.warmup is a share of the steps, from 0 to below 1")
         if self.template not in ("auto", *TEMPLATES, *ALIASES):
@@ -82,11 +108,11 @@ class PhaseConfig:
 
 @dataclass
 class LoraSettings:
-    """LoRA (Hu et al. 2021, arXiv:2106.09685) on the language model.
+    """LoRA (Hu et al. 2021, arXiv:2106.09685) on the language model, and what its relatives share with it.
 
     Attributes:
-        rank: r.
-        alpha: the update is scaled by alpha / r.
+        rank: r; of AdaLoRA the average that is left in the end.
+        alpha: the update is scaled by alpha / r, by alpha / sqrt(r) where the method is rslora.
         dropout: on the adapter's input.
         target_modules: a regular expression matched against *full* module paths, so that a tower's `q_proj` is never
             hit.
@@ -104,25 +130,67 @@ class LoraSettings:
             raise UserError(f"train.lora.dropout is a probability below 1, not {self.dropout}")
 
 
+@dataclass
+class AdaLoraSettings:
+    """The budget of AdaLoRA (Zhang et al. 2023, arXiv:2303.10512), beside `lora`.
+
+    Attributes:
+        initial_rank: of every module in the beginning; empty: one and a half times `lora.rank`, as in the paper.
+        warmup: share of the steps before any rank is taken away.
+        final: share of the steps, at the end, in which ranks stay as they are.
+        every: steps between two allocations.
+        orthogonality: weight of the penalty that keeps the singular vectors apart.
+    """
+
+    initial_rank: int | None = None
+    warmup: float = 0.1
+    final: float = 0.3
+    every: int = 1
+    orthogonality: float = 0.1
+
+    def __post_init__(self) -> None:
+        if self.warmup < 0 or self.final < 0 or self.warmup + self.final >= 1:
+            raise UserError("train.adalora: warmup and final are shares of the steps, together below 1")
+        if self.every < 1 or self.orthogonality < 0:
+            raise UserError("train.adalora: every must be at least 1, and orthogonality not negative")
+
+
+@dataclass
+class PrefixSettings:
+    """Prefix tuning (Li and Liang 2021, arXiv:2101.00190), without the reparametrization.
+
+    Attributes:
+        tokens: learned key/value pairs that stand before every conversation, in each layer.
+    """
+
+    tokens: int = 16
+
+    def __post_init__(self) -> None:
+        if self.tokens < 1:
+            raise UserError(f"train.prefix.tokens must be at least 1, not {self.tokens}")
+
+
 def _align() -> PhaseConfig:
-    return PhaseConfig(learning_rate=1e-3, micro_batch=8, accumulation=4)
+    return PhaseConfig(micro_batch=8, accumulation=4)
 
 
 def _instruct() -> PhaseConfig:
-    return PhaseConfig(learning_rate=2e-4, micro_batch=1, accumulation=128)
+    return PhaseConfig(micro_batch=1, accumulation=128)
 
 
 @dataclass
 class TrainConfig:
-    """Alignment of the projector on captions, then LoRA on instructions.
+    """Alignment of the projector on captions, then tuning of the language model on instructions.
 
     Attributes:
         model: Hugging Face directory of the base MGM.
         instruct_data: LLaVA JSON of the instruction set; None leaves the instruct phase out.
-        align: phase 1: projector and uni-modules learn on captions, everything else is frozen.
-        instruct: phase 2: LoRA on the language model (and the projector, when `instruct_projector`).
-        instruct_projector: keep training projector and uni-modules in phase 2, as the original does.
-        lora: the adapter.
+        align: phase 1: by default projector and uni-modules learn on captions, everything else is frozen.
+        instruct: phase 2: by default the language model learns, and projector and uni-modules go on learning.
+        method: how the language model learns: lora, rslora, dora, qlora, adalora, prefix or full.
+        lora: the adapter of lora, rslora, dora, qlora and adalora.
+        adalora: its budget.
+        prefix: its length.
         workers: Ray Train workers.
         cpus_per_worker: CPUs that Ray reserves for a worker; also its torch threads.
         use_gpu: one GPU per worker.
@@ -144,8 +212,10 @@ class TrainConfig:
     instruct_data: str | None = None
     align: PhaseConfig = field(default_factory=_align)
     instruct: PhaseConfig = field(default_factory=_instruct)
-    instruct_projector: bool = True
+    method: str = "lora"
     lora: LoraSettings = field(default_factory=LoraSettings)
+    adalora: AdaLoraSettings = field(default_factory=AdaLoraSettings)
+    prefix: PrefixSettings = field(default_factory=PrefixSettings)
     workers: int = 1
     cpus_per_worker: float = 1.0
     use_gpu: bool = False
@@ -178,6 +248,13 @@ class TrainConfig:
             raise UserError(f"train.cpus_per_worker must be positive, not {self.cpus_per_worker}")
         if self.strategy not in ("ddp", "zero2", "zero3"):
             raise UserError(f"train.strategy must be ddp, zero2 or zero3, not '{self.strategy}'")
+        if self.method not in METHODS:
+            raise UserError(f"train.method must be one of {', '.join(METHODS)}, not '{self.method}'")
+        if self.method in _DDP_ONLY and self.strategy != "ddp":
+            raise UserError(f"train.method {self.method} trains with strategy ddp only, not {self.strategy}")
+        initial = self.adalora.initial_rank
+        if self.method == "adalora" and initial is not None and initial <= self.lora.rank:
+            raise UserError(f"train.adalora.initial_rank must be above train.lora.rank, {self.lora.rank}")
         if self.precision not in ("bf16", "float32"):
             raise UserError(f"train.precision must be bf16 or float32, not '{self.precision}'")
 
@@ -186,6 +263,22 @@ class TrainConfig:
         return replace(
             self, **{name: getattr(self, name).settled(name, self.workers) for name in ("align", "instruct")}
         )
+
+    def phase(self, name: str) -> PhaseConfig:
+        """A phase with nothing left to a default: `learn`, the rate of each group that learns in `rates`, and the
+        largest of them as `learning_rate`.
+        """
+        phase: PhaseConfig = getattr(self, name)
+        learn = phase.learn or (GROUPS[:2] if name == "align" else GROUPS)
+        if phase.learning_rate is not None:
+            default = dict.fromkeys(GROUPS, phase.learning_rate)
+        elif name == "align":
+            default = dict.fromkeys(GROUPS, _ALIGN_RATE)
+        else:
+            own = {"full": _FULL_RATE, "prefix": _PREFIX_RATE}.get(self.method, _LORA_RATE)
+            default = {**dict.fromkeys(GROUPS, _FULL_RATE), "language_model": own}
+        rates = {group: phase.rates.get(group, default[group]) for group in GROUPS if group in learn}
+        return replace(phase, learn=list(rates), rates=rates, learning_rate=max(rates.values()))
 
     def demand(self) -> Demand:
         """All workers at once: a step needs every one of them."""

@@ -1,13 +1,12 @@
-"""One optimizer step, torch only: what may learn, the loss, the schedule, and data-parallel AdamW.
+"""One optimizer step, torch only: the loss, the schedule, and data-parallel AdamW.
 
-The DeepSpeed twin of `TorchEngine` is in zero.py; loop.py drives either on Ray Train.
+The DeepSpeed twin of `TorchEngine` is in zero.py; worker.py drives either on Ray Train.
 """
 
 from __future__ import annotations
 
 import contextlib
 import math
-import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,13 +17,18 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 
-from pipelines.errors import UserError, WorkFailed
+from pipelines.errors import WorkFailed
 from pipelines.mgm.modeling import MGMForConditionalGeneration
-from pipelines.mgm.names import LANGUAGE_MODEL, PROJECTOR, WITHOUT_EFFECT
-from pipelines.train.config import LoraSettings, PhaseConfig
+from pipelines.train.config import PhaseConfig
 from pipelines.train.data import IGNORE, Batch
 from pipelines.train.features import blank_outputs, image_features, tower_outputs
+from pipelines.train.methods import Method, group_of
+
+LOGIT_BYTES = 1 << 30
+"""Logits of one piece of a batch, float32. Gemma's 256,000 words make them the largest tensor of all; in pieces, which
+the backward pass computes again, they take so much and not a multiple of it."""
 
 
 @dataclass
@@ -40,6 +44,7 @@ class Engine(Protocol):
     """What turns micro-batches into updated weights. Every method is collective: all workers call it."""
 
     named: dict[str, nn.Parameter]
+    method: Method
 
     def step(self, batches: list[Batch], learning_rate: float) -> StepResult:
         """One optimizer step over this worker's micro-batches."""
@@ -57,64 +62,6 @@ class Engine(Protocol):
         """Give back what the next phase needs."""
 
 
-def train_projector(model: MGMForConditionalGeneration) -> None:
-    """Let the projector and the uni-modules learn, in float32."""
-    for name, parameter in model.named_parameters():
-        if name.startswith(PROJECTOR) and name not in WITHOUT_EFFECT:
-            parameter.data = parameter.data.float()
-            parameter.requires_grad_(True)
-
-
-def add_lora(model: MGMForConditionalGeneration, settings: LoraSettings, seed: int) -> Any:
-    """Put LoRA layers into the language model, in place; returns their `LoraConfig`.
-
-    Raises:
-        UserError: the regular expression is none, matches nothing, or matches something outside of the language model.
-    """
-    from peft import LoraConfig, get_peft_model
-
-    lora_targets(model, settings.target_modules)
-    config = LoraConfig(
-        r=settings.rank,
-        lora_alpha=settings.alpha,
-        lora_dropout=settings.dropout,
-        target_modules=settings.target_modules,
-        task_type="CAUSAL_LM",
-    )
-    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    torch.manual_seed(seed)
-    get_peft_model(model, config)
-    for name, parameter in model.named_parameters():  # PEFT freezes whatever is not LoRA
-        parameter.requires_grad_("lora_" in name or name in trained)
-    return config
-
-
-def lora_targets(model: nn.Module, pattern: str) -> list[str]:
-    """Full paths of the linear layers that the expression matches. Raises `UserError`, see `add_lora`."""
-    key = f"train.lora.target_modules '{pattern}'"
-    try:
-        matcher = re.compile(pattern)
-    except re.error as error:
-        raise UserError(f"{key} is not a regular expression ({error})") from error
-    names = [name for name, _ in model.named_modules() if name and matcher.fullmatch(name)]
-    if not names:
-        example = next(
-            name
-            for name, module in model.named_modules()
-            if name.startswith(LANGUAGE_MODEL) and isinstance(module, nn.Linear)
-        )
-        raise UserError(f"{key} matches no module; it must match full paths such as {example}")
-    modules = dict(model.named_modules())
-    other = [name for name in names if not isinstance(modules[name], nn.Linear)]
-    if other:
-        kind = type(modules[other[0]]).__name__
-        raise UserError(f"{key} matches {len(other)} module(s) that are no linear layer, e.g. {other[0]}, a {kind}")
-    outside = [name for name in names if not name.startswith(LANGUAGE_MODEL)]
-    if outside:
-        raise UserError(f"{key} matches {len(outside)} module(s) outside of the language model, e.g. {outside[0]}")
-    return names
-
-
 def prepare(model: MGMForConditionalGeneration, checkpointing: bool) -> None:
     """Training mode for the language model and what learns; the frozen towers stay in evaluation mode."""
     model.model.language_model.train()
@@ -130,6 +77,7 @@ class TrainForward(nn.Module):
 
     Args:
         normalize: uint8 pixels -> the two pixel tensors, `MGMImageProcessor.normalize`.
+        method: how the language model learns.
         dtype: cast the towers' outputs to this; None leaves it to autocast.
     """
 
@@ -137,10 +85,11 @@ class TrainForward(nn.Module):
         self,
         model: MGMForConditionalGeneration,
         normalize: Callable[[torch.Tensor], Any],
+        method: Method | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.model, self.normalize, self.dtype = model, normalize, dtype
+        self.model, self.normalize, self.method, self.dtype = model, normalize, method or Method(), dtype
 
     def forward(self, batch: Batch) -> torch.Tensor:
         """Cross-entropy summed over the batch's target tokens, in float32."""
@@ -153,23 +102,34 @@ class TrainForward(nn.Module):
         if self.dtype is not None:
             parts = (parts[0].to(self.dtype), parts[1].to(self.dtype))
         features = image_features(self.model.model, parts)
-        labels = batch.labels[:, 1:]
-        # Logits are the largest tensor of all (a vocabulary wide): only where some row has a target.
-        wanted = (labels != IGNORE).any(0).nonzero().squeeze(-1)
-        logits = self.model(
+        mask, past = batch.attention_mask, self.method.past(len(batch.input_ids))
+        if past is not None:
+            mask = torch.cat([mask.new_ones(len(mask), past.get_seq_length()), mask], dim=1)
+        hidden = self.model.model(
             input_ids=batch.input_ids,
-            attention_mask=batch.attention_mask,
+            attention_mask=mask,
+            past_key_values=past,
             image_features=features if shown else None,
             use_cache=False,
-            logits_to_keep=wanted,
-        ).logits
-        loss = F.cross_entropy(
-            logits.float().flatten(0, 1), labels[:, wanted].flatten(), ignore_index=IGNORE, reduction="sum"
-        )
+        ).last_hidden_state
+        labels = batch.labels[:, 1:]
+        learned = labels != IGNORE
+        loss = self._loss(hidden[:, :-1][learned], labels[learned])
         # What learns takes part in every micro-batch, where there is no image with a gradient of zero: ZeRO-3 and DDP
         # count on every parameter, and would otherwise use what an earlier micro-batch left (the original's trainer
         # feeds a blank image for the same reason).
         return loss if shown else loss + 0.0 * features.float().sum()
+
+    def _loss(self, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Summed cross-entropy of hidden states (targets, D) that have the words `labels` to say."""
+        at_once = max(1, LOGIT_BYTES // (4 * self.model.lm_head.out_features))
+        if len(labels) <= at_once:
+            return self._piece(hidden, labels)
+        pieces = zip(hidden.split(at_once), labels.split(at_once), strict=True)
+        return torch.stack([checkpoint(self._piece, *piece, use_reentrant=False) for piece in pieces]).sum()
+
+    def _piece(self, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(self.model.lm_head(hidden).float(), labels, reduction="sum")
 
 
 def autocast(device: torch.device, precision: str) -> Callable[[], contextlib.AbstractContextManager[Any]]:
@@ -180,24 +140,39 @@ def autocast(device: torch.device, precision: str) -> Callable[[], contextlib.Ab
 
 
 def learning_rate(phase: PhaseConfig, step: int) -> float:
-    """Rate of step `step` (from 0): linear warm-up, then half a cosine to zero. No state: a restart needs the step
-    only.
+    """Rate of step `step` (from 0) of the group with the highest peak: linear warm-up, then the schedule. No state: a
+    restart needs the step only.
+
+    Args:
+        phase: as `TrainConfig.phase` gives it.
     """
+    assert phase.learning_rate is not None
     warmup = math.ceil(phase.warmup * phase.steps)
     if step < warmup:
         return phase.learning_rate * (step + 1) / warmup
     share = (step - warmup) / max(phase.steps - warmup, 1)
-    return phase.learning_rate * 0.5 * (1 + math.cos(math.pi * share))
+    left = {"cosine": 0.5 * (1 + math.cos(math.pi * share)), "linear": 1 - share, "constant": 1.0}
+    return phase.learning_rate * left[phase.schedule]
 
 
 def adamw(parameters: Iterable[tuple[str, nn.Parameter]], phase: PhaseConfig) -> torch.optim.AdamW:
-    """AdamW that decays matrices, not biases and norms."""
-    parameters = list(parameters)
-    groups = [
-        {"params": [p for _, p in parameters if p.ndim >= 2], "weight_decay": phase.weight_decay},
-        {"params": [p for _, p in parameters if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW([group for group in groups if group["params"]], lr=phase.learning_rate)
+    """AdamW that decays matrices, not biases and norms; a parameter group has its share of the highest rate."""
+    assert phase.learning_rate is not None
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in parameters:
+        rate = phase.rates.get(group_of(name) or "", phase.learning_rate)
+        decay = phase.weight_decay if parameter.ndim >= 2 else 0.0
+        groups.setdefault((rate / phase.learning_rate, decay), []).append(parameter)
+    return torch.optim.AdamW(
+        [{"params": of, "weight_decay": decay, "share": share} for (share, decay), of in groups.items()],
+        lr=phase.learning_rate,
+    )
+
+
+def set_rate(groups: list[dict[str, Any]], learning_rate: float) -> None:
+    """Give every parameter group of `adamw` its share of the rate."""
+    for group in groups:
+        group["lr"] = learning_rate * group["share"]
 
 
 def total(value: float, device: torch.device) -> float:
@@ -226,7 +201,7 @@ class TorchEngine:
         precision: str,
         device: torch.device,
     ) -> None:
-        self.phase, self.device = phase, device
+        self.phase, self.device, self.method = phase, device, forward.method
         self.autocast = autocast(device, precision)
         self.named = {n: p for n, p in forward.model.named_parameters() if p.requires_grad}
         self.optimizer = adamw(self.named.items(), phase)
@@ -252,12 +227,13 @@ class TorchEngine:
                     loss = self.forward(batch.to(self.device))
                 (loss * (self.world / targets)).backward()  # DDP averages gradients over the workers
             loss_sum += loss.detach()
+        self.method.add_penalty()
         loss_mean = total(float(loss_sum), self.device) / targets
         grad_norm = float(nn.utils.clip_grad_norm_(self.named.values(), self.phase.max_grad_norm))
         require_finite(loss_mean, grad_norm)
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
+        set_rate(self.optimizer.param_groups, learning_rate)
         self.optimizer.step()
+        self.method.after_step()
         self.optimizer.zero_grad(set_to_none=True)
         return StepResult(loss_mean, grad_norm, int(samples))
 
@@ -274,12 +250,15 @@ class TorchEngine:
     def save(self, directory: Path) -> None:
         """All workers hold the same state: the first one writes it."""
         if not dist.is_initialized() or dist.get_rank() == 0:
-            torch.save(self.optimizer.state_dict(), directory / "optimizer.pt")
+            torch.save(
+                {"optimizer": self.optimizer.state_dict(), "method": self.method.state()}, directory / "optimizer.pt"
+            )
 
     def load(self, directory: Path) -> None:
         """Continue from what `save` wrote (the weights were loaded into the model before)."""
         state = torch.load(directory / "optimizer.pt", map_location="cpu", weights_only=True)
-        self.optimizer.load_state_dict(state)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.method.load(state["method"])
 
     def close(self) -> None:
         """Nothing to give back."""

@@ -19,7 +19,7 @@ from ray.train.torch import get_device
 from ray.train.v2._internal.execution import context as ray_train_context
 
 from pipelines.errors import UserError, WorkFailed
-from pipelines.mgm.adapter import is_lora, write_adapter
+from pipelines.mgm.adapter import write_adapter
 from pipelines.mgm.load import load_model, load_processor, load_skeleton, quiet
 from pipelines.progress import Progress
 from pipelines.train import features
@@ -27,18 +27,9 @@ from pipelines.train.config import PhaseConfig, TrainConfig
 from pipelines.train.data import Loader, Sampler, Share, Templates
 from pipelines.train.gauges import TrainGauges
 from pipelines.train.log import TrainLog
+from pipelines.train.methods import Method, group_of, lora_targets, make_learn, quantization
 from pipelines.train.rows import Rows, read_rows
-from pipelines.train.step import (
-    Engine,
-    TorchEngine,
-    TrainForward,
-    add_lora,
-    autocast,
-    learning_rate,
-    lora_targets,
-    prepare,
-    train_projector,
-)
+from pipelines.train.step import Engine, TorchEngine, TrainForward, autocast, learning_rate, prepare
 
 STATE = "state.json"
 TRAINED = "trained.safetensors"
@@ -109,7 +100,7 @@ class Run:
         self.processor = load_processor(job.model)
         self.state = State(workers=self.workers)
         self.trained: dict[str, torch.Tensor] = {}
-        self.lora_config: Any = None
+        self.method = Method()
         self._check_targets()
         self.templates = Templates(
             self.processor, self.config.max_length, self.config.align.template, self.config.instruct.template
@@ -119,7 +110,8 @@ class Run:
 
     def _check_targets(self) -> None:
         """Find a wrong `target_modules` now, on a model without weights, and not after hours of alignment."""
-        if "instruct" in self.job.data:
+        learns = any("language_model" in (self.config.phase(name).learn or ()) for name in self.job.data)
+        if learns and self.config.method not in ("full", "prefix"):
             lora_targets(load_skeleton(self.job.model), self.config.lora.target_modules)
 
     def train(self) -> dict[str, Any]:
@@ -140,15 +132,15 @@ class Run:
             self._phase(name, log, checkpoint if name == resumed else None)
         if log is not None:
             log.close()
-            write_adapter(Path(self.job.output), self.trained, self.lora_config, base=self.job.base)
+            write_adapter(Path(self.job.output), self.trained, self.method.peft_config, base=self.job.base)
         return vars(self.state)
 
     def _phase(self, name: str, log: TrainLog | None, checkpoint: Path | None) -> None:
         """One phase to its end."""
-        phase: PhaseConfig = getattr(self.config, name)
+        phase = self.config.phase(name)
         if checkpoint is None:
             self.state.phase, self.state.step, self.state.position = name, 0, 0
-        model = self._model(name)
+        model, method = self._model(phase)
         rows = self.rows[name]
         rows.broken.update(self.state.broken.get(name, {}))
         self.templates.cut = set(self.state.cut.get(name, []))
@@ -163,7 +155,7 @@ class Run:
         )
         if self.state.step < phase.steps:
             self._cache_features(name, model, loader, self.state.position - self.state.step * share.per_step)
-        engine = self._engine(model, phase)
+        engine = self._engine(model, phase, method)
         if checkpoint is not None:
             engine.load(checkpoint)
         self.state.phases[name] = {
@@ -180,25 +172,31 @@ class Run:
         del engine, model
         gc.collect()
 
-    def _model(self, name: str) -> Any:
+    def _model(self, phase: PhaseConfig) -> tuple[Any, Method]:
         """The base model with this phase's trainable weights in it, as far as they have been trained."""
-        model = load_model(self.job.model, "float32" if self.config.precision == "float32" else "auto")
-        if name == "align" or self.config.instruct_projector:
-            train_projector(model)
-        if name == "instruct":
-            self.lora_config = add_lora(model, self.config.lora, self.config.seed)
-            self.lora_config.base_model_name_or_path = self.job.model
+        packed = quantization(self.config)
+        model = load_model(
+            self.job.model,
+            "float32" if self.config.precision == "float32" else "auto",
+            self.device if packed else "cpu",
+            **({"quantization_config": packed} if packed else {}),
+        )
+        method = make_learn(model, phase, self.config)
+        if method.peft_config is not None:
+            self.method = method
+            method.peft_config.base_model_name_or_path = self.job.model
         with torch.no_grad():
             own = dict(model.named_parameters())
             for key, tensor in self.trained.items():
                 if key in own:
                     own[key].copy_(tensor)
         prepare(model, self.config.gradient_checkpointing)
-        model.to(self.device)  # type: ignore[arg-type]
-        return model
+        if not packed:
+            model.to(self.device)  # type: ignore[arg-type]
+        return model, method
 
-    def _engine(self, model: Any, phase: PhaseConfig) -> Engine:
-        forward = TrainForward(model, self.processor.image_processor.normalize)
+    def _engine(self, model: Any, phase: PhaseConfig, method: Method) -> Engine:
+        forward = TrainForward(model, self.processor.image_processor.normalize, method)
         if self.config.strategy == "ddp":
             return TorchEngine(forward, phase, self.config.precision, self.device)
         from pipelines.train.zero import ZeroEngine
@@ -243,6 +241,7 @@ class Run:
             state.seconds[name] = round(before + now - started, 3)
             if log is not None and (state.step % self.config.log_every == 0 or state.step == phase.steps):
                 line = {"phase": name, "step": state.step, "loss": result.loss, "grad_norm": result.grad_norm}
+                line |= engine.method.figures()
                 speed = {"samples_per_second": round(seen / (now - last), 3), "seconds": state.seconds[name]}
                 log.write(line := line | {"learning_rate": rate} | speed)
                 self.gauges.show(line, phase.steps)
@@ -288,7 +287,8 @@ class Run:
             )
         self.state.workers = self.workers
         self.trained = load_file(directory / TRAINED)
-        if self.rank == 0 and any(is_lora(name) for name in self.trained) != (self.state.phase == "instruct"):
+        learned = {group_of(name) for name in self.trained}
+        if "language_model" in (self.config.phase(self.state.phase).learn or ()) and "language_model" not in learned:
             raise WorkFailed(f"checkpoint of phase {self.state.phase} does not hold that phase's weights")
 
 

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from pipelines.errors import UserError, WorkFailed
 from pipelines.train.config import PhaseConfig
 from pipelines.train.data import Batch
-from pipelines.train.step import StepResult, TrainForward, adamw, require_finite, total
+from pipelines.train.step import StepResult, TrainForward, adamw, require_finite, set_rate, total
 
 _TAG = "state"
 _EXTENSIONS = Path.home() / ".cache" / "captune" / "torch_extensions"
@@ -73,7 +73,7 @@ class ZeroEngine:
         logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
         if device.type == "cpu":
             build_cpu_operator()
-        self.phase, self.device = phase, device
+        self.phase, self.device, self.method = phase, device, forward.method
         forward.dtype = torch.bfloat16 if precision == "bf16" else torch.float32
         self.named = {n: p for n, p in forward.model.named_parameters() if p.requires_grad}
         deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo", verbose=False)
@@ -92,8 +92,7 @@ class ZeroEngine:
         """As `TorchEngine.step`."""
         targets = total(sum(batch.targets for batch in batches), self.device)
         samples = total(sum(batch.samples for batch in batches), self.device)
-        for group in self.engine.optimizer.param_groups:
-            group["lr"] = learning_rate
+        set_rate(self.engine.optimizer.param_groups, learning_rate)
         loss_sum = torch.zeros((), device=self.device)
         for batch in batches:
             loss = self.engine(batch.to(self.device))

@@ -160,37 +160,49 @@ def loader(
     )
 
 
-def engine(model: Any, model_dir: Path, phase: Any, precision: str = "float32") -> Any:
+def learning(model_dir: Path, phase: Any = "instruct", *, checkpointing: bool = False, **settings: Any) -> Any:
+    """A model whose `phase` learns with these settings of `train`, and the `Method` that it learns by."""
+    from pipelines.mgm.load import load_model
+    from pipelines.train.config import LoraSettings, TrainConfig
+    from pipelines.train.methods import make_learn, quantization
+    from pipelines.train.step import prepare
+
+    settings = {"precision": "float32", "lora": LoraSettings(rank=4, alpha=8, dropout=0.0)} | settings
+    config = TrainConfig(**settings)
+    packed = quantization(config)
+    model = load_model(model_dir, "float32", **({"quantization_config": packed} if packed else {}))
+    method = make_learn(model, config.phase(phase), config)
+    prepare(model, checkpointing)
+    return model, method
+
+
+def engine(model: Any, model_dir: Path, phase: Any, precision: str = "float32", method: Any = None) -> Any:
     """A `TorchEngine` on the CPU for a model that is ready to train."""
     import torch
 
     from pipelines.mgm.load import load_processor
     from pipelines.train.step import TorchEngine, TrainForward
 
-    forward = TrainForward(model, load_processor(model_dir).image_processor.normalize)
+    forward = TrainForward(model, load_processor(model_dir).image_processor.normalize, method)
     return TorchEngine(forward, phase, precision, torch.device("cpu"))
 
 
-def train_adapter(model_dir: Path, data: Path, directory: Path, *, lora: bool = True, steps: int = 3) -> Path:
-    """A trained adapter directory, made without Ray."""
+def train_adapter(
+    model_dir: Path, data: Path, directory: Path, *, lora: bool = True, steps: int = 3, method: str = "lora"
+) -> Path:
+    """A trained adapter directory, made without Ray; without `lora` only projector and uni-modules learn."""
     from pipelines.mgm.adapter import write_adapter
-    from pipelines.mgm.load import load_model
     from pipelines.modelfiles import model_identity
-    from pipelines.train.config import LoraSettings, PhaseConfig
-    from pipelines.train.step import add_lora, learning_rate, prepare, train_projector
+    from pipelines.train.config import PhaseConfig
+    from pipelines.train.step import learning_rate
 
     phase = PhaseConfig(steps=steps, learning_rate=1e-2, warmup=0.0)
-    model = load_model(model_dir, "float32")
-    train_projector(model)
-    config = add_lora(model, LoraSettings(rank=4, alpha=8, dropout=0.0), seed=0) if lora else None
-    if config is not None:
-        config.base_model_name_or_path = str(model_dir)
-    prepare(model, checkpointing=False)
-    learner, batches = (
-        engine(model, model_dir, phase),
-        loader(model_dir, data, "instruct" if data.is_file() else "align"),
-    )
+    model, how = learning(model_dir, "instruct" if lora else "align", method=method, instruct=phase, align=phase)
+    if how.peft_config is not None:
+        how.peft_config.base_model_name_or_path = str(model_dir)
+    learner = engine(model, model_dir, phase, method=how)
+    batches = loader(model_dir, data, "instruct" if data.is_file() else "align")
     for step, batch in enumerate(batches.steps(0, steps)):
         learner.step(batch, learning_rate(phase, step))
-    write_adapter(directory, learner.weights(), config, base=model_identity(model_dir))
+    write_adapter(directory, learner.weights(), how.peft_config, base=model_identity(model_dir))
     return directory

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 
 from pipelines.mgm.image_processing import MGMImageProcessor
-from pipelines.train.config import LoraSettings, PhaseConfig
+from pipelines.train.config import PhaseConfig, TrainConfig
 from pipelines.train.data import IGNORE, Batch
-from pipelines.train.step import TorchEngine, TrainForward, add_lora, autocast, prepare, train_projector
+from pipelines.train.methods import make_learn
+from pipelines.train.step import TorchEngine, TrainForward, autocast, prepare
 
 from .mgm import geometry, random_model
 from .run import Run, agreement
@@ -29,8 +30,7 @@ class Training:
         self.model = random_model(run, self.config)
         self.processor = MGMImageProcessor.from_config(self.config)
         self.precision = "float32" if run.tiny else "bf16"
-        train_projector(self.model)
-        add_lora(self.model, LoraSettings(), 0)
+        make_learn(self.model, TrainConfig().phase("instruct"), TrainConfig())
         for name, parameter in self.model.named_parameters():
             if "lora_B" in name:
                 parameter.data.normal_(0, 0.01)  # or half of the gradients would be zero

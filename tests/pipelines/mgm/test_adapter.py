@@ -17,7 +17,8 @@ from pipelines.errors import UserError
 from pipelines.mgm.adapter import CONFIG, NON_LORA, WEIGHTS, is_lora, read_whole, write_adapter
 from pipelines.mgm.load import load_model, load_processor
 from pipelines.modelfiles import model_identity
-from pipelines.train.step import train_projector
+from pipelines.train.config import TrainConfig
+from pipelines.train.methods import make_learn
 
 TARGETS = r"model\.language_model\.layers\.\d+\.(self_attn\.(q|v)_proj|mlp\.down_proj)"
 
@@ -41,7 +42,7 @@ def _tuned(model_dir: Path, method: str) -> tuple[Any, dict[str, torch.Tensor], 
     from peft import get_peft_model
 
     model, config = load_model(model_dir, "float32"), _config(method, model_dir)
-    train_projector(model)
+    make_learn(model, TrainConfig().phase("align"), TrainConfig())
     whole = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     tuned = get_peft_model(model, config)
     named = {name.removeprefix("base_model.").removeprefix("model."): p for name, p in tuned.named_parameters()}

@@ -13,16 +13,14 @@ from pipelines.mgm.names import PROJECTOR
 from pipelines.train import features
 from pipelines.train.config import LoraSettings, PhaseConfig
 from pipelines.train.log import TrainLog, read_log
-from pipelines.train.step import add_lora, learning_rate, prepare, train_projector
+from pipelines.train.step import learning_rate
+from tests.pipelines import tiny_mgm
 
 PHASE = PhaseConfig(steps=12, learning_rate=5e-3, warmup=0.0, max_grad_norm=1.0)
 
 
 def _aligning(model_dir: Path, *, checkpointing: bool = False) -> Any:
-    model = load_model(model_dir, "float32")
-    train_projector(model)
-    prepare(model, checkpointing)
-    return model
+    return tiny_mgm.learning(model_dir, "align", checkpointing=checkpointing)[0]
 
 
 def _losses(
@@ -45,9 +43,8 @@ def test_align_trains_projector_and_uni_modules_only(tiny: Any, model_dir: Path,
 
 def test_instruct_trains_lora_and_projector_only(tiny: Any, model_dir: Path, tmp_path: Path) -> None:
     """The language model's own weights and both towers stay; every LoRA B has moved; the loss fell."""
-    model, base = _aligning(model_dir), load_model(model_dir, "float32").state_dict()
-    add_lora(model, LoraSettings(rank=4), seed=0)
-    prepare(model, checkpointing=True)
+    model, _ = tiny.learning(model_dir, "instruct", checkpointing=True, lora=LoraSettings(rank=4))
+    base = load_model(model_dir, "float32").state_dict()
     trainable = {name for name, p in model.named_parameters() if p.requires_grad}
     assert all("lora_" in name or ".uni_" in name or "multi_modal_projector" in name for name in trainable)
     assert sum("lora_A" in name for name in trainable) == 2 * 7
@@ -63,10 +60,9 @@ def test_instruct_trains_lora_and_projector_only(tiny: Any, model_dir: Path, tmp
     assert losses[-1] < losses[0] - 0.1
 
 
-def test_instruct_may_leave_the_projector_alone(model_dir: Path) -> None:
-    """`instruct_projector: false`: LoRA is all that learns."""
-    model = load_model(model_dir, "float32")
-    add_lora(model, LoraSettings(), seed=0)
+def test_instruct_may_leave_the_projector_alone(tiny: Any, model_dir: Path) -> None:
+    """`instruct.learn: [language_model]`: LoRA is all that learns."""
+    model, _ = tiny.learning(model_dir, "instruct", instruct=PhaseConfig(learn=["language_model"]))
     trainable = [name for name, p in model.named_parameters() if p.requires_grad]
     assert len(trainable) == 2 * 2 * 7 and all("lora_" in name for name in trainable)
 
@@ -81,10 +77,10 @@ def test_instruct_may_leave_the_projector_alone(model_dir: Path) -> None:
         (r"model\.language_model\.norm", "a GemmaRMSNorm"),
     ],
 )
-def test_wrong_lora_targets_are_errors(model_dir: Path, pattern: str, message: str) -> None:
+def test_wrong_lora_targets_are_errors(tiny: Any, model_dir: Path, pattern: str, message: str) -> None:
     """A leaf name, a pattern that also hits the CLIP tower, and no pattern at all."""
     with pytest.raises(UserError, match=message):
-        add_lora(load_model(model_dir, "float32"), LoraSettings(target_modules=pattern), seed=0)
+        tiny.learning(model_dir, "instruct", lora=LoraSettings(target_modules=pattern))
 
 
 def test_accumulation_equals_one_big_batch(tiny: Any, model_dir: Path, tmp_path: Path) -> None:
@@ -144,8 +140,7 @@ def test_a_batch_without_images_gives_the_projector_a_gradient_of_zero(
     tiny: Any, model_dir: Path, tmp_path: Path
 ) -> None:
     """ZeRO-3 and DDP count on a gradient of every parameter; a missing one would be an earlier micro-batch's."""
-    model = _aligning(model_dir)
-    add_lora(model, LoraSettings(dropout=0.0), seed=0)
+    model, _ = tiny.learning(model_dir, "instruct")
     data = tiny.write_instructions(tmp_path / "i.json", rows=0, text_only=2)
     engine = tiny.engine(model, model_dir, PHASE)
     (batch,) = tiny.loader(model_dir, data, "instruct", micro_batch=2, accumulation=1).step(0)

@@ -16,15 +16,15 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from pipelines.mgm.load import load_model, load_processor
+from pipelines.mgm.load import load_processor
 from pipelines.train import zero
-from pipelines.train.config import LoraSettings, PhaseConfig
-from pipelines.train.step import TrainForward, add_lora, prepare, train_projector
+from pipelines.train.config import PhaseConfig
+from pipelines.train.step import TrainForward
 from tests.pipelines import tiny_mgm as tiny
 
 torch.set_num_threads(1)
 model_dir, data, scratch = (Path(argument) for argument in sys.argv[1:])
-phase = PhaseConfig(steps=3, micro_batch=2, accumulation=2)
+phase = PhaseConfig(steps=3, learning_rate=1e-3, micro_batch=2, accumulation=2)
 dist.init_process_group("gloo", init_method=f"file://{scratch}/rendezvous", rank=0, world_size=1)
 plain = zero.deepspeed_config
 
@@ -36,10 +36,7 @@ def given_away(*arguments):
 zero.deepspeed_config = given_away
 results = []
 for strategy in ("ddp", "zero3"):
-    model = load_model(model_dir, "float32")
-    train_projector(model)
-    add_lora(model, LoraSettings(rank=4, dropout=0.0), seed=0)
-    prepare(model, checkpointing=True)
+    model, _ = tiny.learning(model_dir, "instruct", checkpointing=True)
     loader = tiny.loader(model_dir, data, "instruct", micro_batch=2, accumulation=2)
     if strategy == "ddp":
         engine = tiny.engine(model, model_dir, phase)
