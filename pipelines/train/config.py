@@ -196,6 +196,7 @@ class TrainConfig:
         use_gpu: one GPU per worker.
         strategy: `ddp`, `zero2` or `zero3` (DeepSpeed).
         precision: `bf16` or `float32` for the forward and backward pass; master weights are float32.
+        compile: decoder layers and towers through torch.compile; empty: on a CUDA device with strategy ddp.
         gradient_checkpointing: recompute activations in the backward pass instead of keeping them.
         checkpoint_every: optimizer steps between checkpoints.
         log_every: optimizer steps between log lines.
@@ -221,6 +222,7 @@ class TrainConfig:
     use_gpu: bool = False
     strategy: str = "ddp"
     precision: str = "bf16"
+    compile: bool | None = None
     gradient_checkpointing: bool = True
     checkpoint_every: int = 100
     log_every: int = 1
@@ -248,6 +250,8 @@ class TrainConfig:
             raise UserError(f"train.cpus_per_worker must be positive, not {self.cpus_per_worker}")
         if self.strategy not in ("ddp", "zero2", "zero3"):
             raise UserError(f"train.strategy must be ddp, zero2 or zero3, not '{self.strategy}'")
+        if self.compile and self.strategy != "ddp":
+            raise UserError(f"train.compile goes with strategy ddp only, not {self.strategy}")
         if self.method not in METHODS:
             raise UserError(f"train.method must be one of {', '.join(METHODS)}, not '{self.method}'")
         if self.method in _DDP_ONLY and self.strategy != "ddp":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import threading
 from collections.abc import Callable, Iterator
@@ -19,7 +20,7 @@ from pipelines.mgm.directory import check_model_directory
 from pipelines.modelfiles import model_identity
 from pipelines.progress import Progress, say
 from pipelines.storage import is_remote
-from pipelines.train.config import TrainConfig
+from pipelines.train.config import PhaseConfig, TrainConfig
 from pipelines.train.rows import read_rows
 
 RUN = "run"
@@ -29,6 +30,7 @@ _NOT_RESULT = (
     "workers",
     "cpus_per_worker",
     "use_gpu",
+    "compile",
     "max_failures",
     "log_every",
     "checkpoint_every",
@@ -63,7 +65,7 @@ def run(
     wanted = inputs(model_identity(model), identities, config)
     what = f"train {arm}".strip()
     if restart or not look(output, "train", wanted).complete:
-        _look_at_rows(data, config, what)
+        config = _with_steps(config, _look_at_rows(data, config, what))
     stage = open_stage(output, "train", wanted, restart=restart)
     if stage.complete:
         return stage.manifest
@@ -114,12 +116,30 @@ def _absolute(path: Path | str) -> str:
     return str(path) if is_remote(path) else str(Path(path).absolute())
 
 
-def _look_at_rows(data: dict[str, str], config: TrainConfig, what: str) -> None:
-    """Read every phase's rows before anything is claimed or started: say how many are broken, refuse too many."""
+def _look_at_rows(data: dict[str, str], config: TrainConfig, what: str) -> dict[str, int]:
+    """Read every phase's rows before anything is claimed or started: say how many are broken, refuse too many.
+
+    Returns:
+        Phase -> rows that an epoch has.
+    """
+    found = {}
     for phase, path in data.items():
         rows = read_rows(path, images=False)
+        found[phase] = len(rows)
         rows.look_at_images()
         _say_broken(rows.require_usable(config.max_broken_share).broken, phase, what)
+    return found
+
+
+def _with_steps(config: TrainConfig, rows: dict[str, int]) -> TrainConfig:
+    """With the steps of the phases that are counted in epochs."""
+    phases = {}
+    for name, count in rows.items():
+        phase: PhaseConfig = getattr(config, name)
+        if phase.epochs is not None:
+            steps = math.ceil(phase.epochs * count / phase.per_step(config.workers))
+            phases[name] = dataclasses.replace(phase, steps=steps)
+    return dataclasses.replace(config, **phases)  # type: ignore[arg-type]
 
 
 def _say_broken(broken: dict[str, str], phase: str, what: str) -> None:

@@ -23,13 +23,14 @@ from pipelines.mgm.adapter import write_adapter
 from pipelines.mgm.load import load_model, load_processor, load_skeleton, quiet
 from pipelines.progress import Progress
 from pipelines.train import features
+from pipelines.train.compiling import Compiled, compile_layers
 from pipelines.train.config import PhaseConfig, TrainConfig
-from pipelines.train.data import Loader, Sampler, Share, Templates
+from pipelines.train.data import Batch, Loader, Sampler, Share, Templates
 from pipelines.train.gauges import TrainGauges
 from pipelines.train.log import TrainLog
 from pipelines.train.methods import Method, group_of, lora_targets, make_learn, quantization
 from pipelines.train.rows import Rows, read_rows
-from pipelines.train.step import Engine, TorchEngine, TrainForward, autocast, learning_rate, prepare
+from pipelines.train.step import Engine, StepResult, TorchEngine, TrainForward, autocast, learning_rate, prepare
 
 STATE = "state.json"
 TRAINED = "trained.safetensors"
@@ -101,6 +102,7 @@ class Run:
         self.state = State(workers=self.workers)
         self.trained: dict[str, torch.Tensor] = {}
         self.method = Method()
+        self.compiled: Compiled | None = None
         self._check_targets()
         self.templates = Templates(
             self.processor, self.config.max_length, self.config.align.template, self.config.instruct.template
@@ -193,6 +195,9 @@ class Run:
         prepare(model, self.config.gradient_checkpointing)
         if not packed:
             model.to(self.device)  # type: ignore[arg-type]
+        wanted = self.config.compile
+        if wanted or (wanted is None and self.device.type == "cuda" and self.config.strategy == "ddp"):
+            self.compiled = Compiled(compile_layers(model), self.job.what if self.rank == 0 else None)
         return model, method
 
     def _engine(self, model: Any, phase: PhaseConfig, method: Method) -> Engine:
@@ -231,9 +236,8 @@ class Run:
         before = state.seconds.get(name, 0.0)
         started = last = time.monotonic()
         for batches in loader.steps(state.position, phase.steps - state.step):
-            torch.manual_seed(_seed(self.config.seed, name, state.step, self.rank))  # dropout, also after a restart
             rate = learning_rate(phase, state.step)
-            result = engine.step(batches, rate)
+            result = self._step(name, engine, batches, rate)
             state.step += 1
             state.position += loader.share.per_step
             seen += result.samples
@@ -250,6 +254,19 @@ class Run:
                 state.done[name] = state.step
                 self._gather_broken(name, loader.rows)
                 self._checkpoint(engine, {"phase": name, "step": state.step, "loss": result.loss})
+
+    def _step(self, name: str, engine: Engine, batches: list[Batch], rate: float) -> StepResult:
+        def start() -> None:
+            for parameter in engine.named.values():
+                parameter.grad = None
+            torch.manual_seed(_seed(self.config.seed, name, self.state.step, self.rank))  # dropout, also when restarted
+
+        def take() -> StepResult:
+            return engine.step(batches, rate)
+
+        start()
+        compiled, self.compiled = self.compiled, None
+        return take() if compiled is None else compiled.first_step(take, start)
 
     def _gather_broken(self, name: str, rows: Rows) -> None:
         """Workers see different rows; the state holds what any of them found. Too many stop all of them at once."""
