@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Iterator
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -122,7 +123,7 @@ def entrypoint(recipe: Recipe, stage: str, arm: str) -> str:
     words = {
         "caption": ["--output", place.captions],
         "refine": ["--input", place.captions, "--output", place.dataset(arm), *_refine_options(recipe, arm)],
-        "train": ["--input", place.dataset(arm), "--output", adapter, *_seed_option(recipe)],
+        "train": ["--input", place.dataset(arm), "--output", adapter, *_train_options(recipe, arm)],
         "merge": ["--adapter", adapter, "--output", merged],
         "evaluate": ["--model", merged, "--output", walk.evaluation(bench).directory],
         "compare": [
@@ -228,18 +229,27 @@ def _refine_options(recipe: Recipe, arm: str) -> list[str]:
         return []
     wanted = yaml.safe_load(texts(recipe)[RECIPE])
     section, default = wanted["arms"][arm], wanted["refine"]
-    assert set(asdict(recipe.refine)) == set(section)
-    return [
-        word for key, value in section.items() if value != default[key] for word in (f"--refine.{key}", _word(value))
-    ]
+    return list(_different({key: section[key] for key in default}, default, "refine"))
 
 
 def _word(value: Any) -> str:
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def _seed_option(recipe: Recipe) -> list[str]:
-    return ["--train.seed", str(recipe.seeds[0])] if recipe.seeds[0] != recipe.train.seed else []
+def _train_options(recipe: Recipe, arm: str) -> list[str]:
+    """What an arm's training does in a way of its own, and the seed."""
+    if not arm:
+        return []
+    wanted = asdict(recipe.training(arm, recipe.seeds[0]))
+    return list(_different(wanted, asdict(recipe.train), "train"))
+
+
+def _different(wanted: dict[str, Any], default: dict[str, Any], section: str) -> Iterator[str]:
+    for key, value in wanted.items():
+        if isinstance(value, dict) and isinstance(default[key], dict) and default[key]:
+            yield from _different(value, default[key], f"{section}.{key}")
+        elif value != default[key]:
+            yield from (f"--{section}.{key}", _word(value))
 
 
 def _absolute(path: str) -> str:

@@ -7,8 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields, is_dataclass
 from typing import TYPE_CHECKING, Any
 
-from pipelines.refine.config import RefineConfig
-from ray_jobs.recipe import Recipe
+from ray_jobs.recipe import ArmConfig, Recipe
 from ray_jobs.recipe_file import is_section
 
 if TYPE_CHECKING:
@@ -101,7 +100,7 @@ def _keys_of(section: Any, prefix: str) -> Iterator[_Key]:
     for key in fields(section):
         value = getattr(section, key.name)
         if key.name == "arms":
-            within.append((RefineConfig(), "arms.NAME"))
+            within.append((ArmConfig(), "arms.NAME"))
         elif is_dataclass(value):
             within.append((value, f"{prefix}.{key.name}".lstrip(".")))
         else:

@@ -22,8 +22,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, get_args
 import jsonargparse
 
 from pipelines.errors import UserError
-from pipelines.refine.config import RefineConfig
-from ray_jobs.recipe import Recipe, expanded
+from ray_jobs.recipe import ArmConfig, Recipe, expanded
 from ray_jobs.recipe_file import Given, as_known, is_section, known_keys, nearest, read_recipe
 
 if TYPE_CHECKING:
@@ -40,6 +39,9 @@ _WORDS = {
     str: "text",
     types.NoneType: "null",
     list[int]: "a list of whole numbers",
+    list[str]: "a list of words",
+    dict[str, float]: "a mapping of words to numbers",
+    dict[str, Any]: "a mapping of keys to values",
 }
 
 
@@ -279,10 +281,10 @@ def _of_arm(key: str) -> bool:
     return key.startswith("arms.")
 
 
-def _arm(arm: str, typed: dict[str, Any]) -> RefineConfig:
-    """One arm; its keys are those of the section `refine`, and errors name them as they stand."""
+def _arm(arm: str, typed: dict[str, Any]) -> ArmConfig:
+    """One arm; most of its keys are those of the section `refine`, and errors name them as they stand."""
     try:
-        return _changed(RefineConfig(), f"arms.{arm}.", typed)
+        return _changed(ArmConfig(), f"arms.{arm}.", typed)
     except UserError as error:
         raise UserError(str(error).replace("refine.", f"arms.{arm}.", 1)) from error
 

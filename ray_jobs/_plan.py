@@ -8,7 +8,7 @@ Ray.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from pipelines.errors import Problem, UserError
 from pipelines.manifest import MANIFEST, StageOutput, identity, look
 from pipelines.progress import clock
 from pipelines.rundir import RunDir, Walk
+from pipelines.train.config import PhaseConfig, TrainConfig
 from ray_jobs import _start
 from ray_jobs.recipe import Recipe
 
@@ -165,16 +166,17 @@ class _Plan:
         from pipelines.modelfiles import model_identity
         from pipelines.train.stage import inputs
 
-        train, base = replace(recipe.train, seed=seed), Path(recipe.train.model)
+        train, base = recipe.training(walk.arm, seed), Path(recipe.train.model)
         adapter, merged = walk.adapter.directory, walk.merged.directory
-        phases = _phases(recipe, dataset)
+        phases = _phases(train, dataset)
 
         def wanted() -> dict[str, Any]:
             return inputs(model_identity(base), {name: self._identity(path) for name, path in phases.items()}, train)
 
         counts = [getattr(train, name) for name in phases]
-        rows = sum(phase.steps * phase.per_step(train.workers) for phase in counts)
-        work = " + ".join(f"{phase.steps} steps of {name}" for name, phase in zip(phases, counts, strict=True))
+        in_epochs = any(phase.epochs for phase in counts)
+        rows = None if in_epochs else sum(phase.steps * phase.per_step(train.workers) for phase in counts)
+        work = " + ".join(f"{_length(phase)} of {name}" for name, phase in zip(phases, counts, strict=True))
         self._add(f"train {walk.name}", adapter, wanted, rows, work)
         self._add(
             f"merge {walk.name}",
@@ -240,12 +242,16 @@ class _Plan:
         return identity(directory) if directory.exists() else ""
 
 
-def _phases(recipe: Recipe, dataset: Path) -> dict[str, Path]:
+def _phases(train: TrainConfig, dataset: Path) -> dict[str, Path]:
     """Phase -> its data, whether they are there yet or not."""
-    phases = {"align": dataset} if recipe.train.align.steps else {}
-    if recipe.train.instruct.steps and recipe.train.instruct_data:
-        phases["instruct"] = Path(recipe.train.instruct_data).resolve()
+    phases = {"align": dataset} if train.align.steps else {}
+    if train.instruct.steps and train.instruct_data:
+        phases["instruct"] = Path(train.instruct_data).resolve()
     return phases
+
+
+def _length(phase: PhaseConfig) -> str:
+    return f"{phase.epochs:g} epoch(s)" if phase.epochs else f"{phase.steps} steps"
 
 
 def _state(output: StageOutput) -> str:

@@ -6,13 +6,15 @@ its files.
 
 from __future__ import annotations
 
+import difflib
 import os
 import re
 from collections.abc import Callable
 from copy import deepcopy
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, get_args, get_origin, get_type_hints
 
 from pipelines.adapters.config import MergeConfig
 from pipelines.caption.config import CaptionConfig
@@ -45,6 +47,22 @@ _PLACEHOLDER = re.compile(r"\$\{[^}]*\}?")
 
 
 @dataclass
+class ArmConfig(RefineConfig):
+    """An arm of a comparison: its data, and what its training does in a way of its own.
+
+    Attributes:
+        train: keys of the section `train` with values for this arm alone, e.g. `{method: dora}`. Arms that differ in
+            it compare ways of training, and no longer data alone.
+    """
+
+    train: dict[str, Any] = field(default_factory=dict)
+
+
+_OF_ALL_ARMS = ("model", "instruct_data", "seed", "workers", "cpus_per_worker", "use_gpu")
+"""Keys of `train` that no arm has for itself: what they begin with and run on is the same for all."""
+
+
+@dataclass
 class Recipe:
     """The whole hallway.
 
@@ -58,8 +76,8 @@ class Recipe:
         sample: the embedded sample world.
         caption: recaptioning with BLIP-2.
         refine: choice of text and filters when `captune refine` is called by itself.
-        arms: name -> choice of text and filters; data is all that arms may differ in.
-        train: alignment and LoRA.
+        arms: name -> choice of text and filters, and of settings of `train` that are the arm's own.
+        train: alignment and tuning.
         merge: adapter into model.
         serve: the HTTP endpoint.
         evaluate: the benchmark.
@@ -72,7 +90,7 @@ class Recipe:
     sample: SampleConfig = field(default_factory=SampleConfig)
     caption: CaptionConfig = field(default_factory=CaptionConfig)
     refine: RefineConfig = field(default_factory=RefineConfig)
-    arms: dict[str, RefineConfig] = field(default_factory=dict)
+    arms: dict[str, ArmConfig] = field(default_factory=dict)
     train: TrainConfig = field(default_factory=TrainConfig)
     merge: MergeConfig = field(default_factory=MergeConfig)
     serve: ServeConfig = field(default_factory=ServeConfig)
@@ -91,8 +109,49 @@ class Recipe:
         for arm in self.arms:
             if not arm.replace("-", "").replace("_", "").isalnum():
                 raise UserError(f"arms.{arm}: an arm's name becomes a directory; use letters, digits, '-' and '_'")
+            self.training(arm)
         if self.arms:
             self.compare.baseline_among(self.arms)
+
+    def training(self, arm: str, seed: int | None = None) -> TrainConfig:
+        """The section `train` as it is for an arm, with this seed.
+
+        Raises:
+            UserError: a key that there is not, or that all arms share; a value that is not of the key's type.
+        """
+        own, key = self.arms[arm].train, f"arms.{arm}.train"
+        if shared := sorted(set(own) & set(_OF_ALL_ARMS)):
+            raise UserError(f"{key}.{shared[0]} is the same for all arms: set train.{shared[0]}")
+        config = _with(self.train, own, key)
+        return config if seed is None else replace(config, seed=seed)
+
+
+def _with(section: Any, own: dict[str, Any], key: str) -> Any:
+    """A section with some values of its own, whose types are those of the defaults."""
+    known, hints = {each.name for each in fields(section)}, get_type_hints(type(section))
+    changes = {}
+    for name, value in own.items():
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            raise UserError(f"{key}.{name}: train has no such key" + (f"; the nearest is {near[0]}" if near else ""))
+        inner = getattr(section, name)
+        if is_dataclass(inner):
+            if not isinstance(value, dict):
+                raise UserError(f"{key}.{name} is a section: its keys stand below it")
+            changes[name] = _with(inner, value, f"{key}.{name}")
+        elif not _fits(value, hints[name]):
+            raise UserError(f"{key}.{name}: '{value}' is not what train.{name} holds ({inner!r} by default)")
+        else:
+            changes[name] = value
+    return replace(section, **changes)
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    kinds = get_args(kind) if isinstance(kind, UnionType) else (kind,)
+    plain = tuple(get_origin(each) or each for each in kinds)
+    if isinstance(value, bool):
+        return bool in plain
+    return isinstance(value, plain) or (isinstance(value, int) and float in plain)
 
 
 def expanded(key: str, text: str, run_dir: str) -> str:
@@ -150,7 +209,8 @@ def _change_texts(section: Any, change: Callable[[str, str], str], prefix: str =
             _change_texts(value, change, f"{name}.")
         elif isinstance(value, dict):
             for inner, config in value.items():
-                _change_texts(config, change, f"{name}.{inner}.")
+                if is_dataclass(config):
+                    _change_texts(config, change, f"{name}.{inner}.")
 
 
 def _shipped(recipe: str | None) -> str | None:

@@ -6,7 +6,6 @@ if __name__ == "__main__":
     import _from_path  # noqa: F401
 
 import time
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -149,10 +148,11 @@ def _train_and_evaluate(recipe: Recipe, place: RunDir, seed: int, restart: bool)
     from pipelines.train import stage as loop
     from ray_jobs.evaluate import served
 
-    base, train = Path(recipe.train.model), replace(recipe.train, seed=seed)
+    base = Path(recipe.train.model)
     for arm in recipe.arms:
         walk = place.walk(arm, seed)
         adapter, merged = walk.adapter.directory, walk.merged.directory
+        train = recipe.training(arm, seed)
         loop.run(place.dataset(arm), base, adapter, train, arm=walk.directory.name, restart=restart)
         merge.run(base, adapter, merged, recipe.merge, restart=restart)
         answers = walk.evaluation(recipe.evaluate.benchmark).directory

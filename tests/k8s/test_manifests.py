@@ -9,6 +9,7 @@ import shlex
 import shutil
 import subprocess
 from collections.abc import Callable
+from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -154,7 +155,7 @@ def parse_command(words: list[str], monkeypatch: pytest.MonkeyPatch) -> tuple[_o
     return seen[0]
 
 
-@pytest.mark.parametrize("name", ["sample", "mgm2b_1m"])
+@pytest.mark.parametrize("name", ["sample", "sample_methods", "mgm2b_1m"])
 def test_every_entrypoint_is_understood_by_the_command_it_names(
     name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -163,7 +164,7 @@ def test_every_entrypoint_is_understood_by_the_command_it_names(
     for file, text in render.texts(wanted).items():
         (tmp_path / file).write_text(text)
     for stage in ("run", *render.STAGES):
-        for arm in wanted.arms if stage == "refine" else list(wanted.arms)[-1:]:
+        for arm in wanted.arms if stage in ("refine", "train") else list(wanted.arms)[-1:]:
             words = shlex.split(
                 render.entrypoint(wanted, stage, arm).replace(render.RECIPE_FILE, str(tmp_path / "recipe.yaml"))
             )
@@ -172,9 +173,9 @@ def test_every_entrypoint_is_understood_by_the_command_it_names(
             for section in {read.split(".")[0] for read in command.reads} - {"refine", "train"}:
                 assert getattr(understood, section) == getattr(wanted, section), section
             if stage == "train":
-                assert understood.train == wanted.train
+                assert understood.train == wanted.training(arm)
             if stage == "refine":
-                assert understood.refine == wanted.arms[arm]
+                assert asdict(understood.refine) | {"train": wanted.arms[arm].train} == asdict(wanted.arms[arm])
     assert the(objects, "RayJob", "captune-run")["spec"]["entrypoint"] == render.entrypoint(wanted, "run", "")
 
 

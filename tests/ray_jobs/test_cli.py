@@ -46,7 +46,7 @@ def refusal(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
 def test_every_recipe_parses_with_the_command_that_reads_it(path: Path) -> None:
     recipe, _ = parse(run.COMMAND, [path.stem])
     assert recipe.run_dir != Recipe().run_dir
-    assert "original" in recipe.arms
+    assert recipe.compare.baseline_among(recipe.arms)
     for config in recipe.arms.values():
         assert config.recipe is None or Path(config.recipe) in JUICER
 
@@ -63,6 +63,27 @@ def test_a_recipe_may_change_a_few_keys_of_another() -> None:
     seeds, _ = parse(run.COMMAND, ["sample_seeds", "--run_dir", sample.run_dir])
     changed = {key for key, value in asdict(seeds).items() if value != asdict(sample)[key]}
     assert changed == {"seeds"}
+
+
+def test_an_arm_may_train_in_a_way_of_its_own(tmp_path: Path) -> None:
+    """Its keys stand in place of the recipe's, section by section, and the other arms know nothing of them."""
+    file = tmp_path / "r.yaml"
+    file.write_text(
+        "base: sample\narms:\n  plain: {}\n  dora: {train: {method: dora, instruct: {learning_rate: 1.0e-3}}}\n"
+    )
+    recipe, _ = parse(run.COMMAND, [str(file)])
+    plain, dora = recipe.training("plain"), recipe.training("dora", seed=3)
+    assert plain == recipe.train and (dora.method, dora.seed, dora.instruct.learning_rate) == ("dora", 3, 1e-3)
+    assert dora.instruct.steps == plain.instruct.steps and dora.align == plain.align
+    for given, message in (
+        ("{metod: dora}", r"arms.dora.train.metod: train has no such key; the nearest is method"),
+        ("{align: {steps: many}}", r"arms.dora.train.align.steps: 'many' is not what"),
+        ("{workers: 2}", r"arms.dora.train.workers is the same for all arms"),
+        ("{method: lorra}", r"train.method must be one of"),
+        ("7", r"--arms.dora.train: '7' is not a mapping"),
+    ):
+        with pytest.raises(UserError, match=message):
+            parse(run.COMMAND, [str(file), "--arms.dora.train", given])
 
 
 def test_one_key_moves_a_recipe_with_its_data() -> None:
