@@ -50,11 +50,13 @@ def image_features(model: MGMModel, parts: Parts) -> torch.Tensor:
     return model.multi_modal_projector(tokens + mined)
 
 
-def blank_outputs(model: MGMModel) -> Parts:
-    """`tower_outputs` of no image: one token that sees one position, all zeros; for batches that show none."""
+def blank_outputs(model: MGMModel, device: torch.device) -> Parts:
+    """`tower_outputs` of no image: one token that sees one position, all zeros, float32; for batches that show none.
+
+    No weight is looked at on the way: ZeRO-3 would fetch it from the other workers, which do not expect that.
+    """
     width, width_aux = model.uni_query.proj.in_features, model.uni_value.proj.in_features
-    like = model.uni_query.proj.weight
-    return like.new_zeros((1, 1, width)), like.new_zeros((1, 1, 1, width_aux))
+    return torch.zeros((1, 1, width), device=device), torch.zeros((1, 1, 1, width_aux), device=device)
 
 
 def output_bytes(model: MGMModel, dtype: torch.dtype) -> int:

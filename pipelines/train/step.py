@@ -91,41 +91,50 @@ class TrainForward(nn.Module):
         super().__init__()
         self.model, self.normalize, self.method, self.dtype = model, normalize, method or Method(), dtype
 
-    def forward(self, batch: Batch) -> torch.Tensor:
-        """Cross-entropy summed over the batch's target tokens, in float32."""
+    def forward(self, batch: Batch, run_towers: bool = False, targets: int = 0) -> torch.Tensor:
+        """Cross-entropy summed over the batch's target tokens, in float32.
+
+        Args:
+            run_towers: show the towers a blank image where the batch has none, and forget what they say.
+            targets: cut the logits into as many pieces as this number of targets takes, if the batch has fewer.
+        """
         parts = batch.features
         if batch.pixels is not None:
             parts = tower_outputs(self.model.model, *self.normalize(batch.pixels))
+        elif run_towers:
+            side = self.model.config.image_size_aux
+            blank = torch.zeros((1, 3, side, side), dtype=torch.uint8, device=batch.input_ids.device)
+            tower_outputs(self.model.model, *self.normalize(blank))
         shown = parts is not None
         if parts is None:
-            parts = blank_outputs(self.model.model)
+            parts = blank_outputs(self.model.model, batch.input_ids.device)
         if self.dtype is not None:
             parts = (parts[0].to(self.dtype), parts[1].to(self.dtype))
         features = image_features(self.model.model, parts)
         mask, past = batch.attention_mask, self.method.past(len(batch.input_ids))
         if past is not None:
             mask = torch.cat([mask.new_ones(len(mask), past.get_seq_length()), mask], dim=1)
+        # What learns takes part in every micro-batch, where there is no image with a gradient of zero: ZeRO-3 and DDP
+        # count on every parameter, and would otherwise use what an earlier micro-batch left (the original's trainer
+        # feeds a blank image for the same reason). None of the features goes in with the tokens and not beside them:
+        # then the language model has a backward pass too, for which ZeRO-3 on other workers gathers its weights.
         hidden = self.model.model(
             input_ids=batch.input_ids,
             attention_mask=mask,
             past_key_values=past,
-            image_features=features if shown else None,
+            image_features=features if shown else features[:0],
             use_cache=False,
         ).last_hidden_state
         labels = batch.labels[:, 1:]
         learned = labels != IGNORE
-        loss = self._loss(hidden[:, :-1][learned], labels[learned])
-        # What learns takes part in every micro-batch, where there is no image with a gradient of zero: ZeRO-3 and DDP
-        # count on every parameter, and would otherwise use what an earlier micro-batch left (the original's trainer
-        # feeds a blank image for the same reason).
-        return loss if shown else loss + 0.0 * features.float().sum()
+        return self._loss(hidden[:, :-1][learned], labels[learned], max(targets, batch.targets))
 
-    def _loss(self, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    def _loss(self, hidden: torch.Tensor, labels: torch.Tensor, targets: int) -> torch.Tensor:
         """Summed cross-entropy of hidden states (targets, D) that have the words `labels` to say."""
-        at_once = max(1, LOGIT_BYTES // (4 * self.model.lm_head.out_features))
-        if len(labels) <= at_once:
+        count = -(-4 * self.model.lm_head.out_features * targets // LOGIT_BYTES)
+        if count <= 1:
             return self._piece(hidden, labels)
-        pieces = zip(hidden.split(at_once), labels.split(at_once), strict=True)
+        pieces = zip(hidden.tensor_split(count), labels.tensor_split(count), strict=True)
         return torch.stack([checkpoint(self._piece, *piece, use_reentrant=False) for piece in pieces]).sum()
 
     def _piece(self, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

@@ -73,7 +73,7 @@ class ZeroEngine:
         logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
         if device.type == "cpu":
             build_cpu_operator()
-        self.phase, self.device, self.method = phase, device, forward.method
+        self.phase, self.device, self.stage, self.method = phase, device, stage, forward.method
         forward.dtype = torch.bfloat16 if precision == "bf16" else torch.float32
         self.named = {n: p for n, p in forward.model.named_parameters() if p.requires_grad}
         deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo", verbose=False)
@@ -94,8 +94,8 @@ class ZeroEngine:
         samples = total(sum(batch.samples for batch in batches), self.device)
         set_rate(self.engine.optimizer.param_groups, learning_rate)
         loss_sum = torch.zeros((), device=self.device)
-        for batch in batches:
-            loss = self.engine(batch.to(self.device))
+        for batch, (run_towers, most) in zip(batches, self._all_do(batches), strict=True):
+            loss = self.engine(batch.to(self.device), run_towers, most)
             # DeepSpeed averages over the workers; the division by accumulation is ours (by target tokens), not its own.
             self.engine.backward(loss * (dist.get_world_size() / targets), scale_wrt_gas=False)
             self.engine.step()
@@ -104,6 +104,17 @@ class ZeroEngine:
         grad_norm = float(self.engine.get_global_grad_norm() or 0.0)
         require_finite(loss_mean, grad_norm)
         return StepResult(loss_mean, grad_norm, int(samples))
+
+    def _all_do(self, batches: list[Batch]) -> list[tuple[bool, int]]:
+        """Of each micro-batch, whether some worker runs the towers and the most targets that one has.
+
+        ZeRO-3 shards the weights of towers and head too: who calls a module less often than others leaves them waiting
+        for its shards, or answers with other weights'.
+        """
+        found = torch.tensor([(batch.pixels is not None, batch.targets) for batch in batches], device=self.device)
+        if self.stage == 3:
+            dist.all_reduce(found, dist.ReduceOp.MAX)
+        return [(bool(run_towers), most) for run_towers, most in found.tolist()]
 
     def weights(self) -> dict[str, torch.Tensor]:
         """The float32 master weights, gathered from their shards."""
