@@ -37,6 +37,8 @@ class Row:
         image: encoded bytes, for formats that hold them.
         image_uri: absolute path or storage address, for formats that name a file. A row that has neither is text only:
             fit to train on, not to be captioned.
+        images: all of them, each as bytes or as an address, where a row has several; then `image` and `image_uri` are
+            None. Such a row is fit to train on, not to be captioned.
         error: why this row cannot be used; starts with its kind, see `error_kind`.
         meta: whatever else came with the row.
     """
@@ -47,6 +49,13 @@ class Row:
     image_uri: str | None = None
     error: str | None = None
     meta: dict[str, Any] = field(default_factory=dict)
+    images: tuple[bytes | str, ...] = ()
+
+    @property
+    def pictures(self) -> tuple[bytes | str, ...]:
+        """Its images, however many."""
+        one = self.image if self.image is not None else self.image_uri
+        return self.images or (() if one is None else (one,))
 
 
 def bad_row(where: str, reason: str, **known: Any) -> Row:
@@ -158,6 +167,8 @@ def rows_of_lines(path: AnyPath, read: Callable[[Any, str, AnyPath], Row]) -> It
 def to_record(row: Row) -> Record:
     """Read the image once for its content key; a record whose image is a file keeps the path and not the bytes."""
     content, error = row.image, row.error
+    if error is None and row.images:
+        error = f"bad row: it has {len(row.images)} images, and a caption is about one ({row.where})"
     if error is None and content is None and row.image_uri is None:
         error = f"bad row: it has no image ({row.where})"
     if error is None and content is None:

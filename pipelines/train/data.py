@@ -20,7 +20,7 @@ from pipelines.formats.llava import REQUEST, conversation
 from pipelines.images import BadImage, decode
 from pipelines.mgm.conversation import IGNORE_INDEX, BadConversation, encode_conversation, template_of
 from pipelines.mgm.templates import ALIASES, ALIGNMENT, TEMPLATES, get_template
-from pipelines.train.rows import BadRow, Row, Rows
+from pipelines.train.rows import BadRow, Image, Row, Rows
 
 IGNORE = IGNORE_INDEX
 """Label of a token that the loss does not see."""
@@ -41,7 +41,8 @@ class Templates:
 
     Args:
         processor: an `MGMProcessor`; its chat template says which language model this is.
-        max_length: longest sequence, visual tokens included. What is longer loses its end, as in the original.
+        max_length: longest sequence, visual tokens included. What is longer loses its end, as in the original. No more
+            than the model's context.
         align, instruct: the phases' templates, names of `pipelines.mgm.templates.TEMPLATES`; `auto`: as the original
             trains this language model.
 
@@ -82,17 +83,17 @@ class Templates:
                 conversation(turns),
                 template,
                 self.num_image_tokens,
-                num_images=int(row.image is not None),
+                num_images=len(row.images),
                 max_length=self.max_length,
                 captions=is_caption,
             )
         except BadConversation as reason:
             raise BadRow(f"bad conversation: {reason}") from None
         if self.image_token_id in ids[self.max_length :]:
-            raise BadRow(f"too long: the image's tokens end after max_length {self.max_length}")
+            raise BadRow(f"too long: the image's tokens end after the {self.max_length} that a row may have")
         if not any(label != IGNORE for label in labels[1 : self.max_length]):
             if len(ids) > self.max_length:
-                raise BadRow(f"too long: nothing to learn within max_length {self.max_length}")
+                raise BadRow(f"too long: nothing to learn within the {self.max_length} tokens that a row may have")
             raise BadRow("nothing to learn: a turn is empty or spells a separator, and the original gives it no loss")
         if len(ids) > self.max_length:
             self.cut.add(row.name)
@@ -216,31 +217,68 @@ class Loader:
         size = self.share.per_step
         return prefetch((self.step(position + step * size) for step in range(count)), depth)
 
-    def images(self, position: int, count: int) -> list[tuple[str | tuple[int, int], Row]]:
-        """Distinct images of `count` steps, in a fixed order, each with a row that shows it."""
-        needed: dict[Any, Row] = {}
-        for step in range(count):
-            for start in self.share.starts(position + step * self.share.per_step):
-                for index in self.sampler.at(start, self.share.micro_batch):
-                    row = self.rows.rows[index]
-                    if row.image is not None:
-                        needed.setdefault(row.image, row)
-        return sorted(needed.items(), key=lambda item: str(item[0]).zfill(24))
+    def images(self, position: int, count: int, cache: Any = None) -> list[Image]:
+        """Distinct images that `count` steps of this worker show, in a fixed order.
 
-    def pixels(self, row: Row) -> torch.Tensor:
-        """(3, S, S) uint8 of the row's image. Raises `BadRow`."""
+        Args:
+            cache: a `FeatureCache`: of the rows that are left when what is broken by its knowledge is replaced, the
+                images that it lacks. Without it every row counts as usable.
+        """
+        needed: set[Image] = set()
+        for index in self.indices(position, count):
+            row = self.rows.rows[index] if cache is None else self._stand_in(index, cache)
+            needed.update(row.images if row is not None else ())
+        return sorted(needed - set(cache.slots if cache is not None else ()), key=lambda image: str(image).zfill(24))
+
+    def indices(self, position: int, count: int) -> list[int]:
+        """Distinct rows of this worker's `count` steps, by their place in the stream."""
+        size, micro_batch = self.share.per_step, self.share.micro_batch
+        starts = (start for step in range(count) for start in self.share.starts(position + step * size))
+        return list(dict.fromkeys(index for start in starts for index in self.sampler.at(start, micro_batch)))
+
+    def _stand_in(self, index: int, cache: Any) -> Row | None:
+        """The row, or the next one that is not known to be broken by its text, or by an image that `cache` has tried:
+        what a restart knows besides must not change the groups in which images are encoded.
+        """
+        for row in self._from(index):
+            if cache.reason(row) is None and (row.name not in self.rows.broken or self._encodes(row)):
+                return row
+        return None
+
+    def _encodes(self, row: Row) -> bool:
         try:
-            return self.resize([decode(self.rows.image_bytes(row.image))])[0]  # type: ignore[arg-type]
+            self.encode(row)
+        except BadRow:
+            return False
+        return True
+
+    def _from(self, index: int) -> Iterator[Row]:
+        """All rows, from this one on."""
+        return (self.rows.rows[(index + step) % len(self.rows)] for step in range(len(self.rows)))
+
+    def examine(self, indices: Iterable[int]) -> None:
+        """Tokenize rows before any of them trains: those that cannot be are entered in `rows.broken`."""
+        for index in indices:
+            row = self.rows.rows[index]
+            if row.name not in self.rows.broken:
+                try:
+                    self.encode(row)
+                except BadRow as reason:
+                    self.rows.broken[row.name] = str(reason)
+
+    def pixels(self, image: Image) -> torch.Tensor:
+        """(3, S, S) uint8 of an image. Raises `BadRow`."""
+        try:
+            return self.resize([decode(self.rows.image_bytes(image))])[0]
         except BadImage as reason:
             raise BadRow(str(reason)) from None
 
     def _collate(self, indices: list[int]) -> Batch:
-        examples, visuals = [], []
+        examples, visuals = [], list[Any]()
         for index in indices:
-            example, visual = self._usable(index)
+            example, shown = self._usable(index)
             examples.append(example)
-            if visual is not None:
-                visuals.append(visual)
+            visuals += shown
         length = max(len(example.input_ids) for example in examples)
         input_ids = torch.full((len(examples), length), self.pad)
         labels = torch.full((len(examples), length), IGNORE)
@@ -259,17 +297,18 @@ class Loader:
             targets=int((labels[:, 1:] != IGNORE).sum()),
         )
 
-    def _usable(self, index: int) -> tuple[Example, Any]:
-        """The row, or the next one that is usable: tokens, and its pixels or its place in the feature cache."""
-        for step in range(len(self.rows)):
-            row = self.rows.rows[(index + step) % len(self.rows)]
+    def _usable(self, index: int) -> tuple[Example, list[Any]]:
+        """The row, or the next one that is usable: tokens, and pixels or places in the feature cache of its images."""
+        for row in self._from(index):
             if row.name in self.rows.broken:
                 continue
             try:
                 example = self.encode(row)
-                if row.image is None:
-                    return example, None
-                return example, self.pixels(row) if self.features is None else self.features.place(row)
+                if self.features is None:
+                    return example, [self.pixels(image) for image in row.images]
+                # An image that was not encoded: another worker could not read what this one could.
+                if all(image in self.features.slots for image in row.images):
+                    return example, [self.features.slots[image] for image in row.images]
             except BadRow as reason:
                 self.rows.broken[row.name] = str(reason)
         self.rows.require_usable()

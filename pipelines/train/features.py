@@ -7,7 +7,7 @@ the first number that learns: CLIP's tokens, and ConvNeXt's positions after the 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -72,7 +72,11 @@ class FeatureCache:
     """Tower outputs by image, in main memory.
 
     Args:
-        images: how many there will be at most.
+        images: how many there will be; it grows when substitutes for broken ones make them more.
+
+    Attributes:
+        slots: image -> its place.
+        bad: image -> why it has none.
     """
 
     def __init__(self, images: int) -> None:
@@ -81,11 +85,9 @@ class FeatureCache:
         self.bad: dict[Any, str] = {}
         self.parts: list[torch.Tensor] = []
 
-    def place(self, row: Row) -> int:
-        """Where the row's image lies. Raises `BadRow` when it did not decode."""
-        if row.image in self.bad:
-            raise BadRow(self.bad[row.image])
-        return self.slots[row.image]
+    def reason(self, row: Row) -> str | None:
+        """Why the row cannot be used; None where nothing is known against its images."""
+        return next((self.bad[image] for image in row.images if image in self.bad), None)
 
     def gather(self, places: list[int]) -> Parts:
         """Outputs of several images as one batch."""
@@ -95,11 +97,15 @@ class FeatureCache:
 
     def add(self, images: list[Any], parts: Parts) -> None:
         """Keep one batch of outputs."""
-        if not self.parts:
-            self.parts = [torch.empty((self.images, *part.shape[1:]), dtype=part.dtype) for part in parts]
-        start = len(self.slots)
+        start, end = len(self.slots), len(self.slots) + len(images)
+        self.images = max(self.images, end)
+        if not self.parts or len(self.parts[0]) < self.images:
+            grown = [torch.empty((self.images, *part.shape[1:]), dtype=part.dtype) for part in parts]
+            for new, old in zip(grown, self.parts, strict=False):
+                new[:start] = old[:start]
+            self.parts = grown
         for kept, part in zip(self.parts, parts, strict=True):
-            kept[start : start + len(images)] = part.cpu()
+            kept[start:end] = part.cpu()
         self.slots.update({image: start + n for n, image in enumerate(images)})
 
 
@@ -107,29 +113,37 @@ def fill(
     model: MGMModel,
     normalize: Any,
     loader: Loader,
-    images: list[tuple[Any, Row]],
+    position: int,
+    steps: int,
     limit_bytes: int,
     autocast: Any,
-    progress: Progress | None = None,
+    progress: Callable[[int], Progress] | None = None,
 ) -> FeatureCache | None:
-    """Encode `images` (see `Loader.images`), or return None, before anything is computed, when their features would not
-    fit into `limit_bytes`.
+    """Encode every image that `steps` steps from `position` on show, and those of the rows that come in the place of
+    broken ones; or return None, before anything is computed, when the features would not fit into `limit_bytes`.
 
-    The grouping into calls depends on `images` and the model alone, so a restarted worker computes the very same bits.
+    The grouping into calls depends on the rows, the steps and the model alone, so a restarted worker computes the very
+    same bits.
     """
     parameter = next(model.parameters())
     device = parameter.device
     with autocast():
         cast = torch.is_autocast_enabled(device.type)
         one = output_bytes(model, torch.get_autocast_dtype(device.type) if cast else parameter.dtype)
+    images = loader.images(position, steps)
     if one * len(images) > limit_bytes:
         return None
     cache = FeatureCache(len(images))
-    for keys, pixels in prefetch(_groups(loader, images, cache, _images_per_call(one)), depth=2):
-        with autocast():
-            cache.add(keys, tower_outputs(model, *normalize(pixels.to(device))))
-        if progress is not None:
-            progress.update(len(keys))
+    shown = None if progress is None else progress(len(images))
+    while images:  # again for the substitutes of what turned out to be broken, and for theirs
+        for keys, pixels in prefetch(_groups(loader, images, cache, _images_per_call(one)), depth=2):
+            with autocast():
+                cache.add(keys, tower_outputs(model, *normalize(pixels.to(device))))
+            if shown is not None:
+                shown.update(len(keys))
+        images = loader.images(position, steps, cache)
+    found = ((row.name, cache.reason(row)) for row in loader.rows.rows)
+    loader.rows.broken.update({name: reason for name, reason in found if reason is not None})
     return cache
 
 
@@ -138,13 +152,13 @@ def _images_per_call(image_bytes: int) -> int:
 
 
 def _groups(
-    loader: Loader, images: list[tuple[Any, Row]], cache: FeatureCache, size: int
+    loader: Loader, images: list[Any], cache: FeatureCache, size: int
 ) -> Iterator[tuple[list[Any], torch.Tensor]]:
     for start in range(0, len(images), size):
         keys, pixels = [], []
-        for key, row in images[start : start + size]:
+        for key in images[start : start + size]:
             try:
-                pixels.append(loader.pixels(row))
+                pixels.append(loader.pixels(key))
                 keys.append(key)
             except BadRow as reason:
                 cache.bad[key] = str(reason)

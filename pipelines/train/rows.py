@@ -22,6 +22,7 @@ from pipelines.formats.llava import IMAGE, Turn, about, conversation, turns_of
 from pipelines.images import BadImage, decode, read_bytes
 from pipelines.manifest import training_text
 from pipelines.mgm.conversation import BadConversation, alternating
+from pipelines.progress import say
 from pipelines.records import holds_records, shard_paths
 
 _LOOKED_AT = 100  # images decoded before training starts, to find a dataset whose images lie elsewhere
@@ -40,15 +41,15 @@ class Row:
 
     Attributes:
         name: how messages name it: its sample id, or file and row.
-        turns: (role, text) with role `user` or `assistant`; `<image>` stands for the image. A caption is a single
-            assistant turn.
-        image: what tells one image from another: its path, or its place in the spool. None for a row of text only.
+        turns: (role, text) with role `user` or `assistant`; each `<image>` stands for the next image. A caption is a
+            single assistant turn.
+        images: what tells one image from another: its path, or its place in the spool. Empty for a row of text only.
         request: what the user asks for where the row is a caption; LLaVA's own wording when it is empty.
     """
 
     name: str
     turns: tuple[Turn, ...]
-    image: Image | None
+    images: tuple[Image, ...] = ()
     request: str = ""
 
 
@@ -96,17 +97,24 @@ class Rows:
 
     def look_at_images(self) -> None:
         """Decode some images that rows name, evenly spread; those that cannot be are broken rows from here on."""
-        named = [row for row in self.rows if isinstance(row.image, str)]
+        named = [row for row in self.rows if row.images and isinstance(row.images[0], str)]
         looked = named[:: max(1, len(named) // _LOOKED_AT)]
         before = len(self.broken)
         for row in looked:
             try:
-                decode(read_bytes(str(row.image)))
+                for image in row.images:
+                    decode(self.image_bytes(image))
             except BadImage as reason:
                 self.broken[row.name] = str(reason)
         if looked:
             failing = (len(self.broken) - before) / len(looked) * len(named)
             self.foreseen = (before + failing) / self.total
+
+    def foresee(self, share: float) -> Rows:
+        """Self, expecting that this share of the rows that looked usable are not."""
+        if self.total:
+            self.foreseen = 1 - (1 - share) * len(self.rows) / self.total
+        return self
 
     def require_usable(self, max_share: float = 1.0) -> Rows:
         """Self, or `UserError` that shows an example of each kind of broken row.
@@ -126,6 +134,13 @@ class Rows:
         examples = {error_kind(reason): f"{name}: {reason}" for name, reason in reversed(self.broken.items())}
         counted = Counter(map(error_kind, self.broken.values())).most_common()
         return [f"{kind} ({count}), e.g. {examples[kind][:300]}" for kind, count in counted]
+
+
+def say_broken(broken: dict[str, str], phase: str, what: str) -> None:
+    """Tell the person how many rows of a phase are left out, with an example."""
+    if broken:
+        name, reason = next(iter(broken.items()))
+        say(f"{what}: {len(broken)} row(s) of {phase} could not be used, e.g. {name}: {reason}")
 
 
 def read_rows(path: Path | str, *, images: bool = True) -> Rows:
@@ -156,10 +171,12 @@ def read_rows(path: Path | str, *, images: bool = True) -> Rows:
 def _from_dataset(row: formats.Row, keep: Keep) -> Row:
     if row.error is not None:
         raise BadRow(row.error)
-    image = row.image_uri if row.image is None else keep(row.image)
+    images = tuple(keep(image) if isinstance(image, bytes) else image for image in row.pictures)
     conversations = row.meta.get("conversations")
     if conversations is None:
-        return _about_caption(row.where, row.caption, image)
+        if len(images) > 1:
+            raise BadRow(f"bad row: it has {len(images)} images, and a caption is about one")
+        return _about_caption(row.where, row.caption, images)
     try:
         turns = turns_of(conversations)
         alternating(conversation(turns))
@@ -168,18 +185,18 @@ def _from_dataset(row: formats.Row, keep: Keep) -> Row:
     if not any(role == "assistant" and text.strip() for role, text in turns):
         raise BadRow("bad conversation: no answer to learn")
     placeholders = sum(text.count(IMAGE) for _, text in turns)
-    if placeholders != (image is not None):
-        raise BadRow(f"bad conversation: {placeholders} {IMAGE} placeholder(s) for {int(image is not None)} image(s)")
-    return Row(row.where, turns, image)
+    if placeholders != len(images):
+        raise BadRow(f"bad conversation: {placeholders} {IMAGE} placeholder(s) for {len(images)} image(s)")
+    return Row(row.where, turns, images)
 
 
-def _about_caption(name: str, caption: str, image: Image | None, conversations: Any = None) -> Row:
+def _about_caption(name: str, caption: str, images: tuple[Image, ...], conversations: Any = None) -> Row:
     if not caption.strip():
         raise BadRow("no text: its caption is empty")
-    if not image:
+    if not images:
         raise BadRow("no image: a caption without one teaches nothing")
     (_, request), answer = about(caption.strip(), conversations)
-    return Row(name, (answer,), image, request)
+    return Row(name, (answer,), images, request)
 
 
 def read_records(directory: Path, *, images: bool = True) -> Rows:
@@ -216,7 +233,7 @@ def _from_record(record: dict[str, Any], column: str, inside: dict[str, Image]) 
     name, uri, meta = record["sample_id"], record["image_uri"], record["meta"] or ""
     image = inside.get(name) or (uri.removeprefix("file://") if uri else None)
     conversations = json.loads(meta).get("conversations") if '"conversations"' in meta else None
-    return _about_caption(name, record[column] or "", image, conversations)
+    return _about_caption(name, record[column] or "", (image,) if image else (), conversations)
 
 
 def _spooling(spool: Any) -> Keep:

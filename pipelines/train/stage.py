@@ -21,7 +21,7 @@ from pipelines.modelfiles import model_identity
 from pipelines.progress import Progress, say
 from pipelines.storage import is_remote
 from pipelines.train.config import PhaseConfig, TrainConfig
-from pipelines.train.rows import read_rows
+from pipelines.train.rows import read_rows, say_broken
 
 RUN = "run"
 _NOT_RESULT = (
@@ -72,7 +72,7 @@ def run(
     say(f"{what}: {'continuing' if stage.resumed else 'starting'} with {config.workers} worker(s), {config.strategy}")
     facts = _fit(model, stage.inputs["model"], output, config.settled(), data, what)
     for phase, broken in facts["broken"].items():
-        _say_broken(broken, phase, what)
+        say_broken(broken, phase, what)
     return stage.finish(
         rows_in={phase: found["rows"] for phase, found in facts["phases"].items()},
         rows_broken={phase: len(broken) for phase, broken in facts["broken"].items()},
@@ -127,7 +127,7 @@ def _look_at_rows(data: dict[str, str], config: TrainConfig, what: str) -> dict[
         rows = read_rows(path, images=False)
         found[phase] = len(rows)
         rows.look_at_images()
-        _say_broken(rows.require_usable(config.max_broken_share).broken, phase, what)
+        say_broken(rows.require_usable(config.max_broken_share).broken, phase, what)
     return found
 
 
@@ -140,12 +140,6 @@ def _with_steps(config: TrainConfig, rows: dict[str, int]) -> TrainConfig:
             steps = math.ceil(phase.epochs * count / phase.per_step(config.workers))
             phases[name] = dataclasses.replace(phase, steps=steps)
     return dataclasses.replace(config, **phases)  # type: ignore[arg-type]
-
-
-def _say_broken(broken: dict[str, str], phase: str, what: str) -> None:
-    if broken:
-        name, reason = next(iter(broken.items()))
-        say(f"{what}: {len(broken)} row(s) of {phase} could not be used, e.g. {name}: {reason}")
 
 
 def _fit(model: Path, base: str, output: Path, config: TrainConfig, data: dict[str, str], what: str) -> dict[str, Any]:

@@ -20,8 +20,9 @@ from ray.train.v2._internal.execution import context as ray_train_context
 
 from pipelines.errors import UserError, WorkFailed
 from pipelines.mgm.adapter import write_adapter
-from pipelines.mgm.load import load_model, load_processor, load_skeleton, quiet
-from pipelines.progress import Progress
+from pipelines.mgm.configuration import MGMConfig
+from pipelines.mgm.load import load_config, load_model, load_processor, load_skeleton, quiet
+from pipelines.progress import Progress, say
 from pipelines.train import features
 from pipelines.train.compiling import Compiled, compile_layers
 from pipelines.train.config import PhaseConfig, TrainConfig
@@ -29,7 +30,7 @@ from pipelines.train.data import Batch, Loader, Sampler, Share, Templates
 from pipelines.train.gauges import TrainGauges
 from pipelines.train.log import TrainLog
 from pipelines.train.methods import Method, group_of, lora_targets, make_learn, quantization
-from pipelines.train.rows import Rows, read_rows
+from pipelines.train.rows import Rows, read_rows, say_broken
 from pipelines.train.step import Engine, StepResult, TorchEngine, TrainForward, autocast, learning_rate, prepare
 
 STATE = "state.json"
@@ -104,8 +105,9 @@ class Run:
         self.method = Method()
         self.compiled: Compiled | None = None
         self._check_targets()
+        self.longest = min(self.config.max_length, room(load_config(job.model), self.config))
         self.templates = Templates(
-            self.processor, self.config.max_length, self.config.align.template, self.config.instruct.template
+            self.processor, self.longest, self.config.align.template, self.config.instruct.template
         )
         limit = self.config.max_broken_share
         self.rows = {name: read_rows(path).require_usable(limit) for name, path in job.data.items()}
@@ -130,12 +132,48 @@ class Run:
         self.gauges = TrainGauges(self.job.what)
         names = list(self.job.data)
         resumed = self.state.phase
-        for name in names[names.index(resumed) if resumed else 0 :]:
+        left = names[names.index(resumed) if resumed else 0 :]
+        self.loaders = {name: self._loader(name) for name in left}
+        for name in left:
+            self._examine(name)
+        for name in left:
             self._phase(name, log, checkpoint if name == resumed else None)
         if log is not None:
             log.close()
             write_adapter(Path(self.job.output), self.trained, self.method.peft_config, base=self.job.base)
         return vars(self.state)
+
+    def _loader(self, name: str) -> Loader:
+        phase, rows = self.config.phase(name), self.rows[name]
+        return Loader(
+            rows,
+            getattr(self.templates, name),
+            self.processor.image_processor.resize,
+            Sampler(len(rows), self.config.seed, name),
+            Share(self.rank, self.workers, int(phase.micro_batch), phase.accumulation),
+            _pad_token_id(self.processor.tokenizer),
+        )
+
+    def _examine(self, name: str) -> None:
+        """Tokenize every row that a phase will show before anything trains, a share of them on each worker: say which
+        are cut, and refuse too many that cannot be used. A checkpoint knows both already.
+        """
+        loader, rows, steps = self.loaders[name], self.rows[name], self.config.phase(name).steps
+        rows.broken.update(self.state.broken.get(name, {}))
+        if name in self.state.cut:
+            return
+        self.templates.cut = set()
+        shown = sorted(set(loader.sampler.at(0, steps * loader.share.per_step)))
+        loader.examine(shown[self.rank :: self.workers])
+        self._gather_broken(name, rows)
+        unusable = sum(rows.rows[index].name in rows.broken for index in shown)
+        rows.foresee(unusable / max(len(shown), 1)).require_usable(self.config.max_broken_share)
+        if self.rank == 0:
+            say_broken(rows.broken, name, self.job.what)
+            if cut := self.state.cut[name]:
+                of = "train.max_length" if self.longest == self.config.max_length else "the model's context"
+                where = f"at {self.longest} tokens, {of}"
+                say(f"{self.job.what}: {len(cut)} row(s) of {name} are cut {where}, e.g. {cut[0]}")
 
     def _phase(self, name: str, log: TrainLog | None, checkpoint: Path | None) -> None:
         """One phase to its end."""
@@ -143,18 +181,9 @@ class Run:
         if checkpoint is None:
             self.state.phase, self.state.step, self.state.position = name, 0, 0
         model, method = self._model(phase)
-        rows = self.rows[name]
-        rows.broken.update(self.state.broken.get(name, {}))
-        self.templates.cut = set(self.state.cut.get(name, []))
-        share = Share(self.rank, self.workers, int(phase.micro_batch), phase.accumulation)
-        loader = Loader(
-            rows,
-            getattr(self.templates, name),
-            self.processor.image_processor.resize,
-            Sampler(len(rows), self.config.seed, name),
-            share,
-            _pad_token_id(self.processor.tokenizer),
-        )
+        rows, loader = self.rows[name], self.loaders.pop(name)
+        share = loader.share
+        self.templates.cut = set(self.state.cut[name])
         if self.state.step < phase.steps:
             self._cache_features(name, model, loader, self.state.position - self.state.step * share.per_step)
         engine = self._engine(model, phase, method)
@@ -215,20 +244,17 @@ class Run:
         """
         if self.config.feature_cache_mb == 0:
             return
-        images = loader.images(max(start, 0), getattr(self.config, name).steps)
-        progress = Progress(len(images), f"{self.job.what}: {name} images", "images") if self.rank == 0 else None
+        what = f"{self.job.what}: {name} images"
         loader.features = features.fill(
             model.model,
             self.processor.image_processor.normalize,
             loader,
-            images,
+            max(start, 0),
+            getattr(self.config, name).steps,
             self.config.feature_cache_mb << 20,
             autocast(self.device, self.config.precision),
-            progress,
+            (lambda images: Progress(images, what, "images")) if self.rank == 0 else None,
         )
-        if loader.features is not None:
-            bad = loader.features.bad
-            loader.rows.broken.update({row.name: bad[row.image] for row in loader.rows.rows if row.image in bad})
 
     def _steps(self, name: str, phase: PhaseConfig, engine: Engine, loader: Loader, log: TrainLog | None) -> None:
         """From the current step to the phase's last, with log lines and checkpoints."""
@@ -307,6 +333,12 @@ class Run:
         learned = {group_of(name) for name in self.trained}
         if "language_model" in (self.config.phase(self.state.phase).learn or ()) and "language_model" not in learned:
             raise WorkFailed(f"checkpoint of phase {self.state.phase} does not hold that phase's weights")
+
+
+def room(model: MGMConfig, config: TrainConfig) -> int:
+    """Longest row that the model's context has room for."""
+    context = getattr(model.text_config, "max_position_embeddings", None) or config.max_length
+    return int(context) - (config.prefix.tokens if config.method == "prefix" else 0)
 
 
 def _pad_token_id(tokenizer: Any) -> int:

@@ -139,6 +139,19 @@ def test_bytes_and_uris_give_the_same_batch(tiny: Any, model_dir: Path, tmp_path
     assert torch.equal(inside.pixels, other.pixels) and torch.equal(inside.labels, other.labels)
 
 
+def test_rows_that_teach_nothing_are_known_before_they_train(tiny: Any, model_dir: Path, tmp_path: Path) -> None:
+    """`examine` names what cannot be tokenized, and what loses its end at the longest row that the model can take."""
+    long = {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "red " * 700}]}
+    late = {"conversations": [{"from": "human", "value": "red " * 700}, {"from": "gpt", "value": "red"}]}
+    empty = {"conversations": [*GOOD["conversations"], {"from": "human", "value": "q"}, {"from": "gpt", "value": ""}]}
+    (tmp_path / "x.json").write_text(json.dumps([GOOD, long, late, empty]))
+    templates, rows = Templates(load_processor(model_dir), 512), read_rows(tmp_path / "x.json")
+    share = Share(0, 1, micro_batch=1, accumulation=1)
+    Loader(rows, templates.instruct, lambda images: images, Sampler(4, 0, "x"), share, 0).examine(range(4))
+    assert templates.cut == {"x.json row 1"} and set(rows.broken) == {"x.json row 2", "x.json row 3"}
+    assert rows.broken["x.json row 2"] == "too long: nothing to learn within the 512 tokens that a row may have"
+
+
 def test_nothing_left_is_an_error(tiny: Any, model_dir: Path, tmp_path: Path) -> None:
     """A training set of broken images ends with a message that names one, not with an endless search."""
     loader = tiny.loader(model_dir, tiny.write_dataset(tmp_path / "data", rows=0, broken=3), "align")

@@ -111,11 +111,34 @@ def test_cached_features_give_the_same_losses(tiny: Any, model_dir: Path, tmp_pa
         if cached:
             normalize = _normalize(model_dir)
             context = autocast(torch.device("cpu"), precision)
-            loader.features = features.fill(model.model, normalize, loader, loader.images(0, 12), 1 << 30, context)
+            loader.features = features.fill(model.model, normalize, loader, 0, 12, 1 << 30, context)
             assert len(loader.features.slots) == 10 and list(loader.features.bad.values()) == ["not an image"]
         losses.append(_losses(tiny, model, model_dir, loader, precision))
         assert len(loader.rows.broken) == 1
     torch.testing.assert_close(losses[0], losses[1], rtol=1e-6 if precision == "float32" else 2e-3, atol=0)
+
+
+def test_the_substitute_for_a_broken_picture_is_encoded_too(tiny: Any, model_dir: Path, tmp_path: Path) -> None:
+    """Half of the pictures are broken, and one step shows four of the rows: those that come in their place have
+    features, as without a cache; and a restart, which knows what is broken, has the very same bits.
+    """
+    data, model = tiny.write_dataset(tmp_path / "data", rows=6, broken=6), _aligning(model_dir)
+    plain, first, again = (tiny.loader(model_dir, data, "align", seed=3) for _ in range(3))
+    (expected,) = plain.step(0)
+    named = {row.images[0] for row in (plain.rows.rows[index] for index in plain.indices(0, 1))}
+    caches = []
+    for loader in (first, again):
+        loader.features = features.fill(model.model, _normalize(model_dir), loader, 0, 1, 1 << 30, nullcontext)
+        (found,) = loader.step(0)
+        assert torch.equal(found.input_ids, expected.input_ids)
+        parts = features.tower_outputs(model.model, *_normalize(model_dir)(expected.pixels))
+        for part, reference in zip(found.features, parts, strict=True):
+            torch.testing.assert_close(part, reference)
+        caches.append(loader.features)
+        again.rows.broken.update(first.rows.broken)
+    assert not set(caches[0].slots) <= named and len(caches[0].bad) > 1
+    assert caches[0].slots == caches[1].slots and caches[0].bad == caches[1].bad
+    assert all(torch.equal(a, b) for a, b in zip(caches[0].parts, caches[1].parts, strict=True))
 
 
 def _normalize(model_dir: Path) -> Any:
@@ -133,7 +156,7 @@ def test_features_that_do_not_fit_are_not_kept(tiny: Any, model_dir: Path, tmp_p
     def fails(pixels: torch.Tensor) -> Any:
         raise AssertionError("an image was prepared")
 
-    assert features.fill(model.model, fails, loader, loader.images(0, 3), 1000, nullcontext) is None
+    assert features.fill(model.model, fails, loader, 0, 3, 1000, nullcontext) is None
 
 
 def test_a_batch_without_images_gives_the_projector_a_gradient_of_zero(
