@@ -202,6 +202,12 @@ def load_complete(model_class: Any, directory: Path, **options: Any) -> Any:
     return model
 
 
+def beside(directory: Path) -> list[Path]:
+    """The files that decide a model's answers with its weights: configuration, processor, tokenizer, template."""
+    names = (CONFIG, *PROCESSOR, *TOKENIZER, *_BESIDE)
+    return [directory / name for name in names if (directory / name).is_file()]
+
+
 def model_identity(directory: Path | str) -> str:
     """Digest of what decides the answers of a model: configuration, weights, tokenizer and processor files.
 
@@ -217,7 +223,6 @@ def model_identity(directory: Path | str) -> str:
     directory = Path(directory)
     if not (directory / CONFIG).is_file():
         raise UserError(f"{directory}: not a model directory, {CONFIG} is missing")
-    names = (CONFIG, *PROCESSOR, *TOKENIZER, *_BESIDE)
-    files = [directory / name for name in names if (directory / name).is_file()] + weight_files(directory)
+    files = beside(directory) + weight_files(directory)
     digests = {file.relative_to(directory).as_posix(): d for file, d in zip(files, file_digests(files), strict=True)}
     return hashlib.blake2b(json.dumps(digests, sort_keys=True).encode(), digest_size=16).hexdigest()

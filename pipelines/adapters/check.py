@@ -5,7 +5,6 @@ Each check is a function that yields verdicts; one that cannot run because an ea
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,11 +12,11 @@ from typing import Any
 
 import torch
 
-from pipelines.adapters import probe
+from pipelines.adapters import fit, probe
 from pipelines.errors import UserError
-from pipelines.mgm.adapter import CONFIG, NON_LORA, WEIGHTS, is_lora, read_whole, towers_trained, trained_on
+from pipelines.mgm.adapter import trained_on
 from pipelines.mgm.load import differences, load_config, load_model, load_processor, load_skeleton, quiet
-from pipelines.mgm.names import LANGUAGE_MODEL, TOWERS
+from pipelines.mgm.names import LANGUAGE_MODEL
 from pipelines.mgm.tensorfiles import read_file
 from pipelines.modelfiles import model_identity, weight_files
 
@@ -175,30 +174,18 @@ def _stops(model: Any, processor: Any) -> Verdict:
 
 
 def _adapter_verdicts(adapter: Path, skeleton: Any, base: str) -> Iterator[Verdict]:
+    """What `merge` looks at before it merges, and nothing else."""
     try:
-        files = {name for name in (CONFIG, WEIGHTS, NON_LORA) if (adapter / name).exists()}
-        if not files:
-            raise UserError(f"{adapter}: neither {CONFIG} nor {NON_LORA}")
-        if (CONFIG in files) != (WEIGHTS in files):
-            raise UserError(f"{adapter}: of {CONFIG} and {WEIGHTS} only one is there")
-        lora = read_file(adapter / WEIGHTS) if WEIGHTS in files else {}
-        lora = {name: tensor for name, tensor in lora.items() if is_lora(name)}
-        other = read_whole(adapter)
-        settings = json.loads((adapter / CONFIG).read_text()) if CONFIG in files else None
+        found = fit.look(adapter, skeleton)
         own = trained_on(adapter)
-    except (UserError, json.JSONDecodeError) as error:
+    except UserError as error:
         yield Verdict("files", False, str(error))
         return
-    yield Verdict("files", True, f"{len(lora)} LoRA tensors, {len(other)} others")
+    method = found.config.peft_type.value if found.config is not None else "no adapter of PEFT's"
+    yield Verdict("files", True, f"{method}; {len(found.modules)} modules, {len(found.whole)} tensors trained whole")
     yield _base(own, base)
-    tensors = {**lora, **other}
-    yield _verdict(
-        "empty tensors", [f"{n} {t.shape}" for n, t in sorted(tensors.items()) if t.numel() == 0], "none is Size([0])"
-    )
-    yield _verdict("finite", [n for n, t in sorted(tensors.items()) if not t.isfinite().all()], "no NaN, no infinity")
-    yield _non_lora(other, skeleton, towers=towers_trained(adapter))
-    if settings is not None:
-        yield from _lora(settings, lora, skeleton)
+    for check, good in fit.CHECKS.items():
+        yield _verdict(check, found.faults.get(check, []), good)
 
 
 def _base(own: str | None, base: str) -> Verdict:
@@ -206,63 +193,3 @@ def _base(own: str | None, base: str) -> Verdict:
     if own not in (base, None):
         return Verdict("base", False, f"trained on another model (identity {own}, this one's is {base})")
     return Verdict("base", True, f"identity {own}" if own else "its files do not say on which model it was trained")
-
-
-def _non_lora(other: dict[str, torch.Tensor], skeleton: Any, towers: bool) -> Verdict:
-    shapes = {name: tuple(parameter.shape) for name, parameter in skeleton.named_parameters()}
-    bad = []
-    for name, tensor in sorted(other.items()):
-        if name not in shapes:
-            bad.append(f"{name} has no place in the model")
-        elif name.startswith(TOWERS) and not towers:
-            bad.append(f"{name} belongs to a tower, and towers stay frozen")
-        elif tuple(tensor.shape) != shapes[name]:
-            bad.append(f"{name} is {tuple(tensor.shape)}, the model's is {shapes[name]}")
-    return _verdict("trained without LoRA", bad, f"{len(other)} tensors of the model")
-
-
-def _lora(settings: dict[str, Any], lora: dict[str, torch.Tensor], skeleton: Any) -> Iterator[Verdict]:
-    rank, alpha = settings.get("r", 0), settings.get("lora_alpha", 0)
-    parts: dict[str, dict[str, torch.Tensor]] = {}
-    for name, tensor in lora.items():
-        module, _, part = name.removeprefix("base_model.model.").rpartition(".lora_")
-        parts.setdefault(module, {})[part.removesuffix(".weight")] = tensor
-    wrong = [
-        f"{module} has rank {sorted({p['A'].shape[0], p['B'].shape[-1]})}"
-        for module, p in sorted(parts.items())
-        if {"A", "B"} <= set(p) and p["A"].numel() != 0 and (p["A"].shape[0] != rank or p["B"].shape[-1] != rank)
-    ]
-    yield _verdict("rank", wrong or ([] if rank > 0 else [f"r is {rank}"]), f"r = {rank} everywhere")
-    yield Verdict("alpha", alpha > 0, f"alpha = {alpha}, scale {alpha / rank:g}" if rank else f"alpha = {alpha}")
-    yield _targets(settings, parts, skeleton)
-    modules = dict(skeleton.named_modules())
-    mismatched = []
-    for module, p in sorted(parts.items()):
-        weight = getattr(modules.get(module), "weight", None)
-        if weight is not None and {"A", "B"} <= set(p) and (p["B"].shape[0], p["A"].shape[-1]) != tuple(weight.shape):
-            mismatched.append(
-                f"{module} is {(p['B'].shape[0], p['A'].shape[-1])}, the model's is {tuple(weight.shape)}"
-            )
-    yield _verdict("shapes", mismatched, "as the model's")
-    zero = [module for module, p in sorted(parts.items()) if "B" in p and not p["B"].any()]
-    yield _verdict("non-zero B", [f"{module} learned nothing" for module in zero], f"all {len(parts)} of them")
-
-
-def _targets(settings: dict[str, Any], parts: dict[str, Any], skeleton: Any) -> Verdict:
-    from peft import LoraConfig
-    from peft.tuners.tuners_utils import check_target_module_exists
-
-    targets = settings.get("target_modules")
-    config = LoraConfig(target_modules=targets)
-    named = [name for name, _ in skeleton.named_modules() if name and check_target_module_exists(config, name)]
-    bad = [f"{name} lies in a tower" for name in sorted({*named, *parts}) if name.startswith(TOWERS)]
-    known = {name for name, _ in skeleton.named_modules()}
-    bad += [f"{name} is no module of the model" for name in sorted(set(parts) - known)]
-    bad += [f"{name} is a target without weights" for name in sorted(set(named) - set(parts))]
-    bad += [f"{name} has weights but is no target" for name in sorted(set(parts) & known - set(named))]
-    bad += [
-        f"{name} lacks {' and '.join(sorted({'A', 'B'} - set(p)))}"
-        for name, p in sorted(parts.items())
-        if not {"A", "B"} <= set(p)
-    ]
-    return _verdict("targets", bad or ([] if parts else ["none"]), f"{len(parts)} modules, none in a tower")

@@ -17,11 +17,14 @@ class MergeConfig:
         any_base: merge into a model other than the one that the adapter was trained on, e.g. one whose tokenizer files
             were edited since.
         tolerance: largest absolute difference of logits, in float32, between base + adapter and the merged model.
+        remote_code: put the modelling code into the directory, so that transformers loads it without captune
+            (trust_remote_code=True). A base that has it passes it on in any case.
     """
 
     dtype: str = "auto"
     any_base: bool = False
     tolerance: float = 1e-3
+    remote_code: bool = True
 
     def __post_init__(self) -> None:
         if self.dtype not in ("auto", "float32", "bfloat16", "float16"):

@@ -1,31 +1,55 @@
-"""Base + adapter + weights trained without LoRA -> one plain Hugging Face directory.
+"""Base + adapter -> one plain Hugging Face directory, of a model of any size: one tensor is in memory at a time.
 
-Nothing is believed: the merged model must give the logits of base + adapter, and every tensor of the written files is
-compared with what it has to be. Otherwise nothing stays on disk.
+Nothing is believed. PEFT merges each module, by its own code, and:
+
+- every tensor of the written files is compared with what it has to be, and towers with the base's;
+- the logits of base + adapter (PEFT's layers called, not merged) are compared with those of the merged weights, in
+  float32, on an image and a question and on a question alone. Both models are run a module at a time (`streamed`), the
+  first from the base's files, the second from the merged weights before they are rounded to the dtype of the files;
+- the files are run the same way a third time, to say what the rounding did.
+
+Otherwise nothing stays on disk. Files are mapped, not read, so peak memory is the adapter, a few copies of the largest
+parameter in float32 and the probe's activations, whatever the size of the model.
 """
 
 from __future__ import annotations
 
+import copy
+import json
 import shutil
-from collections.abc import Collection
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers.core_model_loading import revert_weight_conversion
+from torch import nn
 
-from pipelines.adapters import probe
+from pipelines.adapters import fit, probe, streamed
 from pipelines.adapters.config import MergeConfig, decides
+from pipelines.adapters.unmerged import with_adapter
 from pipelines.errors import UserError, WorkFailed
 from pipelines.manifest import identity, open_stage, require_finished
-from pipelines.mgm.adapter import WEIGHTS, has_lora, read_whole, towers_trained, trained_on
+from pipelines.mgm.adapter import has_lora, trained_on
 from pipelines.mgm.directory import check_model_directory
-from pipelines.mgm.load import load_model, load_processor, quiet
-from pipelines.mgm.modeling import MGMForConditionalGeneration
-from pipelines.mgm.names import TOWERS
-from pipelines.mgm.tensorfiles import read_file
-from pipelines.modelfiles import load_complete, model_identity, weight_files
+from pipelines.mgm.load import (
+    check_tensors,
+    differences,
+    is_quantized,
+    load_config,
+    load_processor,
+    load_skeleton,
+    quiet,
+)
+from pipelines.mgm.names import HEAD, TOWERS
+from pipelines.mgm.parts import ORIGINAL_DIR
+from pipelines.mgm.remote_code import add_remote_code
+from pipelines.mgm.stored import Stored
+from pipelines.mgm.tensorfiles import write_index, write_streamed
+from pipelines.modelfiles import CONFIG, beside, model_identity, read_object, tensor_shapes
 from pipelines.progress import say
+
+__all__ = ["Merger", "compare_files", "merge_module", "run", "with_adapter", "write"]
 
 
 def run(
@@ -44,6 +68,8 @@ def run(
     require_finished(adapter)
     has_lora(adapter)
     check_model_directory(model)
+    if is_quantized(model):
+        raise UserError(f"{model}: its weights are quantized; merge into the model that it was made from")
     base = model_identity(model)
     if not config.any_base:
         _refuse_other_base(adapter, model, base)
@@ -72,26 +98,26 @@ def _refuse_other_base(adapter: Path, model: Path, base: str) -> None:
 
 
 def _merge(model: Path, adapter: Path, output: Path, config: MergeConfig) -> dict[str, Any]:
-    dtype = stored_dtype(model) if config.dtype == "auto" else getattr(torch, config.dtype)
-    processor = load_processor(model)
-    inputs = probe.batch(processor)
-    tuned = with_adapter(model, adapter)
-    expected = probe.logits(tuned, inputs)
-    merged = merge_lora(tuned)
-    difference = _difference(probe.logits(merged, inputs), expected)
+    check_tensors(model)
+    update = fit.look(adapter, load_skeleton(model))
+    if update.faults:
+        raise UserError(f"{adapter} cannot be merged into {model}: {fit.told(update.faults)}")
+    merger = Merger(model, update)
+    dtype = stored_dtype(merger.base) if config.dtype == "auto" else getattr(torch, config.dtype)
+    inputs = probe.batch(load_processor(model))
+    shape = merger.skeleton.config
+    expected = streamed.logits(shape, merger.effective, inputs, merger.unmerged())
+    difference = _difference(streamed.logits(shape, merger.merged, inputs, {}), expected)
     if not difference <= config.tolerance:
         raise WorkFailed(
             f"the merged logits differ from base + adapter by {difference:.3g} (merge.tolerance {config.tolerance:g}); "
             "nothing written"
         )
-    merged = merged.to(dtype)
-    merged.config.dtype = dtype
-    merged.save_pretrained(output)
-    processor.save_pretrained(output)
-    changed = compare_files(model, output, dtype, merged, meant=set(read_whole(adapter)))
-    # Not by `load_model`, which refuses what is not finished.
-    again = load_complete(MGMForConditionalGeneration, output, dtype=torch.float32)
-    written = _difference(probe.logits(again, inputs), expected)
+    write(merger, output, dtype)
+    _write_beside(model, output, dtype, config.remote_code)
+    changed = compare_files(merger, output, dtype)
+    files = Stored(output, merger.skeleton)
+    written = _difference(streamed.logits(shape, files.__getitem__, inputs, {}), expected)
     if dtype == torch.float32 and not written <= config.tolerance:
         raise WorkFailed(f"the written model's logits differ from base + adapter by {written:.3g}; nothing kept")
     return {
@@ -104,92 +130,154 @@ def _merge(model: Path, adapter: Path, output: Path, config: MergeConfig) -> dic
     }
 
 
-def stored_dtype(model: Path) -> torch.dtype:
+def stored_dtype(tensors: Stored) -> torch.dtype:
     """Dtype of a model directory's weights."""
-    from safetensors import safe_open
-
-    for file in weight_files(model):
-        with safe_open(file, framework="pt") as tensors:
-            names = tensors.keys()
-            if names:
-                return tensors.get_tensor(names[0]).dtype  # type: ignore[no-any-return]
-    raise UserError(f"{model}: its files hold no tensors")
+    return next(tensor.dtype for tensor in tensors.tensors.values() if tensor.is_floating_point())
 
 
-def with_adapter(model: Path, adapter: Path) -> Any:
-    """The base model in float32 with everything the adapter directory holds, LoRA still apart.
-
-    Raises:
-        UserError: a tensor of the adapter has no place in this model, or another shape.
-    """
-    base = load_model(model, "float32")
-    towers = towers_trained(adapter)
-    own = dict(base.named_parameters())
-    for name, tensor in read_whole(adapter).items():
-        if name not in own:
-            raise UserError(f"{adapter}: trained tensor {name} has no place in {model}")
-        if own[name].shape != tensor.shape:
-            raise UserError(f"{adapter}: {name} is {tuple(tensor.shape)}, the model's is {tuple(own[name].shape)}")
-        if name.startswith(TOWERS) and not towers:
-            raise UserError(f"{adapter}: holds {name}, but towers are never trained here")
-        own[name].data.copy_(tensor)
-    if not has_lora(adapter):
-        return base
-    from peft import PeftModel, get_peft_model_state_dict
-
-    try:
-        tuned = PeftModel.from_pretrained(base, str(adapter))
-    except (RuntimeError, ValueError) as error:
-        raise UserError(f"{adapter}: PEFT cannot load it onto {model} ({error})") from error
-    # PEFT only warns about tensors that it did not find or could not place.
-    wanted, found = set(get_peft_model_state_dict(tuned)), set(read_file(adapter / WEIGHTS))
-    if wanted != found:
-        name = sorted(wanted ^ found)[0]
-        raise UserError(
-            f"{adapter}: {len(wanted - found)} adapter tensors missing, {len(found - wanted)} unexpected, e.g. {name}"
-        )
-    return tuned
-
-
-def merge_lora(tuned: Any) -> Any:
-    """The plain model with LoRA's update added to its weights."""
-    return tuned.merge_and_unload(safe_merge=True) if hasattr(tuned, "merge_and_unload") else tuned
-
-
-def compare_files(model: Path, output: Path, dtype: torch.dtype, merged: Any, meant: Collection[str] = ()) -> int:
-    """Check every written tensor; returns how many differ from the base model's.
+class Merger:
+    """The parameters of base + adapter, one at a time.
 
     Args:
-        meant: names that the adapter brings whole: the only ones that may differ in a tower.
+        model: the base's directory.
+        update: what the adapter changes there, without faults.
+    """
+
+    def __init__(self, model: Path, update: fit.Fit) -> None:
+        self.update = update
+        self.skeleton = streamed.hollow(load_config(model))
+        self.base = Stored(model, self.skeleton)
+        self.modules = dict(self.skeleton.named_modules())
+        self.last: tuple[str, dict[str, torch.Tensor]] = ("", {})
+
+    def effective(self, name: str) -> torch.Tensor:
+        """A parameter with everything that was trained whole, and nothing of PEFT's layers."""
+        if name in self.update.whole:
+            return self.update.whole[name]
+        tensor = self.base[name]
+        if name in self.update.rows:
+            rows, values = self.update.rows[name]
+            tensor = tensor.float().index_copy(0, torch.tensor(rows), values.float())
+        return tensor
+
+    def merged(self, name: str) -> torch.Tensor:
+        """A parameter of the merged model; float32 if PEFT changed it, else as stored.
+
+        Raises:
+            WorkFailed: it is not finite.
+        """
+        module, _, key = name.rpartition(".")
+        if module not in self.update.modules:
+            return self.effective(name)
+        if self.last[0] != module:  # weight and bias come from one merge
+            self.last = (module, merge_module(self.layer(module), module))
+        return self.last[1][key]
+
+    def layer(self, module: str) -> Any:
+        """PEFT's layer with base weights in float32 and the adapter's beside them, made anew."""
+        base = copy.deepcopy(self.modules[module])
+        for key, parameter in base._parameters.items():
+            if parameter is not None:
+                values = self.effective(f"{module}.{key}").float().clone()
+                base._parameters[key] = nn.Parameter(values, requires_grad=False)
+        return self.update.layer(module, base)
+
+    def unmerged(self) -> dict[str, Any]:
+        """Module -> what makes PEFT's layer for it."""
+        return {module: partial(self.layer, module) for module in self.update.modules}
+
+    def files(self, dtype: torch.dtype) -> Iterator[tuple[str, Iterator[tuple[str, torch.Tensor]]]]:
+        """Each file of the base with its tensors as they have to be written, made as they are asked for."""
+        homes = {part: name for name, parts in self.base.parts.items() for part in parts}
+        for file, tensors in self.base.files.items():
+            yield file, ((name, self._written(name, homes.get(name), dtype)) for name in self._kept(tensors))
+
+    def kinds(self, file: str, dtype: torch.dtype) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """Dtype and shape of the tensors that `files` gives for one of them, in that order."""
+        tensors = self.base.files[file]
+        kept = {name: tensors[name] for name in self._kept(tensors)}
+        return {n: (dtype if t.is_floating_point() else t.dtype, tuple(t.shape)) for n, t in kept.items()}
+
+    def _kept(self, tensors: dict[str, torch.Tensor]) -> list[str]:
+        """A tied head follows from the embedding, whatever the base's files say."""
+        tied = self.skeleton.config.tie_word_embeddings
+        return [name for name in tensors if not (tied and name == HEAD)]
+
+    def _written(self, part: str, name: str | None, dtype: torch.dtype) -> torch.Tensor:
+        tensor = self.base.tensors[part]
+        if name is not None and self._changes(name):
+            tensor = self.base.split(name, self.merged(name))[part]
+        return tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+    def _changes(self, name: str) -> bool:
+        update = self.update
+        return name in update.whole or name in update.rows or name.rpartition(".")[0] in update.modules
+
+
+def merge_module(layer: Any, name: str) -> dict[str, torch.Tensor]:
+    """Parameters of the plain module that PEFT's layer becomes, float32, by their names inside of it.
 
     Raises:
-        WorkFailed: names differ, a file does not hold the merged tensor, a tower changed or an embedding came untied.
+        WorkFailed: PEFT found that they are not finite.
     """
-    # As files hold it: in memory, transformers keeps all experts of a Mixtral layer in one tensor.
-    before, after, state = _tensors(model), _tensors(output), revert_weight_conversion(merged, merged.state_dict())
-    if set(before) != set(after):
-        raise WorkFailed(
-            f"the merged model's tensors differ in name from the base's, e.g. {sorted(set(before) ^ set(after))[0]}"
-        )
+    try:
+        layer.merge(safe_merge=True)
+    except ValueError as error:
+        raise WorkFailed(f"{name} cannot be merged ({error}); nothing written") from error
+    return {key: parameter.detach() for key, parameter in layer.get_base_layer().named_parameters()}
+
+
+def write(merger: Merger, output: Path, dtype: torch.dtype) -> None:
+    """The merged model's tensors, in as many files as the base's, and their index."""
+    placed: dict[str, str] = {}
+    count = len(merger.base.files)
+    for number, (file, tensors) in enumerate(merger.files(dtype), start=1):
+        own = "model.safetensors" if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
+        kinds = merger.kinds(file, dtype)
+        write_streamed(output / own, kinds, (tensor for _, tensor in tensors))
+        placed |= dict.fromkeys(kinds, own)
+    if count > 1:
+        write_index(output, placed, sum((output / file).stat().st_size for file in set(placed.values())))
+
+
+def _write_beside(model: Path, output: Path, dtype: torch.dtype, remote_code: bool) -> None:
+    """Configuration, tokenizer, processor, template: the base's own files, so that nothing else can differ."""
+    for path in beside(model):
+        shutil.copyfile(path, output / path.name)
+    if (model / ORIGINAL_DIR).is_dir():
+        shutil.copytree(model / ORIGINAL_DIR, output / ORIGINAL_DIR)
+    config = read_object(output / CONFIG)
+    name = str(dtype).removeprefix("torch.")
+    for part in (config, *(value for value in config.values() if isinstance(value, dict))):
+        if part is config or "dtype" in part:
+            part["dtype"] = name
+    config.pop("torch_dtype", None)
+    (output / CONFIG).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    if remote_code or "auto_map" in config:
+        add_remote_code(output)
+
+
+def compare_files(merger: Merger, output: Path, dtype: torch.dtype) -> int:
+    """Check every written tensor; returns how many differ from the base model's.
+
+    Raises:
+        WorkFailed: names or shapes differ, a file does not hold the merged tensor, or a tower changed that was not
+            meant to.
+    """
+    if bad := differences(merger.skeleton.config, tensor_shapes(output) or {}):
+        raise WorkFailed(f"the written files are not the configured model: {bad.told()}")
+    after = Stored(output, merger.skeleton).tensors
     changed = 0
-    for name, tensor in after.items():
-        if not torch.equal(tensor, state[name].to(dtype)):
-            raise WorkFailed(f"{name} was not written as it was merged")
-        same = torch.equal(tensor, before[name].to(dtype))
-        if not same and name.startswith(TOWERS) and name not in meant:
-            raise WorkFailed(f"{name} changed, but towers must stay bit-identical to the base model's")
-        changed += not same
-    embeddings, head = merged.get_input_embeddings().weight, merged.get_output_embeddings().weight
-    if merged.config.tie_word_embeddings and embeddings.data_ptr() != head.data_ptr():
-        raise WorkFailed("the embeddings are tied in the base model, but not in the merged one")
+    for _, tensors in merger.files(dtype):
+        for name, tensor in tensors:
+            if not torch.equal(after[name], tensor):
+                raise WorkFailed(f"{name} was not written as it was merged")
+            before = merger.base.tensors[name]
+            same = torch.equal(tensor, before.to(tensor.dtype))
+            if not same and name.startswith(TOWERS) and not (merger.update.towers and name in merger.update.whole):
+                raise WorkFailed(f"{name} changed, but towers must stay bit-identical to the base model's")
+            changed += not same
     return changed
-
-
-def _tensors(directory: Path) -> dict[str, torch.Tensor]:
-    found: dict[str, torch.Tensor] = {}
-    for file in weight_files(directory):
-        found.update(read_file(file))
-    return found
 
 
 def _difference(a: torch.Tensor, b: torch.Tensor) -> float:

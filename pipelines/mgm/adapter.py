@@ -26,7 +26,7 @@ PEFT_PREFIX = "base_model.model."
 """Before the names of a model's tensors, in PEFT's files; its prompt methods leave the second part out."""
 PROMPT = "prompt_embeddings"
 """What PEFT's files call a learned prefix: (virtual tokens, layers x key and value x width)."""
-_PROMPT_PREFIX = "base_model."
+PROMPT_PREFIX = "base_model."
 # PEFT's parameters bear the adapter's name ("default"), which its files leave out; the second kind is LoRA's there, the
 # third a learned prefix.
 _PEFT = re.compile(r"\.default(\.|$)|\.lora_\w+(\.|$)|^prompt_(encoder|embeddings)(\.|$)")
@@ -77,7 +77,7 @@ def write_adapter(
         config.rank_pattern, peft = _allocated(config.rank_pattern, peft)
     if config.is_prompt_learning:
         # These methods have no `modules_to_save`, but PEFT loads whatever the file names into the base model, too.
-        peft |= {_PROMPT_PREFIX + name: tensor for name, tensor in whole.items()}
+        peft |= {PROMPT_PREFIX + name: tensor for name, tensor in whole.items()}
     elif whole:
         modules = _modules(whole)
         config.modules_to_save = [*(config.modules_to_save or []), *modules]
@@ -91,7 +91,8 @@ def _saved_name(name: str) -> str:
     """As PEFT names its own tensor in a file, without the adapter's name."""
     if name.startswith("prompt_"):
         return PROMPT
-    return PEFT_PREFIX + re.sub(r"\.default(?=\.|$)", "", name)
+    plain = re.sub(r"\.default(?=\.|$)", "", name)
+    return PEFT_PREFIX + plain.replace(".lora_magnitude_vector.weight", ".lora_magnitude_vector")
 
 
 def _allocated(
@@ -121,9 +122,15 @@ def _modules(names: Iterable[str]) -> list[str]:
 
 def _untrained(model: Path, modules: list[str]) -> dict[str, torch.Tensor]:
     """All tensors of these modules as the base model has them: PEFT takes modules whole, or not at all."""
-    from pipelines.mgm.tensorfiles import read_tensors
+    import torch
 
-    return read_tensors(model, lambda name: any(name.startswith(f"{module}.") for module in modules))
+    from pipelines.mgm.configuration import MGMConfig
+    from pipelines.mgm.modeling import MGMForConditionalGeneration
+    from pipelines.mgm.stored import Stored
+
+    with torch.device("meta"):
+        stored = Stored(model, MGMForConditionalGeneration(MGMConfig.from_pretrained(model)))
+    return {name: stored[name] for name in stored if any(name.startswith(f"{module}.") for module in modules)}
 
 
 def towers_trained(directory: Path) -> bool:
@@ -167,21 +174,3 @@ def has_lora(directory: Path) -> bool:
     if (CONFIG in found) != (WEIGHTS in found):
         raise UserError(f"{directory}: half an adapter: of {CONFIG} and {WEIGHTS} only one is there")
     return CONFIG in found
-
-
-def read_whole(directory: Path) -> dict[str, torch.Tensor]:
-    """Weights trained whole, named as in the base model; empty when there are none.
-
-    Raises:
-        UserError: the directory's two files have different ones.
-    """
-    from pipelines.mgm.tensorfiles import read_file
-
-    plain = read_file(directory / NON_LORA) if (directory / NON_LORA).exists() else {}
-    tensors = read_file(directory / WEIGHTS) if (directory / WEIGHTS).exists() else {}
-    prefix = _PROMPT_PREFIX if PROMPT in tensors else PEFT_PREFIX
-    found = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if not is_lora(name)}
-    for name in sorted(plain.keys() & found.keys()):
-        if plain[name].shape != found[name].shape or not (plain[name] == found[name]).all():
-            raise UserError(f"{directory}: {name} is one thing in {WEIGHTS} and another in {NON_LORA}")
-    return plain | found

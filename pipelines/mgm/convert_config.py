@@ -145,11 +145,13 @@ def expected_shapes(config: MGMConfig) -> Shapes:
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     if config.tie_word_embeddings:
         del shapes[HEAD]
-    return dict(pair for name, shape in shapes.items() for pair in _unfuse(name, shape))
+    return dict(pair for name, shape in shapes.items() for pair in in_files(name, shape))
 
 
-def _unfuse(name: str, shape: tuple[int, ...]) -> list[tuple[str, tuple[int, ...]]]:
-    """Mixtral's experts are one tensor in memory and one per expert in files; other tensors are themselves."""
+def in_files(name: str, shape: tuple[int, ...]) -> list[tuple[str, tuple[int, ...]]]:
+    """Names and shapes that a tensor of the model has in files: its own, but Mixtral's experts are one tensor in memory
+    and one per expert in files, whose rows follow each other in this order.
+    """
     if match := re.fullmatch(r"(.*\.)mlp\.(gate\.weight|experts\.(?:gate_up|down)_proj)", name):
         layer, part = match.groups()
         moe = layer + "block_sparse_moe."

@@ -39,7 +39,7 @@ def load_model(
     """
     path = Path(path)
     check_tensors(path)
-    quantized = "quantization_config" in options or _is_quantized(path)
+    quantized = "quantization_config" in options or is_quantized(path)
     if quantized:  # bitsandbytes packs the weights of a module where the module is
         options["device_map"] = {"": device}
     wanted = dtype if dtype == "auto" else getattr(torch, dtype)
@@ -59,7 +59,7 @@ def check_tensors(path: Path | str) -> None:
     path = Path(path)
     config, found = load_config(path), tensor_shapes(path)
     # Packed tensors have names and shapes of their own, pickled ones have no header: loading them tells.
-    if found is not None and not _is_quantized(path) and (bad := differences(config, found)):
+    if found is not None and not is_quantized(path) and (bad := differences(config, found)):
         raise UserError(f"{path}: weights and configuration disagree; {bad.told()}")
 
 
@@ -122,7 +122,8 @@ def quiet() -> None:
     std_logging.getLogger("bitsandbytes").setLevel(std_logging.ERROR)
 
 
-def _is_quantized(path: Path) -> bool:
+def is_quantized(path: Path) -> bool:
+    """Whether the directory's weights are stored quantized."""
     return "quantization_config" in read_object(path / CONFIG)
 
 

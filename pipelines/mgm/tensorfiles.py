@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
+import math
 import pickle
+import struct
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from pipelines.errors import UserError
-from pipelines.modelfiles import weight_files
 
 
 def read_file(path: Path) -> dict[str, torch.Tensor]:
@@ -32,27 +34,41 @@ def read_file(path: Path) -> dict[str, torch.Tensor]:
     return state
 
 
-def read_tensors(directory: Path, wanted: Callable[[str], bool]) -> dict[str, torch.Tensor]:
-    """The tensors of a model directory whose names are wanted; no others of its safetensors files are read."""
-    found: dict[str, torch.Tensor] = {}
-    for path in weight_files(directory):
-        if path.suffix == ".safetensors":
-            found.update(_iterate_safetensors(path, wanted))
-        else:
-            found.update({name: tensor for name, tensor in read_file(path).items() if wanted(name)})
-    return found
-
-
-def _iterate_safetensors(
-    path: Path, wanted: Callable[[str], bool] = lambda name: True
-) -> Iterator[tuple[str, torch.Tensor]]:
+def _iterate_safetensors(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
     try:
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118 (safe_open is not a mapping)
-                if wanted(name):
-                    yield name, file.get_tensor(name)
+                yield name, file.get_tensor(name)
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path}: not a readable safetensors file, truncated perhaps ({error})") from None
+
+
+_DTYPES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
+    torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
+
+
+def write_streamed(
+    path: Path, kinds: dict[str, tuple[torch.dtype, tuple[int, ...]]], tensors: Iterable[torch.Tensor]
+) -> None:
+    """Write a safetensors file with one tensor in memory at a time.
+
+    Args:
+        kinds: name -> dtype and shape, of what `tensors` gives, in its order.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, (dtype, shape) in kinds.items():
+        start, end = end, end + dtype.itemsize * math.prod(shape)
+        header[name] = {"dtype": _DTYPES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # so that tensors lie aligned
+    with path.open("wb") as stream:
+        stream.write(struct.pack("<Q", len(text)) + text)
+        for (name, kind), tensor in zip(kinds.items(), tensors, strict=True):
+            assert (tensor.dtype, tuple(tensor.shape)) == kind, f"{name} is not {kind}"
+            stream.write(tensor.contiguous().flatten().view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 
 class ShardWriter:
@@ -111,6 +127,10 @@ class ShardWriter:
             path.rename(self.directory / name)
             weight_map |= dict.fromkeys(tensors, name)
         if total > 1 or self.always_index:
-            index = {"metadata": {"total_size": self._total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
-            text = json.dumps(index, indent=1)
-            (self.directory / "model.safetensors.index.json").write_text(text, encoding="utf-8")
+            write_index(self.directory, weight_map, self._total_bytes)
+
+
+def write_index(directory: Path, weight_map: dict[str, str], total_bytes: int) -> None:
+    """Tensor -> file, for a directory whose tensors lie in several."""
+    index = {"metadata": {"total_size": total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=1), encoding="utf-8")

@@ -51,8 +51,7 @@ def test_a_sound_model_and_adapter_pass(model_dir: Path, adapter_dir: Path) -> N
     verdicts = check_adapter(adapter_dir, model_dir)
     assert not _failed(verdicts)
     assert {v.name for v in verdicts} == {
-        "files", "base", "empty tensors", "finite", "trained without LoRA", "rank", "alpha", "targets", "shapes",
-        "non-zero B",
+        "files", "base", "method", "empty tensors", "finite", "targets", "shapes", "trained whole", "effect",
     }  # fmt: skip
 
 
@@ -125,7 +124,7 @@ def test_the_command_prints_verdicts_and_exits_with_one_on_failure(
     assert all(v["passed"] for v in verdicts) and set(verdicts[0]) == {"name", "passed", "detail"}
     assert cli.main(["check", *base, option, str(broken), "--json"]) == 1
     failed = [v["name"] for v in json.loads(capsys.readouterr().out) if not v["passed"]]
-    assert failed == (["non-zero B"] if adapter else ["all-zero"])
+    assert failed == (["effect"] if adapter else ["all-zero"])
     assert cli.main(["check", *base, option, str(broken)]) == 1
     assert f"FAIL  {failed[0]}: " in capsys.readouterr().out
     assert cli.main(["check", *base, option, str(tmp_path / "none")]) == 2
@@ -139,15 +138,15 @@ Q = "base_model.model.model.language_model.layers.0.self_attn.q_proj.lora_{}.wei
     ("verdict", "file", "change"),
     [
         ("empty tensors", WEIGHTS, _set(Q.format("A"), torch.empty(0))),
-        ("non-zero B", WEIGHTS, _set(Q.format("B"), torch.zeros_like)),
-        ("rank", WEIGHTS, lambda t: t.update({Q.format("A"): torch.ones(2, 32), Q.format("B"): torch.ones(32, 2)})),
+        ("effect", WEIGHTS, _set(Q.format("B"), torch.zeros_like)),
+        ("shapes", WEIGHTS, lambda t: t.update({Q.format("A"): torch.ones(2, 32), Q.format("B"): torch.ones(32, 2)})),
         ("shapes", WEIGHTS, _set(Q.format("A"), torch.ones(4, 99))),
         ("targets", WEIGHTS, lambda tensors: tensors.pop(Q.format("A"))),
         ("targets", WEIGHTS, lambda tensors: [tensors.pop(Q.format(part)) for part in "AB"]),
         ("finite", WEIGHTS, _set(Q.format("A"), lambda t: t / 0)),
         ("files", NON_LORA, _set(PROJ, torch.ones(2, 2))),  # PEFT's file has another
         (
-            "trained without LoRA",
+            "trained whole",
             NON_LORA,
             lambda t: t.update({"model.vision_tower.pre_layrnorm.weight": torch.ones(32)}),
         ),
@@ -167,6 +166,9 @@ def test_faults_of_adapter_settings_are_found(model_dir: Path, adapter_dir: Path
     broken = shutil.copytree(adapter_dir, tmp_path / "broken")
     _edit_json(broken, CONFIG, lambda values: values.update(target_modules=["q_proj"], lora_alpha=0))
     failed = _failed(check_adapter(broken, model_dir))
-    assert "vision_tower" in failed["targets"] and "alpha" in failed
+    assert "vision_tower" in failed["targets"]
+    broken = shutil.copytree(adapter_dir, tmp_path / "scaled")
+    _edit_json(broken, CONFIG, lambda values: values.update(lora_alpha=0))
+    assert "scaled by zero" in _failed(check_adapter(broken, model_dir))["effect"]
     (broken / CONFIG).unlink()
     assert "only one is there" in _failed(check_adapter(broken, model_dir))["files"]

@@ -1,7 +1,11 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -69,26 +73,271 @@ def test_projector_alone_can_be_merged(tiny: Any, model_dir: Path, tmp_path: Pat
     assert manifest["merged_tensors"] > 0 and all(torch.equal(merged[name], tensor) for name, tensor in trained.items())
 
 
-@pytest.mark.parametrize("fault", ["lora dropped", "tower changed", "NaN"])
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ("lora dropped", "logits differ"),
+        ("NaN", "logits differ"),
+        ("tower changed", "towers must stay"),
+        ("badly written", "was not written as it was merged"),
+    ],
+)
 def test_a_wrong_merge_is_refused_and_leaves_nothing(
-    model_dir: Path, adapter_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str
+    model_dir: Path, adapter_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str, message: str
 ) -> None:
-    """Whatever PEFT or transformers may do wrong one day: no directory appears."""
+    """Whatever PEFT, torch or a disk may do wrong one day: no directory appears."""
+    written, streamed = merge.Merger._written, merge.write_streamed
 
-    def corrupted(tuned: Any) -> Any:
-        if fault == "lora dropped":
-            return tuned.unload()
-        merged = tuned.merge_and_unload()
-        parameters = dict(merged.named_parameters())
+    def dropped(layer: Any, name: str) -> dict[str, torch.Tensor]:
+        weights = dict(layer.get_base_layer().named_parameters())
+        return {key: tensor * float("nan") if fault == "NaN" else tensor for key, tensor in weights.items()}
+
+    def tower_changed(self: Any, part: str, *rest: Any) -> torch.Tensor:
         # The tower's class token never reaches the language model: no logit can tell that it changed.
-        name = "model.vision_tower.post_layernorm.weight" if fault == "tower changed" else "model.uni_value.proj.weight"
-        parameters[name].data.fill_(0.5 if fault == "tower changed" else float("nan"))
-        return merged
+        return written(self, part, *rest) + (0.5 if part == "model.vision_tower.post_layernorm.weight" else 0)
 
-    monkeypatch.setattr(merge, "merge_lora", corrupted)
-    with pytest.raises(WorkFailed, match="towers must stay" if fault == "tower changed" else "logits differ"):
+    if fault == "tower changed":
+        monkeypatch.setattr(merge.Merger, "_written", tower_changed)
+    elif fault == "badly written":
+        monkeypatch.setattr(merge, "write_streamed", lambda p, k, tensors: streamed(p, k, (2 * t for t in tensors)))
+    else:
+        monkeypatch.setattr(merge, "merge_module", dropped)
+    with pytest.raises(WorkFailed, match=message):
         merge.run(model_dir, adapter_dir, tmp_path / "merged", MergeConfig())
     assert not (tmp_path / "merged").exists()
+
+
+TARGETS = r"model\.language_model\.layers\.\d+\.(self_attn\.(q|v)_proj|mlp\.down_proj)"
+
+
+def _peft_config(kind: str) -> Any:
+    from peft import AdaLoraConfig, IA3Config, LoraConfig
+
+    lora: dict[str, Any] = {"r": 4, "lora_alpha": 8, "target_modules": TARGETS}
+    pattern = {r"mlp\.down_proj": 2}
+    return {
+        "plain": lambda: LoraConfig(**lora),
+        "dora": lambda: LoraConfig(use_dora=True, **lora),
+        "rslora": lambda: LoraConfig(use_rslora=True, **lora),
+        "patterns": lambda: LoraConfig(rank_pattern=pattern, alpha_pattern=pattern, **lora),
+        "pissa": lambda: LoraConfig(init_lora_weights="pissa", **lora),
+        "one layer": lambda: LoraConfig(
+            r=2, target_modules=["gate_proj"], layers_to_transform=[1], layers_pattern="layers"
+        ),
+        "module": lambda: LoraConfig(modules_to_save=["multi_modal_projector"], **lora),
+        "tokens": lambda: LoraConfig(trainable_token_indices={"embed_tokens": [3, 5]}, **lora),
+        "adalora": lambda: AdaLoraConfig(init_r=3, target_r=2, total_step=9, target_modules=TARGETS),
+        "ia3": lambda: IA3Config(target_modules=TARGETS, feedforward_modules=r".*down_proj"),
+        "uni": lambda: LoraConfig(r=2, target_modules=r"model\.uni_(query|key|value)\.proj"),
+        # Not to be merged:
+        "tower": lambda: LoraConfig(r=2, target_modules=["q_proj"]),
+        "tied": lambda: LoraConfig(r=2, target_modules=["lm_head"]),
+        "untying": lambda: LoraConfig(modules_to_save=["embed_tokens"], **lora),
+        "biases": lambda: LoraConfig(bias="all", **lora),
+        "new bias": lambda: LoraConfig(lora_bias=True, **lora),
+    }[kind]()
+
+
+@pytest.mark.parametrize(
+    ("kind", "refusal"),
+    [
+        *((kind, None) for kind in ("plain", "dora", "rslora", "patterns", "pissa", "one layer", "module", "tokens")),
+        *((kind, None) for kind in ("adalora", "ia3", "uni")),
+        ("tower", "lies in a tower"),
+        ("tied", "lm_head.weight is tied"),
+        ("untying", "embed_tokens.weight is tied"),
+        ("biases", "belongs to a tower"),
+        ("new bias", "base layer has no bias"),
+    ],
+)
+def test_check_passes_exactly_what_merge_merges(
+    model_dir: Path, tmp_path: Path, kind: str, refusal: str | None
+) -> None:
+    """Adapters that PEFT alone wrote: merged to PEFT's own logits and passed, or refused by both for one reason."""
+    from peft import PeftModel, get_peft_model
+
+    torch.manual_seed(0)
+    tuned = get_peft_model(load_model(model_dir, "float32"), _peft_config(kind))
+    with torch.no_grad():
+        for parameter in (p for p in tuned.parameters() if p.requires_grad):
+            parameter += torch.randn_like(parameter) * 0.1
+    tuned.save_pretrained(tmp_path / "adapter")
+    failed = [verdict.detail for verdict in check_adapter(tmp_path / "adapter", model_dir) if not verdict.passed]
+    if refusal is not None:
+        assert any(refusal in detail for detail in failed)
+        with pytest.raises(UserError, match=refusal):
+            merge.run(model_dir, tmp_path / "adapter", tmp_path / "merged", MergeConfig())
+        assert not (tmp_path / "merged").exists()
+        return
+    assert not failed
+    merge.run(model_dir, tmp_path / "adapter", tmp_path / "merged", MergeConfig())
+    inputs = probe.batch(load_processor(model_dir))
+    base = load_model(model_dir, "float32")
+    before = probe.logits(base, inputs)
+    expected = probe.logits(PeftModel.from_pretrained(base, tmp_path / "adapter"), inputs)
+    assert (expected - before).abs().max() > 1e-3
+    found = probe.logits(load_model(tmp_path / "merged", "float32"), inputs)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+
+
+def test_a_prefix_cannot_be_merged(model_dir: Path, tmp_path: Path) -> None:
+    """It changes no weight; the message says what to do with it."""
+    from peft import PrefixTuningConfig
+
+    shape = {"num_layers": 2, "num_attention_heads": 1, "token_dim": 8}
+    config = PrefixTuningConfig(
+        task_type="CAUSAL_LM", num_virtual_tokens=3, base_model_name_or_path=str(model_dir), **shape
+    )
+    weights = {"prompt_embeddings": torch.randn(3, 32)}
+    write_adapter(tmp_path / "adapter", weights, config, base=model_identity(model_dir))
+    with pytest.raises(UserError, match=r"PREFIX_TUNING changes no weight .* captune serve BASE --adapter"):
+        merge.run(model_dir, tmp_path / "adapter", tmp_path / "merged", MergeConfig())
+    assert not (tmp_path / "merged").exists()
+
+
+def test_a_full_fine_tune_replaces_whole_tensors(model_dir: Path, tmp_path: Path) -> None:
+    """Without PEFT: every trained tensor is the merged model's, and a tied head follows its embedding."""
+    names = ("model.language_model.embed_tokens.weight", "model.language_model.layers.1.mlp.up_proj.weight")
+    saved = load_file(model_dir / "model.safetensors")
+    weights = {name: saved[name] + 0.1 for name in (*names, "model.multi_modal_projector.0.bias")}
+    write_adapter(tmp_path / "adapter", weights, None, base=model_identity(model_dir))
+    assert all(verdict.passed for verdict in check_adapter(tmp_path / "adapter", model_dir))
+    manifest = merge.run(model_dir, tmp_path / "adapter", tmp_path / "merged", MergeConfig())
+    merged = load_file(tmp_path / "merged" / "model.safetensors")
+    assert manifest["merged_tensors"] == 3
+    assert all(torch.equal(tensor, weights.get(name, saved[name])) for name, tensor in merged.items())
+    model = load_model(tmp_path / "merged", "float32")
+    assert torch.equal(model.lm_head.weight, weights[names[0]])
+
+
+def test_an_adapter_trained_over_nf4_merges_into_the_weights_that_were_quantized(
+    model_dir: Path, tmp_path: Path
+) -> None:
+    """QLoRA: the merged model is the unquantized base with the adapter; into a quantized one nothing can be merged."""
+    pytest.importorskip("bitsandbytes")
+    from peft import LoraConfig, get_peft_model
+    from transformers import BitsAndBytesConfig
+
+    nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+    base = load_model(model_dir, "float32", quantization_config=nf4)
+    config = LoraConfig(r=4, lora_alpha=8, target_modules=TARGETS, base_model_name_or_path=str(model_dir))
+    tuned = get_peft_model(base, config)
+    learned = {name: p for name, p in base.named_parameters() if p.requires_grad}
+    with torch.no_grad():
+        for parameter in learned.values():
+            parameter += torch.randn_like(parameter) * 0.1
+    write_adapter(tmp_path / "adapter", learned, config, base=model_identity(model_dir))
+    merge.run(model_dir, tmp_path / "adapter", tmp_path / "merged", MergeConfig())
+    inputs = probe.batch(load_processor(model_dir))
+    found = probe.logits(load_model(tmp_path / "merged", "float32"), inputs)
+    expected = probe.logits(merge.with_adapter(model_dir, tmp_path / "adapter"), inputs)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+    assert (probe.logits(tuned, inputs) - expected).abs().max() > 1e-3  # what training saw was nf4
+
+    load_model(model_dir, "float32", quantization_config=nf4).save_pretrained(tmp_path / "nf4")
+    load_processor(model_dir).save_pretrained(tmp_path / "nf4")
+    with pytest.raises(UserError, match="quantized; merge into the model that it was made from"):
+        merge.run(tmp_path / "nf4", tmp_path / "adapter", tmp_path / "no", MergeConfig())
+
+
+@pytest.mark.parametrize("kind", ["shards", "pickled"])
+def test_a_base_in_several_files_or_pickled_ones(model_dir: Path, adapter_dir: Path, tmp_path: Path, kind: str) -> None:
+    """Merged to the same tensors; files that transformers loads, with an index where there are several."""
+    base = tmp_path / "base"
+    shutil.copytree(model_dir, base)
+    saved = load_file(base / "model.safetensors")
+    (base / "model.safetensors").unlink()
+    if kind == "shards":
+        load_model(model_dir, "float32").save_pretrained(base, max_shard_size="30KB")
+    else:
+        torch.save(saved, base / "pytorch_model.bin")
+    merge.run(base, adapter_dir, tmp_path / "merged", MergeConfig(any_base=True))
+    merge.run(model_dir, adapter_dir, tmp_path / "plain", MergeConfig())
+    files = sorted(tmp_path.glob("merged/*.safetensors"))
+    assert (len(files) > 1) == (kind == "shards") == (tmp_path / "merged" / "model.safetensors.index.json").exists()
+    found = {name: tensor for file in files for name, tensor in load_file(file).items()}
+    expected = load_file(tmp_path / "plain" / "model.safetensors")
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    assert all(verdict.passed for verdict in check_model(tmp_path / "merged"))
+
+
+@pytest.mark.heavy
+def test_memory_does_not_grow_with_the_model(tiny: Any, tmp_path: Path) -> None:
+    """Anonymous memory: files are mapped and modules come one at a time, so a 13B model merges in 32 GB."""
+    from peft import LoraConfig
+
+    model = tiny.write_model(tmp_path / "model", layers=24, hidden=512, dtype="bfloat16")
+    size = (model / "model.safetensors").stat().st_size
+    config = LoraConfig(r=2, target_modules=r".*language_model.*\.q_proj", base_model_name_or_path=str(model))
+    weights = {}
+    for layer in range(24):
+        name = f"model.language_model.layers.{layer}.self_attn.q_proj.lora_{{}}.default.weight"
+        weights |= {name.format("A"): torch.randn(2, 512), name.format("B"): torch.randn(512, 2) / 100}
+    write_adapter(tmp_path / "adapter", weights, config, base=model_identity(model))
+    small = tiny.write_model(tmp_path / "small")
+    adapter = tiny.train_adapter(small, tiny.write_instructions(tmp_path / "i.json"), tmp_path / "a", steps=1)
+    merge.run(small, adapter, tmp_path / "warm", MergeConfig())  # libraries load, allocators take what they need
+    with _Peak() as peak:
+        merge.run(model, tmp_path / "adapter", tmp_path / "merged", MergeConfig())
+    assert size > 50 << 20
+    assert peak.grown < 0.4 * size, f"{peak.grown >> 20} MiB for a model of {size >> 20}"
+
+
+class _Peak:
+    """How far this process's anonymous memory grows meanwhile, in bytes."""
+
+    def __enter__(self) -> _Peak:
+        self.start = self.peak = self._now()
+        self.done = threading.Event()
+        self.thread = threading.Thread(target=self._watch)
+        self.thread.start()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.done.set()
+        self.thread.join()
+
+    @property
+    def grown(self) -> int:
+        return self.peak - self.start
+
+    def _watch(self) -> None:
+        while not self.done.wait(0.005):
+            self.peak = max(self.peak, self._now())
+
+    def _now(self) -> int:
+        status = Path("/proc/self/status").read_text()
+        return int(next(line for line in status.splitlines() if line.startswith("RssAnon")).split()[1]) << 10
+
+
+LOADED_ELSEWHERE = """
+import sys
+sys.modules["pipelines"] = None  # as where captune is not installed
+from transformers import AutoModelForImageTextToText, AutoProcessor
+kinds = (AutoModelForImageTextToText, AutoProcessor)
+print(*(type(kind.from_pretrained(sys.argv[1], trust_remote_code=True)).__name__ for kind in kinds))
+"""
+
+
+@pytest.mark.heavy
+def test_a_merged_model_loads_without_captune(model_dir: Path, adapter_dir: Path, tmp_path: Path) -> None:
+    """It carries its modelling code, unless it is told not to; a base that has it passes it on in any case."""
+    from pipelines.mgm.remote_code import add_remote_code
+
+    merge.run(model_dir, adapter_dir, tmp_path / "merged", MergeConfig())
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    environment |= {"HF_MODULES_CACHE": str(tmp_path / "cache")}
+    command = [sys.executable, "-c", LOADED_ELSEWHERE, str(tmp_path / "merged")]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.stdout.split() == ["MGMForConditionalGeneration", "MGMProcessor"], done.stderr[-2000:]
+
+    merge.run(model_dir, adapter_dir, tmp_path / "bare", MergeConfig(remote_code=False))
+    assert not (tmp_path / "bare" / "modeling.py").exists()
+    coded = shutil.copytree(model_dir, tmp_path / "coded")
+    add_remote_code(coded)
+    merge.run(coded, adapter_dir, tmp_path / "passed on", MergeConfig(remote_code=False, any_base=True))
+    assert (tmp_path / "passed on" / "modeling.py").exists()
 
 
 def test_adapters_of_another_model_are_refused(tiny: Any, model_dir: Path, adapter_dir: Path, tmp_path: Path) -> None:
@@ -96,7 +345,7 @@ def test_adapters_of_another_model_are_refused(tiny: Any, model_dir: Path, adapt
     left.
     """
     other = tiny.write_model(tmp_path / "other", hidden=64)
-    with pytest.raises(UserError, match="multi_modal_projector"):
+    with pytest.raises(UserError, match=r"lora_A\.weight is \(4, 64\), model and configuration say \(4, 128\)"):
         merge.run(other, adapter_dir, tmp_path / "merged", MergeConfig(any_base=True))
     assert not (tmp_path / "merged").exists()
 
@@ -104,7 +353,7 @@ def test_adapters_of_another_model_are_refused(tiny: Any, model_dir: Path, adapt
     tensors = load_file(broken / WEIGHTS)
     lost = tensors.pop(sorted(tensors)[0])
     save_file(tensors, broken / WEIGHTS)
-    with pytest.raises(UserError, match="1 adapter tensors missing"):
+    with pytest.raises(UserError, match=r"lora_A\.weight is missing"):
         merge.run(model_dir, broken, tmp_path / "merged", MergeConfig())
     (broken / WEIGHTS).unlink()
     with pytest.raises(UserError, match="half an adapter"):
@@ -200,9 +449,17 @@ def test_a_mixtral_merges(mixtral_dir: Path, tmp_path: Path) -> None:
         f"{module}.lora_B.default.weight": torch.ones(32, 2),
     }
     settings = LoraConfig(r=2, lora_alpha=2, target_modules=module.replace(".", r"\."), task_type="CAUSAL_LM")
+    experts = "model.language_model.layers.0.mlp.experts.gate_up_proj"
+    weights[experts] = 1 + dict(load_model(mixtral_dir).named_parameters())[experts].detach()
+    settings.base_model_name_or_path = str(mixtral_dir)
     write_adapter(tmp_path / "adapter", weights, settings, base=model_identity(mixtral_dir))
     merge.run(mixtral_dir, tmp_path / "adapter", tmp_path / "merged", MergeConfig())
     before, after = (load_file(place / "model.safetensors") for place in (mixtral_dir, tmp_path / "merged"))
     torch.testing.assert_close(after[f"{module}.weight"], before[f"{module}.weight"] + 2)
     assert before.keys() == after.keys()
-    assert {name for name in after if not torch.equal(after[name], before[name])} == {f"{module}.weight"}
+    # One tensor in memory, two of each expert's three in files.
+    moved = {
+        f"model.language_model.layers.0.block_sparse_moe.experts.{n}.{w}.weight" for n in (0, 1) for w in ("w1", "w3")
+    }
+    assert {n for n in after if not torch.equal(after[n], before[n])} == {f"{module}.weight", *moved}
+    assert all(torch.equal(after[name], before[name] + 1) for name in moved)

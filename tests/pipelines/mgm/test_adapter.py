@@ -12,9 +12,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from pipelines.adapters import merge, probe
+from pipelines.adapters import probe
+from pipelines.adapters.check import check_adapter
+from pipelines.adapters.unmerged import with_adapter
 from pipelines.errors import UserError
-from pipelines.mgm.adapter import CONFIG, NON_LORA, WEIGHTS, is_lora, read_whole, write_adapter
+from pipelines.mgm.adapter import CONFIG, NON_LORA, WEIGHTS, is_lora, write_adapter
 from pipelines.mgm.load import load_model, load_processor
 from pipelines.modelfiles import model_identity
 from pipelines.train.config import TrainConfig
@@ -76,8 +78,9 @@ def test_peft_alone_restores_what_was_trained(model_dir: Path, tmp_path: Path, m
     found, expected = probe.logits(restored, inputs), probe.logits(tuned, inputs)
     assert (found - before).abs().max() > 0.05
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 if method == "adalora" else 0)
-    projector = read_whole(tmp_path / "adapter")
-    assert any(name.startswith("model.uni_key.") for name in projector)
+    assert all(verdict.passed for verdict in check_adapter(tmp_path / "adapter", model_dir)) == (method != "prefix")
+    again = probe.logits(with_adapter(model_dir, tmp_path / "adapter"), inputs)
+    torch.testing.assert_close(again, found, rtol=0, atol=0)
 
 
 def test_directories_of_older_versions_load(model_dir: Path, adapter_dir: Path, tmp_path: Path) -> None:
@@ -88,15 +91,15 @@ def test_directories_of_older_versions_load(model_dir: Path, adapter_dir: Path, 
     settings = json.loads((old / CONFIG).read_text())
     (old / CONFIG).write_text(json.dumps(settings | {"modules_to_save": None}))
     inputs = probe.batch(load_processor(model_dir))
-    found, expected = (probe.logits(merge.with_adapter(model_dir, place), inputs) for place in (old, adapter_dir))
+    found, expected = (probe.logits(with_adapter(model_dir, place), inputs) for place in (old, adapter_dir))
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
-def test_two_files_that_disagree_are_refused(adapter_dir: Path, tmp_path: Path) -> None:
+def test_two_files_that_disagree_are_refused(model_dir: Path, adapter_dir: Path, tmp_path: Path) -> None:
     """One of them comes from another training."""
     mixed = shutil.copytree(adapter_dir, tmp_path / "mixed")
     tensors = load_file(mixed / NON_LORA)
     name = "model.uni_query.proj.weight"
     save_file(tensors | {name: tensors[name] + 1}, mixed / NON_LORA)
     with pytest.raises(UserError, match=rf"{name} is one thing in {WEIGHTS} and another in {NON_LORA}"):
-        read_whole(mixed)
+        with_adapter(model_dir, mixed)

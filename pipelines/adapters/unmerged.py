@@ -1,0 +1,39 @@
+"""A model with an adapter on it, unmerged: to compare with, to try, and for the methods that cannot be merged."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipelines.adapters import fit
+from pipelines.errors import UserError
+from pipelines.mgm.load import load_model, load_skeleton
+
+
+def with_adapter(model: Path, adapter: Path, dtype: str = "float32", device: torch.device | str = "cpu") -> Any:
+    """The base model with everything that the adapter directory holds, PEFT's layers apart.
+
+    Args:
+        dtype: of the base's weights, as of `load_model`.
+
+    Returns:
+        A `PeftModel`, or the plain model where PEFT trained nothing.
+
+    Raises:
+        UserError: the adapter does not belong on this model.
+    """
+    found = fit.look(adapter, load_skeleton(model))
+    if faults := {check: texts for check, texts in found.faults.items() if check != "method"}:
+        raise UserError(f"{adapter} does not fit {model}: {fit.told(faults)}")
+    base = load_model(model, dtype, device)
+    own = dict(base.named_parameters())
+    with torch.no_grad():
+        for name, tensor in found.whole.items():
+            own[name].copy_(tensor)
+    if found.config is None:
+        return base
+    from peft import PeftModel
+
+    return PeftModel.from_pretrained(base, str(adapter)).requires_grad_(False).eval()
