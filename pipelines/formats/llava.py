@@ -1,4 +1,5 @@
 """LLaVA's rows: `{"id", "image", "conversations"}` as a JSON list, or one a line; images relative to the file's folder.
+Several images of a row are a list, in the order of their placeholders, under `image` or `images`.
 
 The only place that knows what a conversation looks like: captioning, training and export ask it, whichever format
 carried the row.
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.errors import UserError
-from pipelines.formats.rows import Row, bad_row, image_folder, parse_json, rows_of_lines, with_image_path
+from pipelines.formats.rows import Row, bad_row, image_folder, parse_json, rows_of_lines, with_image_path, with_images
 from pipelines.formats.texts import caption_of
 from pipelines.storage import AnyPath
 
@@ -65,7 +66,7 @@ def conversation(turns: Iterable[Turn]) -> list[dict[str, str]]:
 
 def is_row(value: Any) -> bool:
     """Whether a JSON value is a row of this format, and not of another that is written one object a line."""
-    return isinstance(value, dict) and "conversations" in value and not {"text", "images"} & set(value)
+    return isinstance(value, dict) and "conversations" in value and "text" not in value
 
 
 def rows(path: AnyPath) -> Iterator[Row]:
@@ -94,19 +95,19 @@ def _rows_of_list(path: AnyPath) -> Iterator[Row]:
 def _row(item: Any, where: str, base: AnyPath) -> Row:
     if not isinstance(item, dict):
         return bad_row(where, f"a JSON {type(item).__name__} where an object was expected")
-    meta = {key: value for key, value in item.items() if key != "image"}
+    meta = {key: value for key, value in item.items() if key not in ("image", "images")}
     try:
         turns = turns_of(_with_texts(item.get("conversations")))
     except ValueError as reason:
         return bad_row(where, str(reason), meta=meta)
     row = Row(where, next((text for role, text in turns if role == "assistant"), "").strip(), meta=meta)
-    image = item.get("image")
+    image = item.get("image") or item.get("images")
     if isinstance(image, list) and len(image) == 1:
         image = image[0]
     if not image:
         return row
     if isinstance(image, list):
-        return bad_row(where, f"'image' names {len(image)} images, and a row has one", caption=row.caption, meta=meta)
+        return with_images(row, image, base)
     if not isinstance(image, str):
         return bad_row(where, "'image' is not a file name", caption=row.caption, meta=meta)
     return with_image_path(row, image, image_folder(base, image))

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipelines.errors import UserError
 from pipelines.files import replacing
-from pipelines.formats.rows import Row, bad_row, with_image_path
+from pipelines.formats.rows import Row, bad_row, with_image_path, with_images
 from pipelines.formats.texts import caption_of, noted
 from pipelines.records import is_record
 from pipelines.storage import AnyPath, files_in
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-_IMAGE = ("image", "image_bytes", "jpg", "image_uri", "image_path", "file_name")
+_IMAGE = ("image", "images", "image_bytes", "jpg", "image_uri", "image_path", "file_name")
 _TEXT = ("text", "caption", "txt")
 _BATCH = 64  # rows held decoded at a time: bytes columns are large
 _GROUP_ROWS, _GROUP_BYTES = 100, 32 << 20
@@ -111,15 +111,22 @@ def _from_table(value: dict[str, Any], where: str, image_column: str, text_colum
     meta = {key: item for key, item in value.items() if not isinstance(item, bytes)}
     caption, note = caption_of(caption)
     meta = noted(meta, note)
-    if isinstance(image, dict):  # Hugging Face datasets: {"bytes": ..., "path": ...}
-        image = image.get("bytes") or image.get("path")
-    if isinstance(image, list):
-        image = image[0] if len(image) == 1 else None
+    images = [_picture(one) for one in image] if isinstance(image, list) else [_picture(image)]
+    if len(images) > 1:
+        return with_images(Row(where, caption, meta=meta), images, base)
+    image = next(iter(images), None)
     if isinstance(image, bytes):
         return Row(where, caption, image=image, meta=meta)
     if isinstance(image, str) and image:
         return with_image_path(Row(where, caption, meta=meta), image, base)
+    if not image and meta.get("conversations"):
+        return Row(where, caption, meta=meta)
     return bad_row(where, f"its column '{image_column}' holds no single image", caption=caption, meta=meta)
+
+
+def _picture(image: Any) -> Any:
+    """Bytes or a name; of Hugging Face's struct `{"bytes": ..., "path": ...}` whichever it has."""
+    return image.get("bytes") or image.get("path") if isinstance(image, dict) else image
 
 
 def write(samples: Iterable[dict[str, Any]], path: Path) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -82,6 +82,25 @@ def with_image_path(row: Row, image: str, base: AnyPath) -> Row:
         )
     else:
         row.image_uri = str(base / image)
+    return row
+
+
+def with_images(row: Row, images: Sequence[Any], base: AnyPath) -> Row:
+    """The row with its images: bytes, or names that are resolved as in `with_image_path`. What is neither makes it an
+    error row.
+    """
+    found: list[bytes | str] = []
+    for image in images:
+        if not isinstance(image, (bytes, str)) or not image:
+            return bad_row(row.where, f"not a picture's name: {str(image)[:80]}", caption=row.caption, meta=row.meta)
+        place = Row(row.where)
+        if isinstance(image, str):
+            place = with_image_path(place, image, image_folder(base, image))
+        if place.error is not None:
+            row.error = place.error
+            return row
+        found.append(place.image_uri or image)
+    row.images = tuple(found)
     return row
 
 

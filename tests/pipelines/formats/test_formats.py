@@ -143,7 +143,7 @@ BROKEN_ITEMS = [
     ({"image": "a.jpg", "conversations": [{"from": "human", "value": 3}]}, "turn 0 is not a 'from'"),
     ({"image": {"path": "a.jpg"}, "conversations": TURNS}, "'image' is not a file name"),
     ({"image": 5, "conversations": TURNS}, "'image' is not a file name"),
-    ({"image": ["a.jpg", "b.jpg"], "conversations": TURNS}, "'image' names 2 images"),
+    ({"image": ["a.jpg", 5], "conversations": TURNS}, "not a picture's name: 5"),
     (5, "JSON int"),
 ]
 
@@ -261,6 +261,24 @@ def test_webdataset_with_faults(tmp_path: Path, jpeg: Jpeg) -> None:
     path.write_bytes(whole[:start] + b"garbage" * 200)
     assert [row.error is None for row in rows_of(path)] == [True, False, False, False]
     assert "no valid header" in (rows_of(path)[-1].error or "")
+
+
+def test_several_images_of_a_row_are_all_there_and_no_caption(tmp_path: Path, jpeg: Jpeg) -> None:
+    """In their order, from a list of names in JSON and JSONL and from Hugging Face's structs in Parquet; captioning has
+    no use for such a row and says so. Conversations about no image are rows of text.
+    """
+    for number in (1, 2):
+        (tmp_path / f"{number}.jpg").write_bytes(jpeg(number))
+    names = [str(tmp_path / "2.jpg"), str(tmp_path / "1.jpg")]
+    (tmp_path / "a.json").write_text(json.dumps([{"image": ["2.jpg", "1.jpg"], "conversations": TURNS}]))
+    (tmp_path / "b.jsonl").write_text(json.dumps({"images": ["2.jpg", "1.jpg"], "conversations": TURNS}))
+    structs = [{"bytes": jpeg(2), "path": "x"}, {"bytes": None, "path": "1.jpg"}]
+    pq.write_table(pa.table({"images": [structs, []], "conversations": [TURNS, TURNS]}), tmp_path / "c.parquet")
+    (listed,), (lined,), (table, text) = (rows_of(tmp_path / name) for name in ("a.json", "b.jsonl", "c.parquet"))
+    assert list(listed.pictures) == list(lined.pictures) == names and list(table.pictures) == [jpeg(2), names[1]]
+    for row in (listed, lined, table):
+        assert row.error is None and "it has 2 images, and a caption is about one" in (to_record(row)["error"] or "")
+    assert text.error is None and text.pictures == () and "has no image" in (to_record(text)["error"] or "")
 
 
 def test_parquet_tables_and_records(tmp_path: Path, jpeg: Jpeg) -> None:

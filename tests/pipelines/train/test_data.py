@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,8 +13,9 @@ from pipelines.errors import UserError
 from pipelines.formats import llava
 from pipelines.formats.export import export
 from pipelines.manifest import MANIFEST
-from pipelines.mgm.load import load_processor
+from pipelines.mgm.load import load_model, load_processor
 from pipelines.mgm.templates import ALIGNMENT, CHAT_TEMPLATES
+from pipelines.train import features
 from pipelines.train.data import IGNORE, Loader, Sampler, Share, Templates, prefetch
 from pipelines.train.rows import read_rows
 from tests.tiny_tokenizers import tokenizer_for
@@ -63,7 +65,7 @@ def _processor(kind: str) -> Any:
 )
 def test_the_recorded_masks_come_out_of_the_loader(kind: str, tiny: Any, tmp_path: Path) -> None:
     """Every conversation that the original's `preprocess_*` functions were recorded on, from a LLaVA file to the batch:
-    the original's tokens and labels. Those that it gives no loss, and those with two images, are named as broken.
+    the original's tokens and labels. Those that it gives no loss are named as broken.
     """
     processor, image = _processor(kind), tmp_path / "a.jpg"
     image.write_bytes(tiny.jpeg("red"))
@@ -71,7 +73,7 @@ def test_the_recorded_masks_come_out_of_the_loader(kind: str, tiny: Any, tmp_pat
     for case in (case for case in load_masks() if case["template"] == kind):
         limit = case.get("max_length", 2048)
         placeholders = sum(turn["value"].count("<image>") for turn in case["conversation"])
-        entry = {"conversations": case["conversation"]} | ({"image": image.name} if placeholders else {})
+        entry = {"conversations": case["conversation"], "image": [image.name] * placeholders}
         (tmp_path / "rows.json").write_text(json.dumps([entry]))
         rows = read_rows(tmp_path / "rows.json")
         templates = Templates(processor, limit)
@@ -79,7 +81,7 @@ def test_the_recorded_masks_come_out_of_the_loader(kind: str, tiny: Any, tmp_pat
         share = Share(0, 1, micro_batch=1, accumulation=1)
         loader = Loader(rows, encode, lambda images: torch.zeros(len(images), 3, 8, 8), Sampler(1, 0, "x"), share, 0)
         labels = [IGNORE if label == -200 else label for label in case["labels"]]
-        if placeholders > 1 or all(label == IGNORE for label in labels[1:]):
+        if all(label == IGNORE for label in labels[1:]):
             with pytest.raises(UserError, match="no row to train on"):
                 rows.require_usable()
                 loader.step(0)
@@ -185,7 +187,8 @@ GOOD = {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "valu
         ({"conversations": [{"from": ["human"], "value": "a"}, {"from": "gpt", "value": "x"}]}, "turn 0 is not"),
         ({"conversations": [{"from": "human", "value": 3}, {"from": "gpt", "value": "x"}]}, "turn 0 is not"),
         ({"image": {"path": "a.jpg"}, **GOOD}, "'image' is not a file name"),
-        ({"image": ["a.jpg", "b.jpg"], **GOOD}, "names 2 images"),
+        ({"image": ["a.jpg", "b.jpg"], **GOOD}, "0 <image> placeholder(s) for 2 image(s)"),
+        ({"image": ["a.jpg", None], **GOOD}, "not a picture's name: None"),
         ({"conversations": [{"from": "gpt", "value": "x"}]}, "needs at least one human turn"),
         ({"conversations": [*GOOD["conversations"], {"from": "gpt", "value": "x"}]}, "take turns"),
         ({"conversations": [{"from": "system", "value": "x"}, *GOOD["conversations"]]}, "must be human or gpt"),
@@ -201,6 +204,36 @@ def test_malformed_conversations_are_counted(tmp_path: Path, entry: dict[str, An
     assert reason in rows.broken["x.json row 1"]
 
 
+def test_several_images_of_a_row_train_in_reading_order(tiny: Any, model_dir: Path, tmp_path: Path) -> None:
+    """Two in one turn and one in a later one, beside a row of text: pixels, and features of a cache, follow the
+    placeholders. A picture that does not decode breaks its row, which is named.
+    """
+    colours = ("red", "green", "blue")
+    for colour in colours:
+        (tmp_path / f"{colour}.jpg").write_bytes(tiny.jpeg(colour))
+    (tmp_path / "bad.jpg").write_bytes(b"no picture")
+    turns = [{"from": "human", "value": "<image>\n<image>\nsame ?"}, {"from": "gpt", "value": "red"}]
+    turns += [{"from": "human", "value": "and this ? <image>"}, {"from": "gpt", "value": "square"}]
+    good, bad = (
+        {"image": [f"{c}.jpg" for c in names], "conversations": turns} for names in (colours, ("red", "bad", "blue"))
+    )
+    (tmp_path / "x.json").write_text(json.dumps([GOOD, good, bad]))
+    loader = tiny.loader(model_dir, tmp_path / "x.json", "instruct", micro_batch=3)
+    (batch,) = loader.step(0)
+    assert loader.rows.broken == {"x.json row 2": "not an image"}
+    shown = (batch.input_ids == tiny.tokenizer().convert_tokens_to_ids("<image>")).sum(1).tolist()
+    assert sorted(shown) in ([0, 0, 48], [0, 48, 48]) and len(batch.pixels) == sum(shown) // 16
+    expected = torch.stack([loader.pixels(str(tmp_path / f"{colour}.jpg")) for colour in colours])
+    assert torch.equal(batch.pixels[:3], expected) and len({p.float().mean().item() for p in expected}) == 3
+    model = load_model(model_dir, "float32").model
+    normalize = load_processor(model_dir).image_processor.normalize
+    loader.features = features.fill(model, normalize, loader, 0, 1, 1 << 30, nullcontext)
+    assert len(loader.features.slots) == 3 and list(loader.features.bad.values()) == ["not an image"]
+    (cached,) = loader.step(0)
+    for part, reference in zip(cached.features, features.tower_outputs(model, *normalize(batch.pixels)), strict=True):
+        torch.testing.assert_close(part, reference)
+
+
 def test_a_first_turn_of_the_model_is_left_out(tiny: Any, model_dir: Path, tmp_path: Path) -> None:
     """As the original does, which trains on the rest."""
     greeted = {"conversations": [{"from": "gpt", "value": "hello"}, *GOOD["conversations"]]}
@@ -211,7 +244,7 @@ def test_a_first_turn_of_the_model_is_left_out(tiny: Any, model_dir: Path, tmp_p
 
 def test_too_many_broken_rows_are_shown_by_kind(tmp_path: Path) -> None:
     """The limit is a share; each kind comes with its number and an example; images that lie elsewhere are foreseen."""
-    two = GOOD | {"image": ["a.jpg", "b.jpg"]}
+    two = GOOD | {"image": {"path": "a.jpg"}}
     empty = {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": ""}]}
     (tmp_path / "x.json").write_text(json.dumps([GOOD, GOOD, two, two, empty]))
     rows = read_rows(tmp_path / "x.json")
