@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from pipelines.mgm.image_processing import MGMImageProcessor
+from pipelines.train.compiling import compile_layers
 from pipelines.train.config import PhaseConfig, TrainConfig
 from pipelines.train.data import IGNORE, Batch
 from pipelines.train.methods import make_learn
@@ -60,21 +61,13 @@ class Training:
         (layers.activation_checkpointing_disable if new else layers.gradient_checkpointing_disable)()
         prepare(self.model, wanted)
 
-    def compile(self, towers: bool) -> None:
-        """Decoder layers; `towers` adds CLIP's layers and ConvNeXt's, the latter in channels_last."""
+    def compile(self, towers: bool) -> list[torch.nn.Module]:
+        """As training does, or the decoder layers alone; returns them."""
         torch._dynamo.reset()
-        torch._dynamo.config.recompile_limit = 64
-        if towers:
-            self.model.model.vision_tower_aux.to(memory_format=torch.channels_last)
-        for layer in self._compilable(towers):
-            layer.compile(dynamic=False)
-
-    def _compilable(self, towers: bool) -> list[Any]:
-        model = self.model.model
-        layers = list(model.language_model.layers)
-        if towers:
-            layers += getattr(model.vision_tower, "vision_model", model.vision_tower).encoder.layers
-            layers += [layer for stage in model.vision_tower_aux.encoder["stages"] for layer in stage.layers]
+        layers = compile_layers(self.model)
+        if not towers:
+            for layer in layers[len(self.model.model.language_model.layers) :]:
+                layer._compiled_call_impl = None
         return layers
 
     def loss(self, batches: list[Batch]) -> tuple[float, float]:
@@ -115,20 +108,51 @@ class Training:
         except torch.OutOfMemoryError:
             run.note("training", **facts, out_of_memory=True)
 
-    def compiled(self, run: Run, towers: bool) -> None:
-        """The decoder layers compiled, or the towers too: the speed, and the loss beside that of plain ones."""
-        rows = 2 if run.tiny else 8
-        self.checkpointing(True)
-        if not run.tiny:  # a compiler at work takes minutes on a CPU
-            self.compile(towers)
-        self.speed(run, rows, True, "layers and towers" if towers else "layers")
+    def compiled(self, run: Run, towers: bool, shapes: tuple[tuple[int, bool], ...]) -> None:
+        """The decoder layers compiled, or the towers too: the speed of (rows, checkpointing), and the loss of the first
+        of them beside that of plain layers.
+        """
+        # a compiler at work takes minutes on a CPU
+        layers = [] if run.tiny else self.compile(towers)
+        for rows, checkpointing in shapes:
+            self.speed(run, rows, checkpointing, "layers and towers" if towers else "layers")
+        rows, checkpointing = shapes[0]
+        self.checkpointing(checkpointing)
         found = self.loss([self.batch(rows)])
-        for layer in self._compilable(towers):
+        for layer in layers:
             layer._compiled_call_impl = None
         wanted = self.loss([self.batch(rows)])
         apart = [abs(a - b) / abs(a) for a, b in zip(wanted, found, strict=True)]
         run.note("training.compiled.equal", towers=towers, loss_apart=apart[0], gradient_apart=apart[1])
         assert math.isfinite(found[0])
+
+    def plain(self, run: Run) -> None:
+        """What one writes first: a row at a time through `forward(labels=...)`, checkpointing, AdamW."""
+        self.checkpointing(True)
+        learned = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        optimizer, rows = torch.optim.AdamW(learned, lr=0.0), 2 if run.tiny else 8
+        batches = [self.batch(1, seed).to(run.device) for seed in range(rows)]
+
+        def step() -> None:
+            for batch in batches:
+                pixels, aux = self.processor.normalize(batch.pixels)
+                with autocast(run.device, self.precision)():
+                    loss = self.model(
+                        input_ids=batch.input_ids,
+                        attention_mask=batch.attention_mask,
+                        pixel_values=pixels,
+                        pixel_values_aux=aux,
+                        labels=batch.labels,
+                    ).loss
+                (loss / rows).backward()
+            torch.nn.utils.clip_grad_norm_(learned, 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+
+        seconds = run.median(step, 3, 1)
+        run.note(
+            "training.plain", micro_batch=1, cap_gib=CAP_GIB, samples_per_s=rows / seconds, peak_gib=run.peak_gib()
+        )
 
     def towers(self, run: Run) -> None:
         """What the frozen towers take of it."""
@@ -172,7 +196,9 @@ def training(run: Run) -> None:
     run.section("training.equal", 10, bench.equal)
     for rows, checkpointing in ((2, True), (1, False)) if run.tiny else ((8, True), (1, True), (2, False)):
         run.section("training", 10, partial(bench.speed, rows=rows, checkpointing=checkpointing))
-    for towers in (False, True):
-        run.section("training.compiled", 45, partial(bench.compiled, towers=towers))
+    run.section("training.plain", 15, bench.plain)
+    both = ((2, True),) if run.tiny else ((8, True), (16, True), (4, False), (8, False))
+    run.section("training.compiled", 90, partial(bench.compiled, towers=True, shapes=both))
+    run.section("training.compiled", 45, partial(bench.compiled, towers=False, shapes=both[:1]))
     cap(False)
     run.section("training.towers", 10, bench.towers)
