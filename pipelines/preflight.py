@@ -21,6 +21,7 @@ from pipelines.errors import NotReady, Problem, UserError
 from pipelines.evaluate.benchmark import Question
 from pipelines.evaluate.config import EvaluateConfig
 from pipelines.refine.config import RefineConfig
+from pipelines.train import trackers
 from pipelines.train.config import TrainConfig
 
 _KEY = re.compile(r"(?P<key>[a-z_]+(\.[a-zA-Z_-]+)+)(: | )(?P<rest>.*)", re.DOTALL)
@@ -101,6 +102,7 @@ def train(config: TrainConfig, model: str) -> Iterator[Problem]:
         yield from dataset(config.instruct_data, "train.instruct_data")
     elif config.align.steps == 0:
         yield Problem("train.align.steps", "is 0, and there is no instruct phase: nothing to train")
+    yield from found("train.tracker", lambda: trackers.require(config.tracker))
     if config.strategy != "ddp" and importlib.util.find_spec("deepspeed") is None:
         yield Problem("train.strategy", f"{config.strategy} needs DeepSpeed, which is not installed")
 

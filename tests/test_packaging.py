@@ -22,6 +22,8 @@ UNIMPORTED = {
 }
 WITH_CARDS = {"triton"}
 """PyTorch's CUDA build brings it along, the CPU build has none: imported where there is a card."""
+ASKED_FOR = "trackers"
+"""The extra whose packages are imported when a key of a recipe names them, and by nobody else."""
 TOOLS = {"kubernetes-validate", "mypy", "pre-commit", "pytest-timeout", "ruff", "types-pyyaml"}
 """Of `dev`: run by their names or read as files, not imported."""
 ELSEWHERE = {"mgm"}
@@ -57,8 +59,9 @@ def _imported(*folders: str) -> set[str]:
 
 def test_every_import_of_the_package_is_declared_and_nothing_else_is() -> None:
     declared = {_name(requirement) for requirement in PROJECT["dependencies"]}
+    asked_for = {_name(requirement) for requirement in PROJECT["optional-dependencies"][ASKED_FOR]}
     imported = _imported(*OURS)
-    assert imported - declared == WITH_CARDS, "imported, but nobody promises that it is installed"
+    assert imported - declared == WITH_CARDS | asked_for, "imported, but nobody promises that it is installed"
     assert declared - imported - set(UNIMPORTED) == set(), "declared, but nothing imports it, and no reason is given"
     assert set(UNIMPORTED) & imported == set(), "a reason for what is imported after all"
 
@@ -69,7 +72,12 @@ def test_what_only_tests_import_is_declared_for_development() -> None:
         _imported("tests") - ELSEWHERE - WITH_CARDS - {_name(requirement) for requirement in PROJECT["dependencies"]}
     )
     assert needed == {_name(requirement) for requirement in extras["dev"]} - TOOLS
-    others = {_name(requirement) for extra, found in extras.items() if extra != "dev" for requirement in found}
+    others = {
+        _name(requirement)
+        for extra, found in extras.items()
+        if extra not in ("dev", ASKED_FOR)
+        for requirement in found
+    }
     assert others <= set(UNIMPORTED) <= {_name(r) for r in PROJECT["dependencies"]} | others, "a reason for nothing"
 
 

@@ -15,6 +15,7 @@ from pipelines.evaluate.registry import open_benchmark, title
 from pipelines.files import write_text
 from pipelines.report import answer, charts, data, examples, numbers, overview, training
 from pipelines.rundir import Run, RunDir, collect
+from pipelines.train.stability import RULE
 
 QUESTIONS = 12
 """Questions won, and as many lost, that are open to see; the other examples of the comparison unfold."""
@@ -74,6 +75,7 @@ def view(run: Run) -> dict[str, Any]:
         "galleries": _galleries(refined, thumbnails),
         "curves": training.curves(run, styles),
         "phases": training.table(run, styles),
+        "stability": RULE,
         "scores": _scores(run),
         "questions": _questions(run, thumbnails),
         "stages": [(place, stage, overview.rows_of(stage.manifest)) for place, stage in run.stages()],

@@ -10,18 +10,28 @@ from typing import Any
 from pipelines.report import charts, numbers
 from pipelines.rundir import Run, Walk
 from pipelines.train.log import read_log
+from pipelines.train.stability import Stability, measure
 
 CURVES = (
     ("loss", "Loss", "cross-entropy per token; pale: every logged step, solid: moving average"),
+    ("held_out_loss", "Held-out loss", "of the same rows, with the same words, for every model; nobody trains on them"),
     ("grad_norm", "Gradient norm", "before clipping; pale: every logged step, solid: moving average"),
-    ("learning_rate", "Learning rate", "warm-up, then cosine decay, in each phase anew"),
+    ("learning_rate", "Learning rate", "the highest of the groups that learn, in each phase anew"),
     ("samples_per_second", "Speed", "samples per second; pale: every logged step, solid: moving average"),
 )
+_NOT_SMOOTHED = ("learning_rate", "held_out_loss")
 
 
 @dataclass(frozen=True)
 class PhaseRow:
-    """A line of the table: one phase of one model's training."""
+    """A line of the tables: one phase of one model's training.
+
+    Attributes:
+        planned, batch: steps and samples a step; None while nobody says so.
+        went: what the logged steps say.
+        rate: the largest learning rate.
+        facts: of the manifest: share that learns, peak memory, tokens a second, and so on; empty until it is written.
+    """
 
     walk: str
     style: str
@@ -29,13 +39,12 @@ class PhaseRow:
     steps: int
     planned: int | None
     batch: int | None
-    loss_first: float
-    loss_last: float
-    norm_median: float
-    norm_largest: float
+    went: Stability
     rate: float
     speed: float
+    peak: float | None
     seconds: float
+    facts: dict[str, Any]
 
 
 def curves(run: Run, styles: dict[str, int]) -> list[dict[str, Any]]:
@@ -48,9 +57,29 @@ def curves(run: Run, styles: dict[str, int]) -> list[dict[str, Any]]:
     for key, title, note in CURVES:
         series = [charts.Series(walk.name, styles[walk.arm], _phases(walk, key, spans)) for walk in walks]
         label = f"{title} over training steps of {', '.join(walk.name for walk in walks)}"
-        figure = charts.curves(series, spans, label, numbers.figure_text, smooth=key != "learning_rate")
-        drawings.append({"title": title, "note": note, "figure": figure})
+        figure = charts.curves(series, spans, label, numbers.figure_text, smooth=key not in _NOT_SMOOTHED)
+        warning = _warning(walks) if key == "loss" else ""
+        if figure or key != "held_out_loss":
+            drawings.append({"title": title, "note": note, "warning": warning, "figure": figure})
     return drawings
+
+
+def _warning(walks: Sequence[Walk]) -> str:
+    """What must be said where arms that learn different texts share an axis."""
+    phases = list(dict.fromkeys(phase for walk in walks for phase in _by_phase(walk)))
+    different = [phase for phase in phases if len({_text(walk, phase) for walk in walks}) > 1]
+    if not different:
+        return ""
+    return (
+        f"In {' and '.join(different)} the arms learn different texts, and some texts are easier to foretell than "
+        "others: the lower curve is not the better model. The held-out loss can be compared."
+    )
+
+
+def _text(walk: Walk, phase: str) -> str:
+    """Identity of what a phase learns; of a training that has not finished, the arm that its captions are from."""
+    identities = walk.adapter.inputs.get("data") or {"align": walk.arm}
+    return str(identities.get(phase, ""))
 
 
 def table(run: Run, styles: dict[str, int]) -> list[PhaseRow]:
@@ -66,10 +95,9 @@ def table(run: Run, styles: dict[str, int]) -> list[PhaseRow]:
 def _row(
     walk: Walk, style: str, phase: str, lines: list[dict[str, Any]], facts: dict[str, Any], recipe: dict[str, Any]
 ) -> PhaseRow:
-    losses, norms = [line["loss"] for line in lines], sorted(line["grad_norm"] for line in lines)
-    tenth = max(1, len(losses) // 10)
     seconds = lines[-1]["seconds"]
     speeds = [line["samples_per_second"] for line in lines]
+    peaks = [line["peak_memory_gib"] for line in lines if line.get("peak_memory_gib")]
     return PhaseRow(
         walk=walk.name,
         style=style,
@@ -77,13 +105,12 @@ def _row(
         steps=lines[-1]["step"],
         planned=facts.get("steps") or ((recipe.get("train") or {}).get(phase) or {}).get("steps"),
         batch=facts.get("batch"),
-        loss_first=_mean(losses[:tenth]),
-        loss_last=_mean(losses[-tenth:]),
-        norm_median=norms[len(norms) // 2],
-        norm_largest=norms[-1],
+        went=measure(lines),
         rate=max(line["learning_rate"] for line in lines),
         speed=lines[-1]["step"] * facts["batch"] / seconds if facts.get("batch") and seconds else _mean(speeds),
+        peak=max(peaks) if peaks else facts.get("peak_memory_gib"),
         seconds=seconds,
+        facts=facts,
     )
 
 
@@ -114,7 +141,7 @@ def _phases(walk: Walk, key: str, spans: Sequence[tuple[str, float, float]]) -> 
         [
             charts.Point(start + line["step"], line[key], f"{name} step {line['step']}")
             for line in lines.get(name, ())
-            if math.isfinite(line[key])
+            if math.isfinite(line.get(key, math.nan))
         ]
         for name, start, _ in spans
     ]

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from pipelines.demand import Demand
 from pipelines.errors import UserError
 from pipelines.mgm.templates import ALIASES, TEMPLATES
+from pipelines.train.trackers import SERVICES
 
 AUTO = "auto"
 GROUPS = ("projector", "uni_modules", "language_model")
@@ -200,6 +201,10 @@ class TrainConfig:
         gradient_checkpointing: recompute activations in the backward pass instead of keeping them.
         checkpoint_every: optimizer steps between checkpoints.
         log_every: optimizer steps between log lines.
+        held_out: rows of `instruct_data` that no phase trains on, the same ones for every arm and seed (at most every
+            tenth row); their loss is measured in both phases. 0: none.
+        held_out_every: optimizer steps between two measurements, beside those after a phase's first and last step.
+        tracker: `mlflow` or `wandb`: the log's lines go there, too (package extra `trackers`); `none`.
         max_length: longest token sequence, visual tokens included; longer rows are counted and cut as the original
             does.
         feature_cache_mb: memory per worker for the frozen towers' outputs, so that each image is encoded once and not
@@ -226,6 +231,9 @@ class TrainConfig:
     gradient_checkpointing: bool = True
     checkpoint_every: int = 100
     log_every: int = 1
+    held_out: int = 64
+    held_out_every: int = 25
+    tracker: str = "none"
     max_length: int = 2048
     feature_cache_mb: int = 2048
     max_broken_share: float = 0.5
@@ -239,15 +247,18 @@ class TrainConfig:
             phase: PhaseConfig = getattr(self, name)
             if phase.batch is not None and self.workers > 0:
                 phase.settled(name, self.workers)
-        for key in ("workers", "checkpoint_every", "log_every", "max_length"):
+        for key in ("workers", "checkpoint_every", "log_every", "held_out_every", "max_length"):
             if getattr(self, key) < 1:
                 raise UserError(f"train.{key} must be at least 1, not {getattr(self, key)}")
-        if self.feature_cache_mb < 0 or self.max_failures < 0:
-            raise UserError("train.feature_cache_mb and train.max_failures cannot be negative")
+        for key in ("held_out", "feature_cache_mb", "max_failures"):
+            if getattr(self, key) < 0:
+                raise UserError(f"train.{key} cannot be negative")
         if not 0 <= self.max_broken_share <= 1:
             raise UserError(f"train.max_broken_share is a share between 0 and 1, not {self.max_broken_share:g}")
         if self.cpus_per_worker <= 0:
             raise UserError(f"train.cpus_per_worker must be positive, not {self.cpus_per_worker}")
+        if self.tracker not in ("none", *SERVICES):
+            raise UserError(f"train.tracker must be none, {' or '.join(SERVICES)}, not '{self.tracker}'")
         if self.strategy not in ("ddp", "zero2", "zero3"):
             raise UserError(f"train.strategy must be ddp, zero2 or zero3, not '{self.strategy}'")
         if self.compile and self.strategy != "ddp":

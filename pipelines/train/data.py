@@ -210,12 +210,26 @@ class Loader:
 
     def step(self, position: int) -> list[Batch]:
         """This worker's micro-batches of the step that begins at `position`."""
-        return [self._collate(self.sampler.at(start, self.share.micro_batch)) for start in self.share.starts(position)]
+        drawn = (self.sampler.at(start, self.share.micro_batch) for start in self.share.starts(position))
+        return [self._collate([self._usable(index) for index in indices]) for indices in drawn]
 
     def steps(self, position: int, count: int, depth: int = 2) -> Iterator[list[Batch]]:
         """Micro-batches of `count` steps, made ahead in a thread."""
         size = self.share.per_step
         return prefetch((self.step(position + step * size) for step in range(count)), depth)
+
+    def every_row(self) -> list[Batch]:
+        """Each usable row once, in order: this worker's micro-batches of them. All workers have equally many, for which
+        some may get one in which there is nothing to learn.
+        """
+        size, share = self.share.micro_batch, self.share
+        starts = list(range(0, len(self.rows), size))
+        batches = []
+        for turn in range(0, len(starts), share.workers):
+            mine = starts[turn + share.worker : turn + share.worker + 1]
+            found = [self._load(row) for start in mine for row in self.rows.rows[start : start + size]]
+            batches.append(self._collate([loaded for loaded in found if loaded is not None] or [self._nothing()]))
+        return batches
 
     def images(self, position: int, count: int, cache: Any = None) -> list[Image]:
         """Distinct images that `count` steps of this worker show, in a fixed order.
@@ -273,12 +287,8 @@ class Loader:
         except BadImage as reason:
             raise BadRow(str(reason)) from None
 
-    def _collate(self, indices: list[int]) -> Batch:
-        examples, visuals = [], list[Any]()
-        for index in indices:
-            example, shown = self._usable(index)
-            examples.append(example)
-            visuals += shown
+    def _collate(self, loaded: list[tuple[Example, list[Any]]]) -> Batch:
+        examples, visuals = [example for example, _ in loaded], [visual for _, shown in loaded for visual in shown]
         length = max(len(example.input_ids) for example in examples)
         input_ids = torch.full((len(examples), length), self.pad)
         labels = torch.full((len(examples), length), IGNORE)
@@ -298,21 +308,32 @@ class Loader:
         )
 
     def _usable(self, index: int) -> tuple[Example, list[Any]]:
-        """The row, or the next one that is usable: tokens, and pixels or places in the feature cache of its images."""
+        """The row, or the next one that is usable."""
         for row in self._from(index):
-            if row.name in self.rows.broken:
-                continue
-            try:
-                example = self.encode(row)
-                if self.features is None:
-                    return example, [self.pixels(image) for image in row.images]
-                # An image that was not encoded: another worker could not read what this one could.
-                if all(image in self.features.slots for image in row.images):
-                    return example, [self.features.slots[image] for image in row.images]
-            except BadRow as reason:
-                self.rows.broken[row.name] = str(reason)
+            loaded = self._load(row)
+            if loaded is not None:
+                return loaded
         self.rows.require_usable()
         raise AssertionError("unreachable: rows are left, but none was usable")
+
+    def _load(self, row: Row) -> tuple[Example, list[Any]] | None:
+        """A row's tokens, and the pixels or places in the feature cache of its images; None when it is not usable."""
+        if row.name in self.rows.broken:
+            return None
+        try:
+            example = self.encode(row)
+            if self.features is None:
+                return example, [self.pixels(image) for image in row.images]
+            # An image that was not encoded: another worker could not read what this one could.
+            if all(image in self.features.slots for image in row.images):
+                return example, [self.features.slots[image] for image in row.images]
+        except BadRow as reason:
+            self.rows.broken[row.name] = str(reason)
+        return None
+
+    def _nothing(self) -> tuple[Example, list[Any]]:
+        """Two tokens of padding, of which none is learned."""
+        return Example(torch.full((2,), self.pad, dtype=torch.int32), torch.full((2,), IGNORE, dtype=torch.int32)), []
 
 
 def prefetch(items: Iterable[T], depth: int) -> Iterator[T]:

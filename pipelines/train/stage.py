@@ -21,7 +21,10 @@ from pipelines.modelfiles import model_identity
 from pipelines.progress import Progress, say
 from pipelines.storage import is_remote
 from pipelines.train.config import PhaseConfig, TrainConfig
+from pipelines.train.held_out import most
 from pipelines.train.rows import read_rows, say_broken
+from pipelines.train.stability import Stability
+from pipelines.train.trackers import environment, require
 
 RUN = "run"
 _NOT_RESULT = (
@@ -33,6 +36,8 @@ _NOT_RESULT = (
     "compile",
     "max_failures",
     "log_every",
+    "held_out_every",
+    "tracker",
     "checkpoint_every",
     "feature_cache_mb",
     "max_broken_share",
@@ -61,6 +66,7 @@ def run(
     model, output = Path(model).resolve(), Path(output).resolve()
     data = phases(input, config)
     check_model_directory(model)
+    require(config.tracker)
     identities = {phase: open_dataset(path).identity() for phase, path in data.items()}
     wanted = inputs(model_identity(model), identities, config)
     what = f"train {arm}".strip()
@@ -73,6 +79,8 @@ def run(
     facts = _fit(model, stage.inputs["model"], output, config.settled(), data, what)
     for phase, broken in facts["broken"].items():
         say_broken(broken, phase, what)
+    for phase, found in facts["phases"].items():
+        say(f"{what}: {phase} was {Stability(**found['stability']).verdict}")
     return stage.finish(
         rows_in={phase: found["rows"] for phase, found in facts["phases"].items()},
         rows_broken={phase: len(broken) for phase, broken in facts["broken"].items()},
@@ -125,7 +133,7 @@ def _look_at_rows(data: dict[str, str], config: TrainConfig, what: str) -> dict[
     found = {}
     for phase, path in data.items():
         rows = read_rows(path, images=False)
-        found[phase] = len(rows)
+        found[phase] = len(rows) - (most(rows, config.held_out) if phase == "instruct" else 0)
         rows.look_at_images()
         say_broken(rows.require_usable(config.max_broken_share).broken, phase, what)
     return found
@@ -157,7 +165,7 @@ def _fit(model: Path, base: str, output: Path, config: TrainConfig, data: dict[s
     resources: dict[str, float] = {"CPU": config.cpus_per_worker} | ({"GPU": 1} if config.use_gpu else {})
     trainer = TorchTrainer(
         train_worker,  # type: ignore[arg-type]
-        train_loop_config={"job": Job(str(model), base, str(output), config, data, what)},
+        train_loop_config={"job": Job(str(model), base, str(output), config, data, what, environment())},
         torch_config=TorchConfig(backend="nccl" if config.use_gpu else "gloo"),
         scaling_config=ScalingConfig(
             num_workers=config.workers, use_gpu=config.use_gpu, resources_per_worker=resources

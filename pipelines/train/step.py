@@ -6,6 +6,7 @@ The DeepSpeed twin of `TorchEngine` is in zero.py; worker.py drives either on Ra
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -48,6 +49,11 @@ class Engine(Protocol):
 
     def step(self, batches: list[Batch], learning_rate: float) -> StepResult:
         """One optimizer step over this worker's micro-batches."""
+
+    def evaluate(self, batches: list[Batch]) -> float:
+        """Mean loss over the target tokens of all workers' batches, of which each has equally many, without dropout;
+        changes nothing. NaN when there is no target.
+        """
 
     def weights(self) -> dict[str, torch.Tensor]:
         """Full float32 CPU copies of what learns, named as in the model, on every worker."""
@@ -200,6 +206,35 @@ def require_finite(loss: float, grad_norm: float) -> None:
             raise WorkFailed(f"the {what} became {value}; lower the learning rate or look at the data")
 
 
+@torch.no_grad()
+def mean_loss(
+    forward: nn.Module,
+    batches: Iterable[Batch],
+    device: torch.device,
+    context: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
+    all_do: Iterable[tuple[bool, int]] | None = None,
+) -> float:
+    """See `Engine.evaluate`. What was in training mode is so again afterwards.
+
+    Args:
+        all_do: for each batch, what else `TrainForward` is told.
+    """
+    training = [module for module in forward.modules() if module.training]
+    compiled = any(module._compiled_call_impl is not None for module in forward.modules())
+    forward.eval()
+    loss_sum, targets = torch.zeros((), dtype=torch.float64, device=device), 0
+    # Compiled layers would be compiled anew for evaluation, which takes longer than it could save.
+    with torch.compiler.set_stance("force_eager") if compiled else contextlib.nullcontext():
+        for batch, told in zip(batches, all_do or itertools.repeat((False, 0)), strict=False):
+            with context():
+                loss_sum += forward(batch.to(device), *told).double()
+            targets += batch.targets
+    for module in training:
+        module.training = True
+    every = total(targets, device)
+    return total(float(loss_sum), device) / every if every else math.nan
+
+
 class TorchEngine:
     """Single-process or DistributedDataParallel training with float32 master weights."""
 
@@ -251,6 +286,10 @@ class TorchEngine:
         if isinstance(self.forward, DistributedDataParallel) and not last:
             return self.forward.no_sync()
         return contextlib.nullcontext()
+
+    def evaluate(self, batches: list[Batch]) -> float:
+        """See `Engine.evaluate`."""
+        return mean_loss(self.forward, batches, self.device, self.autocast)
 
     def weights(self) -> dict[str, torch.Tensor]:
         """See `Engine.weights`."""

@@ -8,7 +8,8 @@ import json
 import logging
 import tempfile
 import time
-from dataclasses import dataclass, field
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +29,12 @@ from pipelines.train.compiling import Compiled, compile_layers
 from pipelines.train.config import PhaseConfig, TrainConfig
 from pipelines.train.data import Batch, Loader, Sampler, Share, Templates
 from pipelines.train.gauges import TrainGauges
+from pipelines.train.held_out import set_aside
 from pipelines.train.log import TrainLog
 from pipelines.train.methods import Method, group_of, lora_targets, make_learn, quantization
 from pipelines.train.rows import Rows, read_rows, say_broken
 from pipelines.train.step import Engine, StepResult, TorchEngine, TrainForward, autocast, learning_rate, prepare
+from pipelines.train.trackers import Tracker
 
 STATE = "state.json"
 TRAINED = "trained.safetensors"
@@ -40,7 +43,7 @@ TRAINED = "trained.safetensors"
 @dataclass
 class Job:
     """What the driver tells every worker. `data` has a path per phase, in the order in which the phases run; `base` is
-    the model's identity.
+    the model's identity; `tracker` is what the tracker's client has to know.
     """
 
     model: str
@@ -49,6 +52,7 @@ class Job:
     config: TrainConfig
     data: dict[str, str]
     what: str
+    tracker: dict[str, str]
 
 
 @dataclass
@@ -111,6 +115,8 @@ class Run:
         )
         limit = self.config.max_broken_share
         self.rows = {name: read_rows(path).require_usable(limit) for name, path in job.data.items()}
+        instructions = self.rows.get("instruct")
+        self.held_out = None if instructions is None else set_aside(instructions, self.config.held_out)
 
     def _check_targets(self) -> None:
         """Find a wrong `target_modules` now, on a model without weights, and not after hours of alignment."""
@@ -128,26 +134,47 @@ class Run:
             return self._phases(Path(directory))
 
     def _phases(self, checkpoint: Path | None) -> dict[str, Any]:
-        log = TrainLog(Path(self.job.output), self.state.done) if self.rank == 0 else None
+        tracker = self._tracker()
+        log = TrainLog(Path(self.job.output), self.state.done, tracker) if self.rank == 0 else None
         self.gauges = TrainGauges(self.job.what)
         names = list(self.job.data)
         resumed = self.state.phase
         left = names[names.index(resumed) if resumed else 0 :]
-        self.loaders = {name: self._loader(name) for name in left}
-        for name in left:
-            self._examine(name)
-        for name in left:
-            self._phase(name, log, checkpoint if name == resumed else None)
+        self.loaders = {name: self._loader(name, self.rows[name], name) for name in left}
+        with log or nullcontext():
+            for name in left:
+                self._examine(name)
+            for name in left:
+                self._phase(name, log, checkpoint if name == resumed else None)
         if log is not None:
-            log.close()
             write_adapter(Path(self.job.output), self.trained, self.method.peft_config, base=self.job.base)
         return vars(self.state)
 
-    def _loader(self, name: str) -> Loader:
-        phase, rows = self.config.phase(name), self.rows[name]
+    def _tracker(self) -> Tracker | None:
+        """The first worker's; what it has against it ends all of them."""
+        if self.config.tracker == "none":
+            return None
+        tracker, refusal = None, [""]
+        if self.rank == 0:
+            output, arm = Path(self.job.output), self.job.what.removeprefix("train").strip()
+            name = f"{output.parents[1].name}/{arm}" if arm else output.name
+            settings = {"model": self.job.model, "data": self.job.data, "train": asdict(self.config)}
+            try:
+                tracker = Tracker(self.config.tracker, output, name, settings, self.job.tracker)
+            except UserError as error:
+                refusal = [str(error)]
+        if self.workers > 1:
+            dist.broadcast_object_list(refusal, src=0)
+        if refusal[0]:
+            raise UserError(refusal[0])
+        return tracker
+
+    def _loader(self, name: str, rows: Rows, template: str) -> Loader:
+        """Batches of rows as a phase takes them, in its own template or the other phase's."""
+        phase = self.config.phase(name)
         return Loader(
             rows,
-            getattr(self.templates, name),
+            getattr(self.templates, template),
             self.processor.image_processor.resize,
             Sampler(len(rows), self.config.seed, name),
             Share(self.rank, self.workers, int(phase.micro_batch), phase.accumulation),
@@ -183,6 +210,7 @@ class Run:
         model, method = self._model(phase)
         rows, loader = self.rows[name], self.loaders.pop(name)
         share = loader.share
+        held_out = self._loader(name, self.held_out, "instruct").every_row() if self.held_out else []
         self.templates.cut = set(self.state.cut[name])
         if self.state.step < phase.steps:
             self._cache_features(name, model, loader, self.state.position - self.state.step * share.per_step)
@@ -193,11 +221,14 @@ class Run:
             "steps": phase.steps,
             "batch": share.per_step,
             "rows": rows.total,
+            "held_out": len(self.held_out) if self.held_out else 0,
             "template": self.templates.names[name],
             "cached_images": len(loader.features.slots) if loader.features is not None else 0,
         }
         self._gather_broken(name, rows)
-        self._steps(name, phase, engine, loader, log)
+        self._steps(name, phase, engine, loader, held_out, log)
+        if log is not None:
+            self.state.phases[name]["stability"] = log.stability(name)
         self.trained.update(engine.weights())
         engine.close()
         del engine, model
@@ -256,7 +287,15 @@ class Run:
             (lambda images: Progress(images, what, "images")) if self.rank == 0 else None,
         )
 
-    def _steps(self, name: str, phase: PhaseConfig, engine: Engine, loader: Loader, log: TrainLog | None) -> None:
+    def _steps(
+        self,
+        name: str,
+        phase: PhaseConfig,
+        engine: Engine,
+        loader: Loader,
+        held_out: list[Batch],
+        log: TrainLog | None,
+    ) -> None:
         """From the current step to the phase's last, with log lines and checkpoints."""
         state, seen = self.state, 0
         before = state.seconds.get(name, 0.0)
@@ -269,13 +308,16 @@ class Run:
             seen += result.samples
             now = time.monotonic()
             state.seconds[name] = round(before + now - started, 3)
-            if log is not None and (state.step % self.config.log_every == 0 or state.step == phase.steps):
+            due = state.step % self.config.held_out_every == 0 or state.step in (1, phase.steps)
+            measured = {"held_out_loss": engine.evaluate(held_out)} if held_out and due else {}
+            if log is not None and (measured or state.step % self.config.log_every == 0 or state.step == phase.steps):
                 line = {"phase": name, "step": state.step, "loss": result.loss, "grad_norm": result.grad_norm}
+                line |= {"clipped": result.grad_norm > phase.max_grad_norm, "learning_rate": rate}
                 line |= engine.method.figures()
                 speed = {"samples_per_second": round(seen / (now - last), 3), "seconds": state.seconds[name]}
-                log.write(line := line | {"learning_rate": rate} | speed)
+                log.write(line := line | speed | measured)
                 self.gauges.show(line, phase.steps)
-                last, seen = now, 0
+                last, seen = time.monotonic(), 0
             if state.step % self.config.checkpoint_every == 0 or state.step == phase.steps:
                 state.done[name] = state.step
                 self._gather_broken(name, loader.rows)

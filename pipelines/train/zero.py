@@ -16,7 +16,7 @@ import torch.distributed as dist
 from pipelines.errors import UserError, WorkFailed
 from pipelines.train.config import PhaseConfig
 from pipelines.train.data import Batch
-from pipelines.train.step import StepResult, TrainForward, adamw, require_finite, set_rate, total
+from pipelines.train.step import StepResult, TrainForward, adamw, mean_loss, require_finite, set_rate, total
 
 _TAG = "state"
 _EXTENSIONS = Path.home() / ".cache" / "captune" / "torch_extensions"
@@ -115,6 +115,10 @@ class ZeroEngine:
         if self.stage == 3:
             dist.all_reduce(found, dist.ReduceOp.MAX)
         return [(bool(run_towers), most) for run_towers, most in found.tolist()]
+
+    def evaluate(self, batches: list[Batch]) -> float:
+        """As `TorchEngine.evaluate`."""
+        return mean_loss(self.engine, batches, self.device, all_do=self._all_do(batches))
 
     def weights(self) -> dict[str, torch.Tensor]:
         """The float32 master weights, gathered from their shards."""

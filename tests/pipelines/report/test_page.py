@@ -13,6 +13,8 @@ import pytest
 from pipelines.errors import UserError
 from pipelines.records import read_shards
 from pipelines.report import examples, page
+from pipelines.train.log import read_log
+from pipelines.train.stability import measure
 
 from .synthetic_run import ONERROR, SCRIPT, build
 
@@ -126,6 +128,30 @@ def test_caption_metrics_and_funnel_are_those_of_the_refined_data(finished: Path
         for step in metrics["funnel"]:
             assert shown.says(step["step"]) and shown.says(f"{step['rows_out']:,}")
         assert {metrics["rows_in"], metrics["kept"], metrics["retention"]} <= values
+
+
+def test_training_is_told_with_its_numbers_and_a_verdict(finished: Path, tmp_path: Path) -> None:
+    """Each phase of each arm; and the arms' losses stand on one axis under a warning where their texts differ."""
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    log = run / "original" / "adapter" / "log.jsonl"
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    lines[55]["loss"] = 40.0
+    log.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    shown = Page(page.run(run).read_text(encoding="utf-8"))
+    assert shown.by_class["steady"] == ["yes"] * 3
+    assert shown.by_class["unsteady"] == ["nothe loss spikes in step 56"]
+    values = set(shown.values())
+    for arm in ("original", "enhanced"):
+        logged = read_log(run / arm / "adapter")
+        for phase in ("align", "instruct"):
+            found = measure([line for line in logged if line["phase"] == phase])
+            assert found.held_out is not None
+            assert {*found.loss, found.spread, *found.grad_norm, found.clipped, found.held_out[-1]} <= values
+    assert {0.0082, 21_400.0, 0.41} <= values  # of the manifest: what learns, tokens a second, MFU
+    assert shown.by_class["warning"][0].startswith("In align the arms learn different texts")
+    label = "Held-out loss over training steps of original, enhanced"
+    assert label in [attributes.get("aria-label") for _, attributes in shown.elements]
 
 
 def test_the_same_run_gives_the_same_page(finished: Path, html: str) -> None:

@@ -37,6 +37,7 @@ def _config(instruct: Path | None, **settings: Any) -> TrainConfig:
         "lora": LoraSettings(rank=4, alpha=8),
         "cpus_per_worker": 0.5,
         "checkpoint_every": 5,
+        "held_out_every": 4,
         "max_failures": 1,
     }
     return TrainConfig(**{**defaults, **settings})
@@ -50,7 +51,7 @@ def _weights(output: Path) -> dict[str, torch.Tensor]:
 def data(tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("data")
     refined = tiny.write_dataset(root / "refined", rows=10, broken=1)
-    return {"refined": refined, "instruct": tiny.write_instructions(root / "instruct.json", rows=6, text_only=2)}
+    return {"refined": refined, "instruct": tiny.write_instructions(root / "instruct.json", rows=15, text_only=5)}
 
 
 @pytest.fixture(scope="module")
@@ -73,10 +74,13 @@ def test_both_phases_leave_an_adapter_and_its_history(
         *(("align", step) for step in range(1, ALIGN + 1)),
         *(("instruct", step) for step in range(1, INSTRUCT + 1)),
     ]
-    assert set(read_log(output)[0]) == {
-        "phase", "step", "loss", "grad_norm", "learning_rate", "samples_per_second", "seconds",
-    }  # fmt: skip
-    assert manifest["rows_in"] == {"align": 11, "instruct": 8}
+    keys = {"phase", "step", "loss", "grad_norm", "clipped", "learning_rate", "samples_per_second", "seconds"}
+    assert set(read_log(output)[1]) == keys
+    measured = [(line["phase"], line["step"]) for line in read_log(output) if "held_out_loss" in line]
+    assert measured == [*(("align", n) for n in (1, 4, 8, 12, 16)), *(("instruct", n) for n in (1, 4, 8))]
+    assert manifest["rows_in"] == {"align": 11, "instruct": 20}
+    assert manifest["phases"]["instruct"]["held_out"] == 2  # every tenth row
+    assert manifest["phases"]["align"]["stability"]["held_out"][0] == read_log(output)[0]["held_out_loss"]
     assert manifest["rows_broken"] == {"align": 1, "instruct": 0}
     assert list(manifest["broken"]["align"].values()) == ["not an image"]
     assert all(verdict.passed for verdict in check_adapter(output, model_dir))
@@ -110,7 +114,8 @@ ray.init(num_cpus=2, include_dashboard=False, object_store_memory=200_000_000)
 align = PhaseConfig(steps={align}, learning_rate=5e-3, micro_batch=2, accumulation=2)
 tune = PhaseConfig(steps={instruct}, learning_rate=5e-3, micro_batch=2, accumulation=2)
 loop.run(refined, model, output, TrainConfig(align=align, instruct=tune, instruct_data=instruct,
-    lora=LoraSettings(rank=4, alpha=8), cpus_per_worker=0.5, checkpoint_every=5, max_failures=1))
+    lora=LoraSettings(rank=4, alpha=8), cpus_per_worker=0.5, checkpoint_every=5, held_out_every=4, max_failures=1,
+    tracker="mlflow"))
 """
 
 
@@ -127,12 +132,20 @@ def _wait(condition: Callable[[], Any], process: subprocess.Popen[bytes], second
 
 @pytest.mark.heavy
 def test_a_killed_worker_and_a_killed_driver_change_nothing(
-    undisturbed: tuple[Path, dict[str, Any]], model_dir: Path, data: dict[str, Path], tmp_path: Path
+    undisturbed: tuple[Path, dict[str, Any]],
+    model_dir: Path,
+    data: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """kill -9 of the worker in `align`, of the driver in `instruct`; the same command ends with the same bits and
-    log.
+    """kill -9 of the worker in `align`, of the driver in `instruct`; the same command ends with the same bits and log,
+    and MLflow has been told every step once.
     """
     import psutil
+    from mlflow.tracking import MlflowClient
+
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", (tmp_path / "mlruns").as_uri())
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
 
     output = tmp_path / "adapter"
     arguments = [str(data["refined"]), str(data["instruct"]), str(model_dir), str(output)]
@@ -156,13 +169,21 @@ def test_a_killed_worker_and_a_killed_driver_change_nothing(
         process.wait()
         psutil.wait_procs(children, timeout=60)  # a local cluster ends with its driver
     assert not (output / "MANIFEST.json").exists()
-    loop.run(data["refined"], model_dir, output, _config(data["instruct"]))
+    loop.run(data["refined"], model_dir, output, _config(data["instruct"], tracker="mlflow"))
 
     expected, found = _weights(undisturbed[0]), _weights(output)
     assert set(expected) == set(found)
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
-    curve = [(line["phase"], line["step"], line["loss"], line["grad_norm"]) for line in read_log(undisturbed[0])]
-    assert [(line["phase"], line["step"], line["loss"], line["grad_norm"]) for line in read_log(output)] == curve
+    kept = ("phase", "step", "loss", "grad_norm", "held_out_loss")
+    curve = [[line.get(key) for key in kept] for line in read_log(undisturbed[0])]
+    assert [[line.get(key) for key in kept] for line in read_log(output)] == curve
+    client = MlflowClient((tmp_path / "mlruns").as_uri())
+    (run,) = client.search_runs([found.experiment_id for found in client.search_experiments()])
+    assert run.info.status == "FINISHED" and run.data.params["train.lora.rank"] == "4"
+    for phase, steps in (("align", ALIGN), ("instruct", INSTRUCT)):
+        history = client.get_metric_history(run.info.run_id, f"{phase}/loss")
+        told = {metric.step: metric.value for metric in history}
+        assert len(history) == steps and told == {line[1]: line[2] for line in curve if line[0] == phase}
 
 
 @pytest.mark.heavy
@@ -187,6 +208,7 @@ def test_zero_shards_train_as_ddp_does(
         for line, reference in zip(log, results["ddp"][1], strict=True):
             assert line["loss"] == pytest.approx(reference["loss"], rel=1e-2)
             assert line["grad_norm"] == pytest.approx(reference["grad_norm"], rel=5e-2)
+            assert line.get("held_out_loss", 0.0) == pytest.approx(reference.get("held_out_loss", 0.0), rel=1e-2)
 
 
 @pytest.mark.heavy

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from pipelines.mgm.load import load_model
 from pipelines.mgm.names import PROJECTOR
 from pipelines.train import features
 from pipelines.train.config import LoraSettings, PhaseConfig
+from pipelines.train.data import Share
 from pipelines.train.log import TrainLog, read_log
 from pipelines.train.step import learning_rate
 from tests.pipelines import tiny_mgm
@@ -240,3 +242,65 @@ def test_the_log_of_a_resumed_run_has_every_step_once(tmp_path: Path) -> None:
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     assert [(e.step, e.value) for e in events.Scalars("align/loss")] == [(1, 1), (2, 2), (3, 30), (4, 40)]
+
+
+def test_held_out_rows_are_apart_and_measuring_them_changes_nothing(tiny: Any, model_dir: Path, tmp_path: Path) -> None:
+    """Their loss is the one of a single batch in evaluation mode, however they are dealt out; training with dropout
+    goes on as if nobody had looked.
+    """
+    from pipelines.train.held_out import set_aside
+
+    data = tiny.write_instructions(tmp_path / "i.json", rows=30, text_only=10)
+    loader = tiny.loader(model_dir, data, "instruct")
+    rows, every = loader.rows, {row.name for row in loader.rows.rows}
+    held = set_aside(rows, 3)
+    assert len(held) == 3 and {row.name for row in held.rows} | {row.name for row in rows.rows} == every
+    assert len(rows) == len(every) - 3
+    again = tiny.loader(model_dir, data, "instruct", seed=1).rows
+    assert [row.name for row in set_aside(again, 3).rows] == [row.name for row in held.rows]
+    assert len(set_aside(again, 100)) == 3  # every tenth row at most
+
+    def fresh() -> Any:
+        torch.manual_seed(7)
+        settings = LoraSettings(rank=4, dropout=0.5)
+        model, _ = tiny.learning(model_dir, "instruct", checkpointing=True, lora=settings)
+        return tiny.engine(model, model_dir, PHASE)
+
+    engine = fresh()
+    engine.step(loader.step(0), 1e-2)
+    aside = tiny.loader(model_dir, data, "instruct")
+    aside.rows = held
+    dealt = []
+    for worker in range(3):
+        aside.share = Share(worker, 3, 2, 1)
+        dealt.append(aside.every_row())
+    assert [[batch.samples for batch in batches] for batches in dealt] == [[2], [1], [1]]
+    assert [batches[0].targets > 0 for batches in dealt] == [True, True, False]
+    aside.share = Share(0, 1, 8, 1)
+    whole = engine.evaluate(aside.every_row())
+    assert engine.evaluate([batch for batches in dealt for batch in batches]) == pytest.approx(whole, rel=1e-6)
+
+    results = []
+    for looks in (False, True):
+        engine = fresh()
+        for batches in loader.steps(0, 3):
+            engine.step(batches, 1e-2)
+            if looks:
+                assert math.isfinite(engine.evaluate(dealt[0]))
+        results.append(engine.weights())
+    assert all(torch.equal(results[1][name], tensor) for name, tensor in results[0].items())
+
+
+def test_rows_of_one_image_are_held_out_together(tmp_path: Path) -> None:
+    from pipelines.train.held_out import set_aside
+    from pipelines.train.rows import Row, Rows
+
+    def rows() -> Rows:
+        turns = (("user", "<image>\nwhat?"), ("assistant", "that"))
+        return Rows("x", [Row(str(n), turns, (str(tmp_path / f"{n // 2}.jpg"),)) for n in range(100)])
+
+    for count in range(1, 11):
+        learned = rows()
+        held = set_aside(learned, count)
+        assert len(held) == count // 2 * 2
+        assert not {row.images for row in held.rows} & {row.images for row in learned.rows}
