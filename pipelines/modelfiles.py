@@ -26,6 +26,8 @@ CONFIG = "config.json"
 _WHOLE = ["model.safetensors", "pytorch_model.bin", "open_clip_model.safetensors", "open_clip_pytorch_model.bin"]
 _INDEXES = ["model.safetensors.index.json", "pytorch_model.bin.index.json"]
 PROCESSOR = ("processor_config.json", "preprocessor_config.json")
+ADAPTER = "adapter"
+"""A folder in a model directory: PEFT's files of an adapter that no merge can make part of the weights."""
 TOKENIZER = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
 """Any of the files in which tokenizers keep their vocabulary."""
 _BESIDE = (
@@ -209,7 +211,8 @@ def beside(directory: Path) -> list[Path]:
 
 
 def model_identity(directory: Path | str) -> str:
-    """Digest of what decides the answers of a model: configuration, weights, tokenizer and processor files.
+    """Digest of what decides the answers of a model: configuration, weights, tokenizer and processor files, and the
+    adapter that it carries.
 
     Not of where the directory lies, nor of what else lies in it (a README, a manifest, another copy of the weights): a
     copied model keeps its identity.
@@ -223,6 +226,7 @@ def model_identity(directory: Path | str) -> str:
     directory = Path(directory)
     if not (directory / CONFIG).is_file():
         raise UserError(f"{directory}: not a model directory, {CONFIG} is missing")
-    files = beside(directory) + weight_files(directory)
+    carried = directory / ADAPTER
+    files = beside(directory) + weight_files(directory) + (sorted(carried.iterdir()) if carried.is_dir() else [])
     digests = {file.relative_to(directory).as_posix(): d for file, d in zip(files, file_digests(files), strict=True)}
     return hashlib.blake2b(json.dumps(digests, sort_keys=True).encode(), digest_size=16).hexdigest()

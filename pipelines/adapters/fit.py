@@ -174,11 +174,11 @@ def _look_at_prompt(fit: Fit, saved: dict[str, torch.Tensor], skeleton: nn.Modul
     """A learned prefix: keys and values of tokens that stand before every prompt."""
     config, text = fit.config, skeleton.config.get_text_config()  # type: ignore[operator, union-attr]
     kind = config.peft_type.value
-    fit.fault("method", f"{kind} changes no weight and cannot be merged; use captune serve BASE --adapter DIR")
     fit.whole = {n.removeprefix(PROMPT_PREFIX): tensor for n, tensor in saved.items() if n != PROMPT}
     if PROMPT not in saved:
         fit.fault("targets", f"{PROMPT} is missing")
     if kind != "PREFIX_TUNING":
+        fit.fault("method", f"{kind} changes no weight, and of such methods a model can carry a prefix only")
         return
     heads = text.num_key_value_heads
     size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads

@@ -8,6 +8,9 @@ Nothing is believed. PEFT merges each module, by its own code, and:
   first from the base's files, the second from the merged weights before they are rounded to the dtype of the files;
 - the files are run the same way a third time, to say what the rounding did.
 
+A learned prefix has no weight to go into: the model's directory carries the adapter then, beside the base's own files,
+and captune loads both.
+
 Otherwise nothing stays on disk. Files are mapped, not read, so peak memory is the adapter, a few copies of the largest
 parameter in float32 and the probe's activations, whatever the size of the model.
 """
@@ -16,6 +19,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from functools import partial
@@ -30,8 +34,10 @@ from pipelines.adapters.config import MergeConfig, decides
 from pipelines.adapters.unmerged import with_adapter
 from pipelines.errors import UserError, WorkFailed
 from pipelines.manifest import identity, open_stage, require_finished
+from pipelines.mgm.adapter import CONFIG as PEFT_CONFIG
+from pipelines.mgm.adapter import WEIGHTS as PEFT_WEIGHTS
 from pipelines.mgm.adapter import has_lora, trained_on
-from pipelines.mgm.directory import check_model_directory
+from pipelines.mgm.directory import check_plain_directory
 from pipelines.mgm.load import (
     check_tensors,
     differences,
@@ -46,7 +52,7 @@ from pipelines.mgm.parts import ORIGINAL_DIR
 from pipelines.mgm.remote_code import add_remote_code
 from pipelines.mgm.stored import Stored
 from pipelines.mgm.tensorfiles import write_index, write_streamed
-from pipelines.modelfiles import CONFIG, beside, model_identity, read_object, tensor_shapes
+from pipelines.modelfiles import ADAPTER, CONFIG, beside, model_identity, read_object, tensor_shapes, weight_files
 from pipelines.progress import say
 
 __all__ = ["Merger", "compare_files", "merge_module", "run", "with_adapter", "write"]
@@ -67,7 +73,7 @@ def run(
     model, adapter, output = Path(model).resolve(), Path(adapter).resolve(), Path(output).resolve()
     require_finished(adapter)
     has_lora(adapter)
-    check_model_directory(model)
+    check_plain_directory(model)
     if is_quantized(model):
         raise UserError(f"{model}: its weights are quantized; merge into the model that it was made from")
     base = model_identity(model)
@@ -83,7 +89,12 @@ def run(
     except Exception:
         shutil.rmtree(output)  # half a model must never look like one
         raise
-    say(f"merge: logits agree within {facts['max_logit_difference']:.2g} ({facts['merged_tensors']} tensors merged)")
+    if "carried" in facts:
+        say("merge: a prefix has no weight to go into; the model's directory carries it")
+    else:
+        say(
+            f"merge: logits agree within {facts['max_logit_difference']:.2g} ({facts['merged_tensors']} tensors merged)"
+        )
     return stage.finish(**facts)
 
 
@@ -102,6 +113,8 @@ def _merge(model: Path, adapter: Path, output: Path, config: MergeConfig) -> dic
     update = fit.look(adapter, load_skeleton(model))
     if update.faults:
         raise UserError(f"{adapter} cannot be merged into {model}: {fit.told(update.faults)}")
+    if update.config is not None and update.config.is_prompt_learning:
+        return _carry(model, adapter, output, config)
     merger = Merger(model, update)
     dtype = stored_dtype(merger.base) if config.dtype == "auto" else getattr(torch, config.dtype)
     inputs = probe.batch(load_processor(model))
@@ -128,6 +141,29 @@ def _merge(model: Path, adapter: Path, output: Path, config: MergeConfig) -> dic
         "merged_tensors": changed,
         "lora": has_lora(adapter),
     }
+
+
+def _carry(model: Path, adapter: Path, output: Path, config: MergeConfig) -> dict[str, Any]:
+    """The base as it is, and the adapter in a folder of its own."""
+    stored = stored_dtype(Stored(model, streamed.hollow(load_config(model))))
+    dtype = str(stored).removeprefix("torch.")
+    if config.dtype not in ("auto", dtype):
+        raise UserError(f"merge.dtype is {config.dtype}: a prefix leaves the base's weights as they are, in {dtype}")
+    _write_beside(model, output, stored, config.remote_code)
+    for path in (*weight_files(model), *model.glob("*.safetensors.index.json")):
+        _link(path, output / path.name)
+    (output / ADAPTER).mkdir()
+    for name in (PEFT_CONFIG, PEFT_WEIGHTS):
+        shutil.copyfile(adapter / name, output / ADAPTER / name)
+    return {"carried": "prefix", "dtype": dtype, "lora": False}
+
+
+def _link(path: Path, to: Path) -> None:
+    """The same file under another name, where the file system can: weights take gigabytes."""
+    try:
+        os.link(path, to)
+    except OSError:
+        shutil.copyfile(path, to)
 
 
 def stored_dtype(tensors: Stored) -> torch.dtype:

@@ -7,7 +7,7 @@ from typing import Any
 
 from pipelines.errors import UserError
 from pipelines.mgm.names import LANGUAGE_MODEL, MINING, TOWERS
-from pipelines.modelfiles import CONFIG, check_files, read_object
+from pipelines.modelfiles import ADAPTER, CONFIG, check_files, read_object
 
 
 def check_model_directory(model: Path | str) -> dict[str, Any]:
@@ -30,3 +30,14 @@ def check_model_directory(model: Path | str) -> dict[str, Any]:
         # With PEFT installed, transformers would put the adapter on the model, unasked.
         raise UserError(f"{path}: holds an adapter (adapter_config.json), not a model; merge it with captune merge")
     return check_files(path, "mgm", (*TOWERS, *MINING, LANGUAGE_MODEL))
+
+
+def check_plain_directory(model: Path | str) -> dict[str, Any]:
+    """`check_model_directory`, for what begins from the weights alone: training, merging, taking a model apart.
+
+    Raises:
+        UserError: as there, or the model carries an adapter.
+    """
+    if (Path(model) / ADAPTER).is_dir():
+        raise UserError(f"{model}: carries an adapter in {ADAPTER}/; use the model that it was put on")
+    return check_model_directory(model)

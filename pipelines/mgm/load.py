@@ -15,6 +15,7 @@ from pipelines.mgm.modeling import MGMForConditionalGeneration
 from pipelines.mgm.names import HEAD, is_buffer
 from pipelines.mgm.processing import MGMProcessor
 from pipelines.modelfiles import (
+    ADAPTER,
     CONFIG,
     Differences,
     Shapes,
@@ -28,7 +29,7 @@ from pipelines.modelfiles import (
 def load_model(
     path: Path | str, dtype: str = "auto", device: torch.device | str = "cpu", **options: Any
 ) -> MGMForConditionalGeneration:
-    """The model of a directory, frozen and in evaluation mode.
+    """The model of a directory, frozen and in evaluation mode; with the adapter that it carries, a `PeftModel`.
 
     Args:
         dtype: auto (as the weights are stored), float32, bfloat16 or float16.
@@ -44,6 +45,10 @@ def load_model(
         options["device_map"] = {"": device}
     wanted = dtype if dtype == "auto" else getattr(torch, dtype)
     model: Any = load_complete(MGMForConditionalGeneration, path, dtype=wanted, **options)
+    if (path / ADAPTER).is_dir():
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(model, str(path / ADAPTER))
     frozen: MGMForConditionalGeneration = model.requires_grad_(False).eval()
     return frozen if quantized else frozen.to(device)  # type: ignore[arg-type]
 

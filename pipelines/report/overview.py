@@ -164,6 +164,7 @@ def _merge(walk: Walk) -> Card:
     facts, figure = [], ""
     if manifest:
         figure = f"{manifest['merged_tensors']:,} tensors" if "merged_tensors" in manifest else "merged"
+        figure = f"carries a {manifest['carried']}" if "carried" in manifest else figure
         if "max_logit_difference" in manifest:
             facts.append(f"logits agree within {manifest['max_logit_difference']:.1g}")
     return _card("merge", walk.merged, figure, facts)

@@ -16,7 +16,7 @@ from pipelines.connection import connect
 from pipelines.errors import UserError, WorkFailed
 from pipelines.formats import open_dataset
 from pipelines.manifest import look, open_stage
-from pipelines.mgm.directory import check_model_directory
+from pipelines.mgm.directory import check_plain_directory
 from pipelines.modelfiles import model_identity
 from pipelines.progress import Progress, say
 from pipelines.storage import is_remote
@@ -65,7 +65,7 @@ def run(
     """
     model, output = Path(model).resolve(), Path(output).resolve()
     data = phases(input, config)
-    check_model_directory(model)
+    check_plain_directory(model)
     require(config.tracker)
     identities = {phase: open_dataset(path).identity() for phase, path in data.items()}
     wanted = inputs(model_identity(model), identities, config)

@@ -180,19 +180,30 @@ def test_check_passes_exactly_what_merge_merges(
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
 
 
-def test_a_prefix_cannot_be_merged(model_dir: Path, tmp_path: Path) -> None:
-    """It changes no weight; the message says what to do with it."""
-    from peft import PrefixTuningConfig
+def test_a_model_carries_the_prefix_that_it_learned(tiny: Any, tmp_path: Path) -> None:
+    """A prefix has no weight to go into. The directory answers as base + adapter does, also in a batch, is another
+    model than the base, and nothing is trained or merged on top of it.
+    """
+    from serve.engine import Engine, Request
 
-    shape = {"num_layers": 2, "num_attention_heads": 1, "token_dim": 8}
-    config = PrefixTuningConfig(
-        task_type="CAUSAL_LM", num_virtual_tokens=3, base_model_name_or_path=str(model_dir), **shape
-    )
-    weights = {"prompt_embeddings": torch.randn(3, 32)}
-    write_adapter(tmp_path / "adapter", weights, config, base=model_identity(model_dir))
-    with pytest.raises(UserError, match=r"PREFIX_TUNING changes no weight .* captune serve BASE --adapter"):
-        merge.run(model_dir, tmp_path / "adapter", tmp_path / "merged", MergeConfig())
-    assert not (tmp_path / "merged").exists()
+    model = tiny.write_model(tmp_path / "model", spread=0.5)
+    data = tiny.write_instructions(tmp_path / "i.json")
+    adapter = tiny.train_adapter(model, data, tmp_path / "adapter", method="prefix", steps=3)
+    manifest = merge.run(model, adapter, tmp_path / "merged", MergeConfig())
+    assert manifest["carried"] == "prefix" and model_identity(tmp_path / "merged") != model_identity(model)
+    inputs = probe.batch(load_processor(model))
+    expected = probe.logits(merge.with_adapter(model, adapter), inputs)
+    assert torch.equal(probe.logits(load_model(tmp_path / "merged", "float32"), inputs), expected)
+    assert (expected - probe.logits(load_model(model, "float32"), inputs)).abs().max() > 0.05
+    assert all(verdict.passed for verdict in check_model(tmp_path / "merged"))
+    questions = ("what is this", "which colour has the small square on the left")
+    requests = [Request([{"role": "user", "content": [{"type": "text", "text": text}]}]) for text in questions]
+    engine = Engine(tmp_path / "merged")
+    answers = [answer.text for answer in engine.answer(requests)]
+    assert answers == [engine.answer([request])[0].text for request in requests]
+    assert answers != [answer.text for answer in Engine(model).answer(requests)]
+    with pytest.raises(UserError, match="carries an adapter in adapter/"):
+        merge.run(tmp_path / "merged", adapter, tmp_path / "again", MergeConfig())
 
 
 def test_a_full_fine_tune_replaces_whole_tensors(model_dir: Path, tmp_path: Path) -> None:
