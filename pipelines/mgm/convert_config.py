@@ -195,4 +195,6 @@ def original_config(config: MGMConfig) -> dict[str, Any]:
         "image_grid": config.image_grid,
         "image_global": config.image_global,
     }
+    if is_tied(known, text.model_type) != config.tie_word_embeddings:  # the head came untied, or was tied, since
+        current["tie_word_embeddings"] = config.tie_word_embeddings
     return {key: value for key, value in (known | current).items() if not key.startswith("_")}

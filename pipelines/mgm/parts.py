@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from transformers import AutoTokenizer, GenerationConfig
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from pipelines.errors import UserError
 from pipelines.mgm import names
@@ -124,10 +126,41 @@ def write_processor(config: MGMConfig, checkpoint: Path, clip_dir: Path | None, 
         MGMImageProcessor.from_config(config, **pixels).save_pretrained(output)
         return
     # From the copy, which has no config.json: the checkpoint's says "mgm" for a Llama, and means another class by it.
-    tokenizer = AutoTokenizer.from_pretrained(output / ORIGINAL_DIR)
+    tokenizer = load_tokenizer(output / ORIGINAL_DIR, config.text_config.model_type, checkpoint)
     config.image_token_id = MGMProcessor.add_image_token(tokenizer)
     template = template_for(config.text_config, tokenizer.get_vocab())
     MGMProcessor.from_config(config, tokenizer, template, **pixels).save_pretrained(output)
+
+
+def load_tokenizer(directory: Path, text_type: str, whose: Path) -> PreTrainedTokenizerBase:
+    """A language model's tokenizer, from any of the files that it may come in.
+
+    Args:
+        text_type: the language model's `model_type`, which tells the class where no file does.
+        whose: the directory to name when something is wrong.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    path = directory / "tokenizer_config.json"
+    settings = read_object(path) if path.exists() else {}
+    kind = settings.get("tokenizer_class")
+    options: dict[str, bool] = {}
+    if kind is None and (directory / "tokenizer.model").exists():
+        kind = "GemmaTokenizer" if text_type == "gemma" else "LlamaTokenizer"
+    if str(kind).startswith("Llama"):
+        # What silence meant when these were published: the older seams (a space after each special token), and <s> in
+        # front. Today it means neither.
+        options = {key: True for key in ("legacy", "add_bos_token") if settings.get(key) is None}
+    try:
+        if path.exists() or (directory / "tokenizer.json").exists():
+            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(directory, **options)
+        else:
+            tokenizer = getattr(transformers, str(kind)).from_pretrained(directory, **options)
+    except Exception as error:  # tokenizers and sentencepiece raise bare exceptions
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise UserError(f"{whose}: its tokenizer cannot be read ({reason})") from error
+    return tokenizer
 
 
 def generation_config(config: MGMConfig, checkpoint: Path) -> GenerationConfig:

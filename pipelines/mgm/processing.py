@@ -92,6 +92,14 @@ class MGMProcessor(ProcessorMixin):
                 )
         return inputs
 
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers, which forgets whether a Llama tokenizer is `legacy`: loaded again it would put its seams
+        elsewhere.
+        """
+        if hasattr(self.tokenizer, "legacy"):
+            self.tokenizer.init_kwargs["legacy"] = self.tokenizer.legacy
+        return super().save_pretrained(save_directory, *args, **kwargs)
+
     def validate_inputs(self, images: Any = None, text: Any = None, **kwargs: Any) -> None:  # type: ignore[override]
         """Besides transformers' own checks: as many images as placeholders in all, which it counts from 5.20 on, and in
         each row.

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
+    GemmaConfig,
     LlamaConfig,
     MixtralConfig,
     PreTrainedConfig,
@@ -260,6 +261,41 @@ def test_every_language_model_goes_there_and_back(
     assert torch.equal(expected["input_ids"], actual["input_ids"])
     with torch.no_grad():
         assert torch.equal(model(**expected).logits, again.eval()(**actual).logits)
+
+
+@pytest.mark.parametrize("tie", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("text", [GemmaConfig, LlamaConfig], ids=["gemma", "llama"])
+def test_heads_go_there_and_back(
+    make_model: Callable[..., MGMForConditionalGeneration], tmp_path: Path, text: type[PreTrainedConfig], tie: bool
+) -> None:
+    """Whatever the family's habit: a tied head stays tied, another keeps its weights; and a second time, too."""
+    model = make_model(text_config=small(text, tie_word_embeddings=tie, head_dim=16), tie_word_embeddings=tie)
+    model.save_pretrained(tmp_path / "hf-0")
+    model.config.vision_config.save_pretrained(tmp_path / "openai-clip")
+    for turn in range(2):
+        export_original(tmp_path / f"hf-{turn}", tmp_path / f"original-{turn}")
+        convert_checkpoint(tmp_path / f"original-{turn}", tmp_path / f"hf-{turn + 1}", clip=tmp_path / "openai-clip")
+        same(tensors(tmp_path / "hf-0"), tensors(tmp_path / f"hf-{turn + 1}"))
+    assert ("lm_head.weight" in tensors(tmp_path / "hf-2")) != tie
+    again = AutoModelForImageTextToText.from_pretrained(tmp_path / "hf-2")
+    assert again.config.tie_word_embeddings == tie
+    embedding = again.get_input_embeddings().weight
+    assert (again.lm_head.weight.data_ptr() == embedding.data_ptr()) == tie
+    assert torch.equal(again.lm_head.weight, model.lm_head.weight)
+
+
+def test_a_head_that_came_untied_since_is_exported(checkpoint: Path, tmp_path: Path) -> None:
+    """The configuration that the checkpoint came with says "tied"; the model has another head by now."""
+    convert_checkpoint(checkpoint, tmp_path / "hf")
+    state = tensors(tmp_path / "hf")
+    state["lm_head.weight"] = state["model.language_model.embed_tokens.weight"] + 1
+    save_file(state, tmp_path / "hf" / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    config["tie_word_embeddings"] = config["text_config"]["tie_word_embeddings"] = False
+    (tmp_path / "hf" / "config.json").write_text(json.dumps(config))
+    export_original(tmp_path / "hf", tmp_path / "back")
+    convert_checkpoint(tmp_path / "back", tmp_path / "again", clip=tmp_path / "openai-clip-tiny")
+    same(state, tensors(tmp_path / "again"))
 
 
 @pytest.mark.parametrize("kind", ["linear", "identity", "mlp1x_gelu", "mlp3x_gelu"])
