@@ -57,6 +57,8 @@ def render(recipe: Recipe, overlay: str, workload: str = "run", arm: str = "", i
     if arm and workload in OF_AN_ARM and workload != "serve":
         chosen["metadata"]["name"] = _named(f"captune-{workload}-{arm}")
     chosen["spec"]["suspend"] = False
+    if workload == "serve":
+        objects += budget(chosen, recipe)
     if image:
         _set_image(objects, image)
     return objects
@@ -160,6 +162,21 @@ def serve_config(recipe: Recipe, arm: str, serving: int) -> Object:
     }
     http = {"host": "0.0.0.0", "port": 8000, "request_timeout_s": config.request_timeout_s + _GRACE_S}
     return {"proxy_location": "EveryNode", "http_options": http, "applications": [application]}
+
+
+def budget(service: Object, recipe: Recipe) -> list[Object]:
+    """Nodes may be drained while all but one of the endpoint's least pods stay; nothing where one pod is the least.
+
+    In whole pods: Kubernetes cannot compute `maxUnavailable` for pods whose owner, a RayCluster, has no scale, and then
+    allows no disruption at all, so that a drain waits for ever.
+    """
+    (group,) = (each for each in cluster_spec(service)["workerGroupSpecs"] if each["groupName"] == "serve")
+    least = needs.pods(recipe.serve.demand(), needs.offered(group))
+    if least < 2:
+        return []
+    about = {key: service["metadata"][key] for key in ("name", "namespace", "labels") if key in service["metadata"]}
+    spec = {"minAvailable": least - 1, "selector": {"matchLabels": {"captune.dev/group": "serve"}}}
+    return [{"apiVersion": "policy/v1", "kind": "PodDisruptionBudget", "metadata": about, "spec": spec}]
 
 
 def to_yaml(objects: list[Object]) -> str:

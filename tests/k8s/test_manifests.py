@@ -9,7 +9,7 @@ import shlex
 import shutil
 import subprocess
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -244,6 +244,24 @@ def test_a_stage_of_an_arm_has_that_arms_name_and_files() -> None:
         render.render(recipe("mgm2b_30k"), "gpu-24gb", "train", arm="original"), "RayJob", "captune-train-original"
     )
     assert "runs/mgm2b_30k/original/dataset" in job["spec"]["entrypoint"]
+
+
+def test_an_endpoint_of_several_pods_can_be_drained_one_by_one() -> None:
+    """An integer, which Kubernetes can hold against pods that a RayCluster owns; and nothing where one pod is all."""
+    wanted, count = recipe("mgm2b_1m"), 3
+    wanted = replace(wanted, serve=replace(wanted.serve, replicas=count))
+    objects = render.render(wanted, "gpu-80gb", "serve")
+    budget = the(objects, "PodDisruptionBudget", "captune-serve")
+    assert complaints(objects) == [] and budget["spec"]["minAvailable"] == count - 1
+    (group,) = (
+        each
+        for each in render.cluster_spec(the(objects, "RayService", "captune-serve"))["workerGroupSpecs"]
+        if each["groupName"] == "serve"
+    )
+    assert budget["spec"]["selector"]["matchLabels"].items() <= group["template"]["metadata"]["labels"].items()
+    for name in ("sample", "mgm2b_1m"):
+        kinds = {found["kind"] for found in render.render(recipe(name), FITS[name], "serve")}
+        assert "PodDisruptionBudget" not in kinds
 
 
 def test_captioning_needs_no_arms(tmp_path: Path) -> None:
