@@ -40,6 +40,7 @@ class StageOutput:
         resumed: an earlier run with the same fingerprint left unfinished work here.
         grown: an earlier run left work here that differs only in keys that may grow; `manifest` holds its record when
             it was finished. Nothing is claimed before `accept`.
+        notes: what the first start wrote down besides, without deciding anything.
     """
 
     directory: Path
@@ -50,6 +51,7 @@ class StageOutput:
     resumed: bool = False
     grown: bool = False
     manifest: dict[str, Any] = field(default_factory=dict)
+    notes: dict[str, Any] = field(default_factory=dict)
     _started: float = field(default_factory=time.time)
 
     @property
@@ -59,9 +61,8 @@ class StageOutput:
 
     def claim(self) -> None:
         """Write down whose directory it is."""
-        write_json(
-            self.directory / CLAIM, {"stage": self.stage, "fingerprint": self.fingerprint, "inputs": self.inputs}
-        )
+        claim = {"stage": self.stage, "fingerprint": self.fingerprint, "inputs": self.inputs, "notes": self.notes}
+        write_json(self.directory / CLAIM, claim)
 
     def accept(self) -> None:
         """Claim a directory that has `grown`: from here on it is unfinished, and belongs to this run."""
@@ -95,6 +96,7 @@ def open_stage(
     *,
     restart: bool = False,
     grows: Collection[str] = (),
+    notes: dict[str, Any] | None = None,
 ) -> StageOutput:
     """Claim `directory` for `stage`, and unless the stage is complete keep other processes out of it until `finish` or
     the end of this one.
@@ -105,6 +107,7 @@ def open_stage(
         restart: throw away what another fingerprint left there.
         grows: keys of `inputs` that may differ from the earlier run's, for a stage that can use its old work for a
             changed input.
+        notes: what a later start shall know of the first one, see `claim_of`.
 
     Raises:
         UserError: the directory holds another run's output and `restart` is not set, or something captune never wrote;
@@ -122,10 +125,17 @@ def open_stage(
         _empty(directory)
     output = look(directory, stage, inputs, grows=grows)  # again, as it is now that nobody else writes
     if output.new:
+        output.notes = notes or {}
         output.claim()
     if output.complete:
         release(directory)
     return output
+
+
+def claim_of(directory: Path | str, stage: str) -> dict[str, Any]:
+    """The `inputs` and `notes` of the run of a stage that has begun in `directory`; empty when none has."""
+    claim = read_json(Path(directory) / CLAIM) if (Path(directory) / CLAIM).exists() else {}
+    return claim if claim.get("stage") == stage else {}
 
 
 def _empty(directory: Path) -> None:

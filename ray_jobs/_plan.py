@@ -164,14 +164,15 @@ class _Plan:
         """One model's way: training, merge, evaluation."""
         from pipelines.adapters.config import decides
         from pipelines.modelfiles import model_identity
-        from pipelines.train.stage import inputs
+        from pipelines.train.stage import as_first_started, inputs
 
         train, base = recipe.training(walk.arm, seed), Path(recipe.train.model)
         adapter, merged = walk.adapter.directory, walk.merged.directory
         phases = _phases(train, dataset)
 
         def wanted() -> dict[str, Any]:
-            return inputs(model_identity(base), {name: self._identity(path) for name, path in phases.items()}, train)
+            data = {name: self._identity(path) for name, path in phases.items()}
+            return inputs(model_identity(base), data, as_first_started(train, adapter))
 
         counts = [getattr(train, name) for name in phases]
         in_epochs = any(phase.epochs for phase in counts)

@@ -101,8 +101,11 @@ class PhaseConfig:
         micro = micro_batch or (1 if self.micro_batch == AUTO else int(self.micro_batch))
         batch = self.per_step(workers)
         if batch % (workers * micro):
+            fit = [str(n) for n in range(1, batch // micro + 1) if batch % (n * micro) == 0]
+            instead = f"workers may be {', '.join(fit)}" if fit else "micro_batch must divide it"
             raise UserError(
-                f"train.{name}.batch {batch} does not divide into {workers} worker(s) with micro-batches of {micro}"
+                f"train.{name}: the {batch} samples of a step do not divide into {workers} worker(s) with "
+                f"micro-batches of {micro}; {instead}"
             )
         return replace(self, batch=batch, micro_batch=micro, accumulation=batch // (workers * micro))
 

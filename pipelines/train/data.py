@@ -6,6 +6,7 @@ same number of samples whatever was broken.
 
 from __future__ import annotations
 
+import hashlib
 import queue
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -120,6 +121,7 @@ class Batch:
         features: frozen tower outputs of the images (see features.py), first dimension: images.
         samples: number of rows.
         targets: number of tokens that the loss sees.
+        seed: of its dropout, by its place in the stream: whichever worker computes it, and when.
     """
 
     input_ids: torch.Tensor
@@ -129,6 +131,7 @@ class Batch:
     features: tuple[torch.Tensor, torch.Tensor] | None
     samples: int
     targets: int
+    seed: int = 0
 
     def to(self, device: torch.device) -> Batch:
         """The same batch with its tensors on `device`."""
@@ -162,6 +165,11 @@ class Sampler:
     def at(self, position: int, count: int) -> list[int]:
         """Row numbers of `count` consecutive positions."""
         return [self._order(p // self.rows)[p % self.rows] for p in range(position, position + count)]
+
+    def seed_at(self, position: int) -> int:
+        """A seed for what is drawn at random at this position."""
+        name = repr((self.seed, self.phase, position)).encode()
+        return int.from_bytes(hashlib.blake2b(name, digest_size=6).digest(), "big")
 
 
 @dataclass(frozen=True)
@@ -210,8 +218,11 @@ class Loader:
 
     def step(self, position: int) -> list[Batch]:
         """This worker's micro-batches of the step that begins at `position`."""
-        drawn = (self.sampler.at(start, self.share.micro_batch) for start in self.share.starts(position))
-        return [self._collate([self._usable(index) for index in indices]) for indices in drawn]
+        drawn = ((start, self.sampler.at(start, self.share.micro_batch)) for start in self.share.starts(position))
+        return [
+            self._collate([self._usable(index) for index in indices], self.sampler.seed_at(start))
+            for start, indices in drawn
+        ]
 
     def steps(self, position: int, count: int, depth: int = 2) -> Iterator[list[Batch]]:
         """Micro-batches of `count` steps, made ahead in a thread."""
@@ -287,7 +298,7 @@ class Loader:
         except BadImage as reason:
             raise BadRow(str(reason)) from None
 
-    def _collate(self, loaded: list[tuple[Example, list[Any]]]) -> Batch:
+    def _collate(self, loaded: list[tuple[Example, list[Any]]], seed: int = 0) -> Batch:
         examples, visuals = [example for example, _ in loaded], [visual for _, shown in loaded for visual in shown]
         length = max(len(example.input_ids) for example in examples)
         input_ids = torch.full((len(examples), length), self.pad)
@@ -305,6 +316,7 @@ class Loader:
             features=self.features.gather(visuals) if cached else None,
             samples=len(examples),
             targets=int((labels[:, 1:] != IGNORE).sum()),
+            seed=seed,
         )
 
     def _usable(self, index: int) -> tuple[Example, list[Any]]:

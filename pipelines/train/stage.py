@@ -15,7 +15,7 @@ from typing import Any
 from pipelines.connection import connect
 from pipelines.errors import UserError, WorkFailed
 from pipelines.formats import open_dataset
-from pipelines.manifest import look, open_stage
+from pipelines.manifest import MANIFEST, claim_of, look, open_stage
 from pipelines.mgm.directory import check_plain_directory
 from pipelines.modelfiles import model_identity
 from pipelines.progress import Progress, say
@@ -67,12 +67,13 @@ def run(
     data = phases(input, config)
     check_plain_directory(model)
     require(config.tracker)
+    config = config if restart else as_first_started(config, output)
     identities = {phase: open_dataset(path).identity() for phase, path in data.items()}
     wanted = inputs(model_identity(model), identities, config)
     what = f"train {arm}".strip()
     if restart or not look(output, "train", wanted).complete:
         config = _with_steps(config, _look_at_rows(data, config, what))
-    stage = open_stage(output, "train", wanted, restart=restart)
+    stage = open_stage(output, "train", wanted, restart=restart, notes={"workers": config.workers})
     if stage.complete:
         return stage.manifest
     say(f"{what}: {'continuing' if stage.resumed else 'starting'} with {config.workers} worker(s), {config.strategy}")
@@ -91,6 +92,33 @@ def run(
         workers=config.workers,
         seed=config.seed,
     )
+
+
+def as_first_started(config: TrainConfig, output: Path) -> TrainConfig:
+    """The settings by which a run in `output` goes on where nothing but `workers` has changed: with the samples a step
+    of its first start, which then take more or fewer forward passes. Where it is done, with its own workers.
+
+    Raises:
+        UserError: no number of forward passes makes up that batch, or the state is sharded over other workers.
+    """
+    claim = claim_of(output, "train")
+    first = claim.get("notes", {}).get("workers", config.workers)
+    if first == config.workers:
+        return config
+    if (output / MANIFEST).exists():
+        return dataclasses.replace(config, workers=first)
+    if config.strategy != "ddp":
+        raise UserError(
+            f"{output}: train.workers is {config.workers}, but the {config.strategy} state of this run is sharded over "
+            f"{first}; continue with train.workers {first}, or pass --restart"
+        )
+    kept = {}
+    for name in ("align", "instruct"):
+        phase: PhaseConfig = getattr(config, name)
+        batch = claim["inputs"]["config"][name]["batch"]
+        if phase.batch is None and phase.per_step(first) == batch:
+            kept[name] = dataclasses.replace(phase, batch=batch)
+    return dataclasses.replace(config, **kept)  # type: ignore[arg-type]
 
 
 def inputs(model: str, data: dict[str, str], config: TrainConfig) -> dict[str, Any]:

@@ -104,6 +104,7 @@ class TrainForward(nn.Module):
             run_towers: show the towers a blank image where the batch has none, and forget what they say.
             targets: cut the logits into as many pieces as this number of targets takes, if the batch has fewer.
         """
+        torch.manual_seed(batch.seed)
         parts = batch.features
         if batch.pixels is not None:
             parts = tower_outputs(self.model.model, *self.normalize(batch.pixels))

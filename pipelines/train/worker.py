@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import hashlib
 import json
 import logging
 import tempfile
@@ -71,7 +70,6 @@ class State:
     phase: str = ""
     step: int = 0
     position: int = 0
-    workers: int = 1
     done: dict[str, int] = field(default_factory=dict)
     broken: dict[str, dict[str, str]] = field(default_factory=dict)
     cut: dict[str, list[str]] = field(default_factory=dict)
@@ -104,7 +102,7 @@ class Run:
         self.rank, self.workers = context.get_world_rank(), context.get_world_size()
         self.device = get_device()
         self.processor = load_processor(job.model)
-        self.state = State(workers=self.workers)
+        self.state = State()
         self.trained: dict[str, torch.Tensor] = {}
         self.method = Method()
         self.compiled: Compiled | None = None
@@ -302,7 +300,7 @@ class Run:
         started = last = time.monotonic()
         for batches in loader.steps(state.position, phase.steps - state.step):
             rate = learning_rate(phase, state.step)
-            result = self._step(name, engine, batches, rate)
+            result = self._step(engine, batches, rate)
             state.step += 1
             state.position += loader.share.per_step
             seen += result.samples
@@ -323,11 +321,10 @@ class Run:
                 self._gather_broken(name, loader.rows)
                 self._checkpoint(engine, {"phase": name, "step": state.step, "loss": result.loss})
 
-    def _step(self, name: str, engine: Engine, batches: list[Batch], rate: float) -> StepResult:
+    def _step(self, engine: Engine, batches: list[Batch], rate: float) -> StepResult:
         def start() -> None:
             for parameter in engine.named.values():
                 parameter.grad = None
-            torch.manual_seed(_seed(self.config.seed, name, self.state.step, self.rank))  # dropout, also when restarted
 
         def take() -> StepResult:
             return engine.step(batches, rate)
@@ -365,12 +362,6 @@ class Run:
         from safetensors.torch import load_file
 
         self.state = State(**json.loads((directory / STATE).read_text()))
-        if self.config.strategy != "ddp" and self.state.workers != self.workers:
-            raise UserError(
-                f"train.workers is {self.workers}, but the checkpoint's {self.config.strategy} state is sharded over "
-                f"{self.state.workers}; continue with as many workers, or pass --restart"
-            )
-        self.state.workers = self.workers
         self.trained = load_file(directory / TRAINED)
         learned = {group_of(name) for name in self.trained}
         if "language_model" in (self.config.phase(self.state.phase).learn or ()) and "language_model" not in learned:
@@ -385,7 +376,3 @@ def room(model: MGMConfig, config: TrainConfig) -> int:
 
 def _pad_token_id(tokenizer: Any) -> int:
     return int(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id)
-
-
-def _seed(*parts: Any) -> int:
-    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=6).digest(), "big")

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 
 from pipelines.adapters.check import check_adapter
 from pipelines.errors import UserError
+from pipelines.manifest import open_stage
 from pipelines.mgm.adapter import CONFIG, NON_LORA, WEIGHTS, trained_on
 from pipelines.modelfiles import model_identity
 from pipelines.train import stage as loop
@@ -190,25 +191,72 @@ def test_a_killed_worker_and_a_killed_driver_change_nothing(
 def test_zero_shards_train_as_ddp_does(
     ray_cluster: None, model_dir: Path, data: dict[str, Path], tmp_path: Path
 ) -> None:
-    """ZeRO-2 and ZeRO-3 on two workers, really on (the engine is asked): full tensors, and the weights that DDP
-    gets.
+    """ZeRO-3 on two workers of Ray Train, really on (the engine is asked): full tensors, and the weights that DDP gets.
+    All strategies and mixes of rows are in test_equality.py.
     """
     results = {}
-    for strategy in ("ddp", "zero2", "zero3"):
+    for strategy in ("ddp", "zero3"):
         config = _config(
             data["instruct"], workers=2, strategy=strategy, precision="float32", lora=LoraSettings(rank=4, dropout=0.0)
         )
         loop.run(data["refined"], model_dir, tmp_path / strategy, config)
         assert all(verdict.passed for verdict in check_adapter(tmp_path / strategy, model_dir))
         results[strategy] = _weights(tmp_path / strategy), read_log(tmp_path / strategy)
-    for strategy in ("zero2", "zero3"):
-        weights, log = results[strategy]
-        for name, tensor in results["ddp"][0].items():
-            torch.testing.assert_close(weights[name], tensor, rtol=0.05, atol=5e-3)
-        for line, reference in zip(log, results["ddp"][1], strict=True):
-            assert line["loss"] == pytest.approx(reference["loss"], rel=1e-2)
-            assert line["grad_norm"] == pytest.approx(reference["grad_norm"], rel=5e-2)
-            assert line.get("held_out_loss", 0.0) == pytest.approx(reference.get("held_out_loss", 0.0), rel=1e-2)
+    _same_weights(results["zero3"][0], results["ddp"][0], 1e-3)  # AdamW makes the last bit of a small gradient count
+    for line, reference in zip(results["zero3"][1], results["ddp"][1], strict=True):
+        assert line["loss"] == pytest.approx(reference["loss"], rel=1e-4)
+        assert line["grad_norm"] == pytest.approx(reference["grad_norm"], rel=1e-3)
+        assert line.get("held_out_loss", 0.0) == pytest.approx(reference.get("held_out_loss", 0.0), rel=1e-4)
+
+
+def _same_weights(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], tolerance: float) -> None:
+    assert set(found) == set(expected)
+    apart = {n: float((found[n] - tensor).norm() / tensor.norm().clamp_min(1e-12)) for n, tensor in expected.items()}
+    worst = max(apart, key=lambda name: apart[name])
+    assert apart[worst] < tolerance, (worst, apart[worst])
+
+
+@pytest.mark.heavy
+def test_a_run_goes_on_with_another_number_of_workers(
+    ray_cluster: None, model_dir: Path, data: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two workers, one, two again: every step has the samples and the dropout that it has on two, and so have the
+    weights. A number of workers that cannot make up the batch is refused with those that can.
+    """
+    from ray.train.v2.api import config as ray_config
+
+    keep_all = ray_config.CheckpointConfig(num_to_keep=None)
+    monkeypatch.setattr(ray_config, "CheckpointConfig", lambda num_to_keep: keep_all)
+    phase = PhaseConfig(steps=6, learning_rate=5e-3, micro_batch=2, accumulation=2)
+    settings: dict[str, Any] = {"align": PhaseConfig(steps=0), "instruct": phase, "precision": "float32"}
+    settings |= {"lora": LoraSettings(rank=4, dropout=0.2), "checkpoint_every": 2}
+
+    def run(output: Path, workers: int) -> dict[str, Any]:
+        return loop.run(data["refined"], model_dir, output, _config(data["instruct"], workers=workers, **settings))
+
+    manifest = run(tmp_path / "whole", 2)
+    assert manifest["phases"]["instruct"]["batch"] == 8
+    assert run(tmp_path / "whole", 1) == manifest  # done already
+    shutil.copytree(tmp_path / "whole", tmp_path / "moved")
+    for workers, steps in ((1, 2), (2, 1)):
+        (tmp_path / "moved" / "MANIFEST.json").unlink()
+        for _ in range(steps):
+            _forget_last_checkpoint(tmp_path / "moved" / "checkpoints" / loop.RUN)
+        with pytest.raises(
+            UserError, match="8 samples of a step do not divide into 3 worker.* workers may be 1, 2, 4$"
+        ):
+            run(tmp_path / "moved", 3)
+        assert run(tmp_path / "moved", workers)["phases"]["instruct"]["batch"] == 8
+    _same_weights(_weights(tmp_path / "moved"), _weights(tmp_path / "whole"), 1e-5)
+
+
+def test_shards_stay_on_as_many_workers(tmp_path: Path) -> None:
+    """The state of ZeRO cannot be dealt out anew: refused before anything starts, with the number that works."""
+    first = _config(None, workers=2, strategy="zero3")
+    open_stage(tmp_path / "out", "train", loop.inputs("m", {}, first), notes={"workers": 2})
+    with pytest.raises(UserError, match="zero3 state of this run is sharded over 2; continue with train.workers 2"):
+        loop.as_first_started(_config(None, workers=1, strategy="zero3"), tmp_path / "out")
+    assert loop.as_first_started(first, tmp_path / "out") is first
 
 
 @pytest.mark.heavy
