@@ -223,16 +223,17 @@ def test_a_run_goes_on_with_another_number_of_workers(
     """Two workers, one, two again: every step has the samples and the dropout that it has on two, and so have the
     weights. A number of workers that cannot make up the batch is refused with those that can.
     """
-    from ray.train.v2.api import config as ray_config
+    from ray.train.v2.api.config import CheckpointConfig
 
-    keep_all = ray_config.CheckpointConfig(num_to_keep=None)
-    monkeypatch.setattr(ray_config, "CheckpointConfig", lambda num_to_keep: keep_all)
+    keep = CheckpointConfig.__init__
+    monkeypatch.setattr(CheckpointConfig, "__init__", lambda self, num_to_keep=None: keep(self))  # keep all
     phase = PhaseConfig(steps=6, learning_rate=5e-3, micro_batch=2, accumulation=2)
     settings: dict[str, Any] = {"align": PhaseConfig(steps=0), "instruct": phase, "precision": "float32"}
-    settings |= {"lora": LoraSettings(rank=4, dropout=0.2), "checkpoint_every": 2}
+    settings |= {"lora": LoraSettings(rank=4, dropout=0.2), "checkpoint_every": 2, "cpus_per_worker": 0.5}
+    settings |= {"instruct_data": str(data["instruct"])}
 
     def run(output: Path, workers: int) -> dict[str, Any]:
-        return loop.run(data["refined"], model_dir, output, _config(data["instruct"], workers=workers, **settings))
+        return loop.run(data["refined"], model_dir, output, TrainConfig(workers=workers, **settings))
 
     manifest = run(tmp_path / "whole", 2)
     assert manifest["phases"]["instruct"]["batch"] == 8
