@@ -248,7 +248,7 @@ class TrainConfig:
         self.instruct.check("instruct")
         for name in ("align", "instruct"):
             phase: PhaseConfig = getattr(self, name)
-            if phase.batch is not None and self.workers > 0:
+            if phase.batch is not None and self.workers > 0 and self.runs(name):
                 phase.settled(name, self.workers)
         for key in ("workers", "checkpoint_every", "log_every", "held_out_every", "max_length"):
             if getattr(self, key) < 1:
@@ -276,11 +276,15 @@ class TrainConfig:
         if self.precision not in ("bf16", "float32"):
             raise UserError(f"train.precision must be bf16 or float32, not '{self.precision}'")
 
+    def runs(self, name: str) -> bool:
+        """Whether a phase has steps, and data where that is of its own."""
+        phase: PhaseConfig = getattr(self, name)
+        return phase.steps > 0 and (name == "align" or self.instruct_data is not None)
+
     def settled(self) -> TrainConfig:
         """With the micro-batch and accumulation of each phase that make up its batch."""
-        return replace(
-            self, **{name: getattr(self, name).settled(name, self.workers) for name in ("align", "instruct")}
-        )
+        phases = {name: getattr(self, name) for name in ("align", "instruct") if self.runs(name)}
+        return replace(self, **{name: phase.settled(name, self.workers) for name, phase in phases.items()})
 
     def phase(self, name: str) -> PhaseConfig:
         """A phase with nothing left to a default: `learn`, the rate of each group that learns in `rates`, and the

@@ -136,9 +136,10 @@ def inputs(model: str, data: dict[str, str], config: TrainConfig) -> dict[str, A
 def phases(input: Path | str, config: TrainConfig) -> dict[str, str]:
     """Phase -> its data, for the phases that have steps."""
     data = {}
-    if config.align.steps > 0:
+    if config.runs("align"):
         data["align"] = _absolute(input)
-    if config.instruct.steps > 0 and config.instruct_data is not None:
+    if config.runs("instruct"):
+        assert config.instruct_data is not None
         data["instruct"] = _absolute(config.instruct_data)
     if not data:
         raise UserError(
