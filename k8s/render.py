@@ -229,6 +229,7 @@ def _paths(recipe: Recipe) -> dict[str, str]:
         "run_dir": recipe.run_dir,
         "dataset": recipe.dataset,
         "sample.out": recipe.sample.out,
+        **{f"assemble.{key}": part for key, part in recipe.assemble.parts().items() if recipe.assemble.wanted},
         "caption.model": recipe.caption.model,
         "caption.candidates.clip_model": recipe.caption.candidates.clip_model,
         "train.model": recipe.train.model,

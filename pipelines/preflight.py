@@ -20,6 +20,7 @@ from pipelines.demand import Demand, Node
 from pipelines.errors import NotReady, Problem, UserError
 from pipelines.evaluate.benchmark import Question
 from pipelines.evaluate.config import EvaluateConfig
+from pipelines.mgm.assemble_config import AssembleConfig
 from pipelines.refine.config import RefineConfig
 from pipelines.train import trackers
 from pipelines.train.config import TrainConfig
@@ -95,9 +96,18 @@ def refine(config: RefineConfig, section: str = "refine", *, done: bool = False)
             yield Problem(f"{section}.recipe", problem.message)
 
 
-def train(config: TrainConfig, model: str) -> Iterator[Problem]:
-    """Base model, instructions, and the package of the strategy."""
-    yield from base_model(model)
+def train(config: TrainConfig, model: str, *, made: bool = False) -> Iterator[Problem]:
+    """Base model, instructions, and the packages of the strategy and the tracker.
+
+    Args:
+        made: the base model is made by the run itself.
+    """
+    if made and not model:
+        yield Problem("train.model", "is not set; assemble writes the base there")
+    elif made:
+        yield from output(model, "train.model")
+    else:
+        yield from base_model(model)
     if config.instruct.steps > 0 and config.instruct_data is not None:
         yield from dataset(config.instruct_data, "train.instruct_data")
     elif config.align.steps == 0:
@@ -105,6 +115,14 @@ def train(config: TrainConfig, model: str) -> Iterator[Problem]:
     yield from found("train.tracker", lambda: trackers.require(config.tracker))
     if config.strategy != "ddp" and importlib.util.find_spec("deepspeed") is None:
         yield Problem("train.strategy", f"{config.strategy} needs DeepSpeed, which is not installed")
+
+
+def assemble(config: AssembleConfig) -> Iterator[Problem]:
+    """Every part of a base."""
+    if not config.wanted:
+        yield Problem("assemble.language_model", "is not set; a base takes it, clip and openclip, or from_mgm")
+    for key, check in config.checks() if config.wanted else ():
+        yield from found(key, check)
 
 
 def base_model(model: str, key: str = "train.model") -> Iterator[Problem]:

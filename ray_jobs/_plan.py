@@ -15,7 +15,7 @@ from typing import Any
 from pipelines import preflight
 from pipelines.demand import Demand
 from pipelines.errors import Problem, UserError
-from pipelines.manifest import MANIFEST, StageOutput, identity, look
+from pipelines.manifest import CLAIM, MANIFEST, StageOutput, identity, look, read_json
 from pipelines.progress import clock
 from pipelines.rundir import RunDir, Walk
 from pipelines.train.config import PhaseConfig, TrainConfig
@@ -57,8 +57,9 @@ def problems(recipe: Recipe) -> Iterator[Problem]:
     place = RunDir(Path(recipe.run_dir), tuple(recipe.seeds))
     for problem in (
         *preflight.dataset(recipe.dataset),
+        *(preflight.assemble(recipe.assemble) if recipe.assemble.wanted else ()),
         *preflight.caption(recipe.caption),
-        *preflight.train(recipe.train, recipe.train.model),
+        *preflight.train(recipe.train, recipe.train.model, made=recipe.assemble.wanted),
         *preflight.evaluate(recipe.evaluate),
     ):
         if not _will_be_drawn(recipe, problem.key):
@@ -84,10 +85,15 @@ def _will_be_drawn(recipe: Recipe, key: str) -> bool:
 
 def _merged_models(recipe: Recipe, place: RunDir) -> tuple[int, str]:
     """Bytes of the merged models that are still to be written."""
-    base = preflight.size_of(recipe.train.model)
+    base = sum(preflight.size_of(model) for model in _base(recipe))
     walks = [place.walk(arm, seed) for arm in recipe.arms for seed in recipe.seeds]
     missing = sum(not walk.merged.directory.exists() for walk in walks)
     return base * missing, f"{missing} merged models"
+
+
+def _base(recipe: Recipe) -> list[str]:
+    """The base, or what it will be made of."""
+    return [str(part) for part in recipe.assemble.parts().values()] if recipe.assemble.wanted else [recipe.train.model]
 
 
 def steps(recipe: Recipe, *, restart: bool, measure: bool) -> tuple[list[Step], list[Problem]]:
@@ -101,6 +107,8 @@ def steps(recipe: Recipe, *, restart: bool, measure: bool) -> tuple[list[Step], 
     place = RunDir(Path(recipe.run_dir).resolve(), tuple(recipe.seeds))
     if recipe.sample.out:
         plan.sample(recipe)
+    if recipe.assemble.wanted:
+        plan.assemble(recipe)
     captions = plan.caption(recipe, place)
     for arm in recipe.arms:
         plan.refine(recipe, place, arm, captions)
@@ -126,6 +134,13 @@ class _Plan:
         size = recipe.sample
         rows = size.pairs + size.instructions + size.questions
         self._add("sample", Path(size.out or ""), lambda: inputs(size), rows, f"{rows:,} pictures")
+
+    def assemble(self, recipe: Recipe) -> None:
+        """The base."""
+        from pipelines.mgm.assemble_config import inputs
+
+        parts = ", ".join(str(part) for part in recipe.assemble.parts().values())
+        self._add("assemble", Path(recipe.train.model), lambda: inputs(recipe.assemble), work=f"from {parts}")
 
     def caption(self, recipe: Recipe, place: RunDir) -> Step:
         """Captioning; while it is to be done, the dataset is counted and a sample of it captioned to measure."""
@@ -163,7 +178,6 @@ class _Plan:
     def walk(self, recipe: Recipe, dataset: Path, walk: Walk, seed: int) -> None:
         """One model's way: training, merge, evaluation."""
         from pipelines.adapters.config import decides
-        from pipelines.modelfiles import model_identity
         from pipelines.train.stage import as_first_started, inputs
 
         train, base = recipe.training(walk.arm, seed), Path(recipe.train.model)
@@ -172,7 +186,7 @@ class _Plan:
 
         def wanted() -> dict[str, Any]:
             data = {name: self._identity(path) for name, path in phases.items()}
-            return inputs(model_identity(base), data, as_first_started(train, adapter))
+            return inputs(self._model(base, adapter), data, as_first_started(train, adapter))
 
         counts = [getattr(train, name) for name in phases]
         in_epochs = any(phase.epochs for phase in counts)
@@ -182,7 +196,7 @@ class _Plan:
         self._add(
             f"merge {walk.name}",
             merged,
-            lambda: decides(model_identity(base), self._identity(adapter), recipe.merge),
+            lambda: decides(self._model(base, adapter), self._identity(adapter), recipe.merge),
             work="one model directory",
         )
         self._evaluate(recipe, walk)
@@ -235,6 +249,16 @@ class _Plan:
             step.work = ""
             step.rows = _rows(output.manifest) or rows
         return step
+
+    def _model(self, base: Path, adapter: Path) -> str:
+        """Identity of the base; of one that is to be made again, what the adapter was trained on: the same parts give
+        the same base.
+        """
+        from pipelines.modelfiles import model_identity
+
+        if (base / MANIFEST).is_file() or not (adapter / CLAIM).is_file() or any(base.glob("*.safetensors")):
+            return model_identity(base)
+        return str(read_json(adapter / CLAIM)["inputs"]["model"])
 
     def _identity(self, directory: Path) -> str:
         """Of a stage's directory, also of one that is not complete yet; of a directory that is not there, nothing."""

@@ -20,6 +20,7 @@ from pipelines.adapters.config import MergeConfig
 from pipelines.caption.config import CaptionConfig
 from pipelines.errors import UserError
 from pipelines.evaluate.config import CompareConfig, EvaluateConfig
+from pipelines.mgm.assemble_config import AssembleConfig
 from pipelines.refine.config import RefineConfig
 from pipelines.sample.config import SampleConfig
 from pipelines.storage import is_remote
@@ -32,6 +33,10 @@ PATHS = (
     "run_dir",
     "dataset",
     "sample.out",
+    "assemble.language_model",
+    "assemble.clip",
+    "assemble.openclip",
+    "assemble.from_mgm",
     "caption.model",
     "caption.candidates.clip_model",
     "refine.recipe",
@@ -74,6 +79,7 @@ class Recipe:
         dataset: image-text pairs in any format captune reads.
         seeds: training is repeated per seed, and the comparison is made per seed.
         sample: the embedded sample world.
+        assemble: the base MGM from its parts, written to `train.model` before anything else.
         caption: recaptioning with BLIP-2.
         refine: choice of text and filters when `captune refine` is called by itself.
         arms: name -> choice of text and filters, and of settings of `train` that are the arm's own.
@@ -88,6 +94,7 @@ class Recipe:
     dataset: str = ""
     seeds: list[int] = field(default_factory=lambda: [0])
     sample: SampleConfig = field(default_factory=SampleConfig)
+    assemble: AssembleConfig = field(default_factory=AssembleConfig)
     caption: CaptionConfig = field(default_factory=CaptionConfig)
     refine: RefineConfig = field(default_factory=RefineConfig)
     arms: dict[str, ArmConfig] = field(default_factory=dict)
@@ -186,7 +193,11 @@ def absolute(recipe: Recipe) -> Recipe:
     def settle(key: str, text: str) -> str:
         if not text or not _is_path(key) or is_remote(text):
             return text
-        hub_id = key.endswith("model") and text.count("/") == 1 and not Path(text).exists()
+        hub_id = (
+            key in ("caption.model", "caption.candidates.clip_model")
+            and text.count("/") == 1
+            and not Path(text).exists()
+        )
         return text if hub_id else str(Path(text).absolute())
 
     copy = deepcopy(recipe)

@@ -85,6 +85,10 @@ def run(recipe: Recipe, *, restart: bool = False) -> None:
         write_world(recipe.sample.out, recipe.sample, restart=restart)
         preflight.require(_plan.problems(recipe))  # of what has just been drawn
     recipe = keep(recipe, place)
+    if recipe.assemble.wanted:
+        from pipelines.mgm import assemble
+
+        assemble.run(recipe.assemble, recipe.train.model, restart=restart)
     with _start.ray_cluster(recipe.caption, _plan.demands(recipe)):
         from pipelines.caption import stage as caption
         from pipelines.refine import stage as refine

@@ -13,7 +13,6 @@ ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 OURS = ("pipelines", "ray_jobs", "serve", "k8s")
 UNIMPORTED = {
-    "accelerate": "transformers and PEFT place the layers of a model with it",
     "ninja": "DeepSpeed builds its operator for CPUs with it",
     "sentencepiece": "transformers makes a tokenizer of a `tokenizer.model` with it",
     "protobuf": "the same reads such a file with it",

@@ -8,58 +8,67 @@ here from a seed.
 from __future__ import annotations
 
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from pipelines.errors import UserError
+from pipelines.lock import release
+from pipelines.manifest import open_stage
 from pipelines.mgm import names, parts
+from pipelines.mgm.assemble_config import AssembleConfig, check_language_model, check_mgm, inputs
 from pipelines.mgm.configuration import MGMConfig
 from pipelines.mgm.convert_config import build_text_config, clip_config, convnext_config, is_tied
 from pipelines.mgm.tensorfiles import ShardWriter, read_file
 from pipelines.mgm.vision import MGMUniProjector, build_projector
-from pipelines.modelfiles import read_object, weight_files
+from pipelines.modelfiles import weight_files
+from pipelines.progress import say
 
-LANGUAGE_MODELS = ("gemma", "llama", "mistral", "mixtral")
+_WORK = "_work"
+
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-@dataclass(frozen=True)
-class Geometry:
-    """How the parts meet; the defaults are MGM-2B's.
+def run(config: AssembleConfig, output: Path | str, *, restart: bool = False) -> dict[str, Any]:
+    """Write the base that a recipe's `assemble` section describes, or find it written; returns the manifest.
 
-    Attributes:
-        projector: mm_projector_type: linear, identity or mlp{N}x_gelu.
-        image_size_aux: side in pixels of the image that feeds ConvNeXt.
-        image_grid: 1, or N to cut the image into N x N crops for CLIP ("HD").
-        image_global: HD only: the whole image's tokens, too.
-        select_layer: CLIP's hidden state that is used.
-        seed: of the fresh weights.
-        dtype: of every tensor written: auto (the language model's), float32, bfloat16 or float16.
+    Raises:
+        UserError: as `assemble` and `assemble_from`, or `output` holds something else.
     """
+    output = Path(output)
+    stage = open_stage(output, "assemble", inputs(config), restart=restart)
+    if stage.complete:
+        return stage.manifest
+    say(f"assemble: {', '.join(map(str, config.parts().values()))}")
+    work = output / _WORK
+    shutil.rmtree(work, ignore_errors=True)  # of a killed run: a base is made in a minute
+    try:
+        made = (
+            assemble_from(config.parts()["from_mgm"], work, config.seed) if config.from_mgm else assemble(config, work)
+        )
+        for path in work.iterdir():
+            _replace(path, output / path.name)
+        work.rmdir()
+    except BaseException:
+        release(output)
+        shutil.rmtree(output)
+        raise
+    return stage.finish(language_model=made.text_config.model_type, tokens_per_image=made.num_image_tokens)
 
-    projector: str = "mlp2x_gelu"
-    image_size_aux: int = 768
-    image_grid: int = 1
-    image_global: bool = False
-    select_layer: int = -2
-    seed: int = 0
-    dtype: str = "auto"
 
-    def __post_init__(self) -> None:
-        if self.dtype != "auto" and self.dtype not in _DTYPES:
-            raise UserError(f"--dtype must be auto, {', '.join(_DTYPES)}, not '{self.dtype}'")
+def _replace(source: Path, target: Path) -> None:
+    """Move a file or folder; what a killed run had moved already is the same."""
+    if target.is_dir():
+        shutil.rmtree(target)
+    source.replace(target)
 
 
-def assemble(language_model: Path, clip: Path, openclip: Path, output: Path, geometry: Geometry) -> MGMConfig:
+def assemble(config: AssembleConfig, output: Path) -> MGMConfig:
     """Write a model directory whose projector is fresh.
 
     Args:
-        language_model: Hugging Face directory of a Gemma, Llama (Vicuna, Yi, ...), Mistral or Mixtral, with tokenizer.
-        clip: Hugging Face directory of a CLIP, or of its vision model.
-        openclip: OpenCLIP directory of a CLIP whose image tower is a ConvNeXt.
+        config: with a language model and two towers.
         output: created; must be empty if it exists. Nothing is left there when something is wrong.
 
     Returns:
@@ -69,29 +78,20 @@ def assemble(language_model: Path, clip: Path, openclip: Path, output: Path, geo
         UserError: another kind of model, no tokenizer, unreadable files, missing or unaccounted tensors, wrong shapes,
             or parts that do not fit each other.
     """
-    text = read_object(language_model / "config.json")
-    text_type = str(text.get("model_type"))
-    if text_type not in LANGUAGE_MODELS:
-        raise UserError(
-            f"{language_model / 'config.json'}: a '{text_type}' model; the language model of an MGM is one of "
-            f"{', '.join(LANGUAGE_MODELS)}"
-        )
-    if not any((language_model / name).exists() for name in parts.TOKENIZER_FILES):
-        raise UserError(f"{language_model}: no tokenizer there ({', '.join(parts.TOKENIZER_FILES[:2])})")
-    for directory in (clip, openclip):
-        if not directory.is_dir():
-            raise UserError(f"{directory}: no such directory")
+    for _, check in config.checks():
+        check()
     parts.new_directory(output)
     try:
-        return _assemble(text, text_type, language_model, clip, openclip, output, geometry)
+        return _assemble(config, output)
     except BaseException:
         shutil.rmtree(output)
         raise
 
 
-def _assemble(
-    text: dict[str, Any], text_type: str, language_model: Path, clip: Path, openclip: Path, output: Path, how: Geometry
-) -> MGMConfig:
+def _assemble(how: AssembleConfig, output: Path) -> MGMConfig:
+    language_model, clip, openclip = how.parts().values()
+    text = check_language_model(language_model)
+    text_type = str(text["model_type"])
     writer = ShardWriter(output, dtype=_DTYPES.get(how.dtype))
     _, _, found = parts.rename_tensors(language_model, writer, drop_head=is_tied(text, text_type))
     writer.dtype = writer.dtype or found  # towers are published in float32, language models in half of that
@@ -127,8 +127,7 @@ def assemble_from(model: Path, output: Path, seed: int = 0) -> MGMConfig:
     Raises:
         UserError: not such a directory, or its tensors are not those of its configuration.
     """
-    if read_object(model / "config.json").get("model_type") != "mgm":
-        raise UserError(f"{model / 'config.json'}: not an MGM directory; an original checkpoint is converted first")
+    check_mgm(model)
     parts.new_directory(output)
     try:
         config: MGMConfig = MGMConfig.from_pretrained(model)
@@ -168,7 +167,7 @@ def fresh_weights(config: MGMConfig, seed: int) -> dict[str, torch.Tensor]:
 
 
 def _config(
-    text: dict[str, Any], shapes: dict[str, tuple[int, ...]], clip: Path, how: Geometry, dtype: torch.dtype | None
+    text: dict[str, Any], shapes: dict[str, tuple[int, ...]], clip: Path, how: AssembleConfig, dtype: torch.dtype | None
 ) -> MGMConfig:
     try:
         config = MGMConfig(
@@ -193,7 +192,7 @@ def _copy_rest(model: Path, output: Path) -> None:
     """Configuration, tokenizer, processor, template: all but the weights, and what stages say of themselves."""
     weights = {file.name for file in weight_files(model)}
     for path in sorted(model.iterdir()):
-        if path.name in weights or path.name.endswith(".index.json") or path.name.startswith((".", "MANIFEST")):
+        if path.name in weights or path.name.endswith(".index.json") or path.name.startswith((".", "MANIFEST", _WORK)):
             continue
         if path.is_dir():
             shutil.copytree(path, output / path.name)

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -18,6 +19,7 @@ from pipelines import machine
 from pipelines.sample.config import SampleConfig
 from pipelines.sample.world import write_world
 from ray_jobs import cli
+from tests.pipelines.tiny_parts import language_model, write_towers
 
 ROOT = Path(__file__).parents[2]
 GIB = 2**30
@@ -31,7 +33,13 @@ BROUGHT = {
     "evaluate.images": "data/textvqa/train_images",
     "evaluate.ocr": "data/textvqa/TextVQA_Rosetta_OCR_v0.2_val.json",
 }
-"""Keys of files that people bring themselves, and where mgm2b_30k looks for them."""
+"""Keys of files that people bring themselves, and where mgm2b_30k_published looks for them."""
+PARTS = {
+    "assemble.language_model": "models/gemma-2b-it",
+    "assemble.clip": "models/clip-vit-large-patch14-336",
+    "assemble.openclip": "models/clip-convnext-large-d-320",
+}
+"""What mgm2b_30k makes its base of, instead of `train.model`."""
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +60,8 @@ def brought(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "models/mgm-2b": "models/mgm",
     }.items():
         (root / place).symlink_to(world / source)
+    for place, part in zip(PARTS.values(), (language_model(root / "gemma", "gemma"), *write_towers(root)), strict=True):
+        (root / place).symlink_to(part)
     return root
 
 
@@ -76,22 +86,30 @@ def test_everything_that_is_missing_is_said_at_once_without_ray(tmp_path: Path) 
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=True)
     assert done.stdout.split(maxsplit=1) == ["2", "[]\n"]
-    for key in (*BROUGHT, "caption.gpus_per_actor", "train.use_gpu", "serve.gpus_per_replica"):
+    for key in (
+        *(BROUGHT.keys() - {"train.model"}),
+        *PARTS,
+        "caption.gpus_per_actor",
+        "train.use_gpu",
+        "serve.gpus_per_replica",
+    ):
         assert f"\n  {key}: " in done.stderr
+    assert "train.model" not in done.stderr  # which the run makes
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("recipe", ["mgm2b_30k", "mgm2b_1m"])
+@pytest.mark.parametrize("recipe", ["mgm2b_30k", "mgm2b_30k_published", "mgm2b_1m"])
 def test_a_recipe_fits_the_published_layouts(
     recipe: str, brought: Path, large: None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """TextVQA's annotations hold no OCR tokens; both recipes ask for them, and find them in the Rosetta file."""
+    """TextVQA's annotations hold no OCR tokens; all recipes ask for them, and find them in the Rosetta file."""
     monkeypatch.chdir(brought)
     moved = [word for key, place in BROUGHT.items() for word in (f"--{key}", place)] if recipe == "mgm2b_1m" else []
     status, plan = asked(capsys, recipe, *moved, "--run_dir", "runs/x")
     assert plan["problems"] == []
     assert status == 0
     found = {step["stage"]: step for step in plan["steps"]}
+    assert ("assemble" in found) == (recipe == "mgm2b_30k")
     assert found["caption"]["rows"] == SMALL.pairs
     assert found["caption"]["memory"] > 0
     assert found["evaluate enhanced"]["rows"] == SMALL.questions
@@ -142,20 +160,20 @@ def test_init_writes_a_recipe_that_this_machine_can_run(
 @pytest.mark.heavy
 @pytest.mark.timeout(900)
 def test_the_reference_recipe_really_runs(brought: Path) -> None:
-    """Every stage of mgm2b_30k on twenty rows: its files, arms, phases, precision and OCR tokens; without its card,
-    with fewer steps, and with DDP in place of ZeRO-3, which would first compile an operator.
+    """Every stage of mgm2b_30k on twenty rows, from a Gemma, a CLIP and a ConvNeXt to a tuned, merged and served model
+    that answers: its files, arms, phases, precision and OCR tokens; without its card, and with fewer steps.
     """
     options = {
+        "assemble.image_size_aux": 128,
         "caption.gpus_per_actor": 0,
         "caption.cpus_per_actor": 0.9,
         "train.use_gpu": "false",
         "train.cpus_per_worker": 1,
-        "train.strategy": "ddp",
-        "train.max_length": 256,
+        "train.max_length": 512,
         "train.align.steps": 1,
-        "train.align.accumulation": 2,
+        "train.align.batch": 16,
         "train.instruct.steps": 1,
-        "train.instruct.accumulation": 2,
+        "train.instruct.batch": 16,
         "serve.gpus_per_replica": 0,
     }
     words = [word for key, value in options.items() for word in (f"--{key}", str(value))]
@@ -164,9 +182,10 @@ def test_the_reference_recipe_really_runs(brought: Path) -> None:
     first = subprocess.run(command, cwd=brought, env=env, capture_output=True, text=True, check=False)
     assert first.returncode == 0, first.stderr[-4000:]
     run = brought / "runs" / "mgm2b_30k"
+    assert json.loads((run / "base" / "MANIFEST.json").read_text())["language_model"] == "gemma"
     for arm in ("original", "enhanced"):
         scores = json.loads((run / arm / "predictions" / "textvqa" / "scores.json").read_text())
-        assert scores["count"] == SMALL.questions
+        assert (scores["count"], scores["errors"]) == (SMALL.questions, 0)
         assert scores["ocr_tokens"] is True
         asked_for = (run / arm / "predictions" / "textvqa" / "predictions.jsonl").read_text().splitlines()
         assert len(asked_for) == SMALL.questions
@@ -175,5 +194,10 @@ def test_the_reference_recipe_really_runs(brought: Path) -> None:
     started = time.monotonic()
     again = subprocess.run(command, cwd=brought, env=env, capture_output=True, text=True, check=False)
     assert again.returncode == 0, again.stderr[-4000:]
-    assert "ray: started" not in again.stderr
+    assert "ray: started" not in again.stderr and "assemble: " not in again.stderr
     assert time.monotonic() - started < 60
+    # The base is made of its parts whenever it is wanted; what was trained on it is still known as such.
+    shutil.rmtree(run / "base")
+    plan = subprocess.run([*command, "--dry-run", "--json"], cwd=brought, env=env, capture_output=True, check=True)
+    states = {step["stage"]: step["state"] for step in json.loads(plan.stdout)["steps"]}
+    assert states.pop("assemble") == "starts" and set(states.values()) == {"complete"}

@@ -4,29 +4,22 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from pipelines.adapters.check import check_model
 from pipelines.mgm.names import PROJECTOR, TOWERS
 from pipelines.mgm.tensorfiles import read_file
 from pipelines.modelfiles import weight_files
 from ray_jobs import cli
-from tests.tiny_tokenizers import byte_level, sentencepiece_like
+from tests.pipelines.tiny_parts import FAMILIES, language_model, write_towers
 
 from .conftest import chat, noise_image
 
 Tensors = dict[str, torch.Tensor]
-# As published: without <image>.
-FAMILIES = {
-    "gemma": lambda: byte_level("<bos>", "<eos>", "<pad>", ["<start_of_turn>", "<end_of_turn>"]),
-    "llama": lambda: sentencepiece_like("<s>", False, []),
-    "mixtral": lambda: sentencepiece_like("<s>", True, []),
-}
 
 
 def tensors(directory: Path) -> Tensors:
@@ -35,41 +28,7 @@ def tensors(directory: Path) -> Tensors:
 
 @pytest.fixture(scope="session")
 def towers(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A CLIP directory and an OpenCLIP one in their published layouts, from the reference checkpoint's towers."""
-    root, data = tmp_path_factory.mktemp("towers"), Path(__file__).parent / "data"
-    state = load_file(data / "mgm_gemma" / "checkpoint" / "model.safetensors")
-    clip, openclip = root / "clip", root / "openclip"
-    clip.mkdir()
-    openclip.mkdir()
-    for file in (data / "openai-clip-tiny").iterdir():
-        (clip / file.name).write_bytes(file.read_bytes())
-    prefix, aux = "model.vision_tower.vision_tower.", "model.vision_tower_aux.vision_"
-    image = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
-    save_file(image | {"text_model.final_layer_norm.weight": torch.ones(3)}, clip / "model.safetensors")
-    trunk = {f"visual.trunk.{name.removeprefix(aux)}": tensor for name, tensor in state.items() if name.startswith(aux)}
-    torch.save(trunk | {"logit_scale": torch.ones(())}, openclip / "open_clip_pytorch_model.bin")
-    return clip, openclip
-
-
-def language_model(directory: Path, family: str, **changes: Any) -> Path:
-    tokenizer = FAMILIES[family]()
-    config = CONFIG_MAPPING[family](
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=16,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        **changes,
-    )
-    torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(directory)
-    tokenizer.save_pretrained(directory)
-    return directory
+    return write_towers(tmp_path_factory.mktemp("towers"))
 
 
 def assemble(language: Path, towers: tuple[Path, Path], output: Path, *more: str) -> int:
@@ -128,7 +87,7 @@ def test_parts_that_do_not_fit_are_refused_and_leave_nothing(
         "no ConvNeXt has": lambda: assemble(language, (towers[0], towers[0]), tmp_path / "out"),
         "no such directory": lambda: assemble(language, (tmp_path / "nowhere", towers[1]), tmp_path / "out"),
         "do not make an MGM": lambda: assemble(language, towers, tmp_path / "out", "--image-size-aux", "100"),
-        "leave --clip out": lambda: cli.main(
+        "assemble.clip: stands beside assemble.from_mgm": lambda: cli.main(
             ["assemble", "--from", str(converted), "--clip", str(towers[0]), "--output", str(tmp_path / "out")]
         ),
     }
@@ -141,3 +100,27 @@ def test_parts_that_do_not_fit_are_refused_and_leave_nothing(
     save_file(state, language / "model.safetensors", metadata={"format": "pt"})
     assert assemble(language, towers, tmp_path / "out") == 2
     assert "1 missing: model.layers.1.mlp.up_proj.weight" in capsys.readouterr().err
+
+
+def test_a_base_is_made_once_and_again_after_a_kill(
+    towers: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As any stage: complete, half done, or of other parts."""
+    language, output = language_model(tmp_path / "language", "gemma"), tmp_path / "mgm"
+    assert assemble(language, towers, output) == 0
+    made = tensors(output)
+    manifest = json.loads((output / "MANIFEST.json").read_text())
+    assert (manifest["language_model"], manifest["tokens_per_image"]) == ("gemma", 16)
+    written = (output / "model.safetensors").stat().st_mtime_ns
+    assert assemble(language, towers, output) == 0
+    assert (output / "model.safetensors").stat().st_mtime_ns == written
+    # A kill while files were moved: some are there, some not, and no manifest.
+    (output / "MANIFEST.json").unlink()
+    (output / "_work").mkdir()
+    (output / "tokenizer.json").rename(output / "_work" / "tokenizer.json")
+    assert assemble(language, towers, output) == 0
+    again = tensors(output)
+    assert again.keys() == made.keys() and all(torch.equal(again[name], tensor) for name, tensor in made.items())
+    assert (output / "tokenizer.json").is_file() and not (output / "_work").exists()
+    assert assemble(language, towers, output, "--seed", "1") == 2
+    assert "what changed: config.seed" in capsys.readouterr().err
