@@ -21,7 +21,7 @@ COMMAND = Command(
         writing("directory for the adapter"),
         RESTART,
     ),
-    reads=("train",),
+    reads=("train", "assemble"),
     first="--input",
     example="captune train refined --model models/mgm-2b --output adapter --train.instruct_data data/instruct.json",
 )
@@ -31,16 +31,22 @@ def main(argv: list[str]) -> int:
     """`captune train DATASET --model DIR --output DIR`."""
     recipe, options = parse(COMMAND, argv)
     demands = [recipe.train.demand()]
+    made = recipe.assemble.wanted and not Path(options.model, "config.json").exists()
     preflight.require(
         [
             *preflight.dataset(options.input, "--input"),
-            *preflight.train(recipe.train, options.model),
+            *(preflight.assemble(recipe.assemble) if made else ()),
+            *preflight.train(recipe.train, options.model, made=made),
             *_start.lacking(demands=demands),
             *preflight.output(options.output),
         ]
     )
     from pipelines.train import stage
 
+    if made:
+        from pipelines.mgm import assemble
+
+        assemble.run(recipe.assemble, options.model)
     with _start.ray_cluster(demands=demands):
         manifest = stage.run(
             Path(options.input), Path(options.model), Path(options.output), recipe.train, restart=options.restart
