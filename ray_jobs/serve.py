@@ -20,6 +20,7 @@ COMMAND = Command(
     "Answer over HTTP, OpenAI-compatible, in batches, on Ray Serve, until it is interrupted.",
     (
         reading("merged model", "--model"),
+        Option("--adapter", "DIR", "what captune train wrote for it, to answer with unmerged", path=True),
         Option("--port", "N", "0 takes a free one", number=True, default=8000),
         Option("--host", "ADDRESS", "0.0.0.0 answers other machines, too", default="127.0.0.1"),
         Option("--name", "NAME", "the model's name in requests", default="captune"),
@@ -31,7 +32,7 @@ COMMAND = Command(
 
 
 def main(argv: list[str]) -> int:
-    """`captune serve DIR [--port N]`: serves until it is interrupted."""
+    """`captune serve DIR [--adapter DIR] [--port N]`: serves until it is interrupted."""
     recipe, options = parse(COMMAND, argv)
     model = Path(options.model)
     demands = [recipe.serve.demand()]
@@ -40,6 +41,7 @@ def main(argv: list[str]) -> int:
     preflight.require(
         [
             *preflight.base_model(options.model, "--model"),
+            *(preflight.adapter(options.adapter) if options.adapter else ()),
             *preflight.found("--port", lambda: look(options.host, options.port)),
             *_start.lacking(demands=demands),
         ]
@@ -48,8 +50,11 @@ def main(argv: list[str]) -> int:
         connection.connect()
         from serve import app
 
-        base = app.start(model, recipe.serve, name=options.name, port=options.port, host=options.host)
-        say(f"serving {model} at {base}/v1/chat/completions (health: {base}/health); Ctrl-C stops")
+        adapter = Path(options.adapter) if options.adapter else None
+        place = {"name": options.name, "port": options.port, "host": options.host}
+        base = app.start(model, recipe.serve, adapter=adapter, **place)
+        what = f"{model} with {adapter}" if adapter else str(model)
+        say(f"serving {what} at {base}/v1/chat/completions (health: {base}/health); Ctrl-C stops")
         if options.json:
             _ending.tell(options, {"model": str(model), "name": options.name, "url": base}, "")
         done = threading.Event()

@@ -25,7 +25,9 @@ from ray.exceptions import RayActorError
 from ray.serve import Application
 from starlette.exceptions import HTTPException
 
+from pipelines.adapters.unmerged import refuse_misfit
 from pipelines.errors import UserError, WorkFailed
+from pipelines.manifest import identity
 from pipelines.modelfiles import model_identity
 from serve.api import ApiError, ChatRequest, completion, models, parse
 from serve.config import ServeConfig
@@ -58,6 +60,7 @@ class BuildArgs(BaseModel):
 
     Attributes:
         model: merged model directory, on every node that may run a replica.
+        adapter: directory of an adapter to answer with unmerged, likewise; empty: none.
         name: the model's name in requests.
         config: the `serve` section of a recipe.
     """
@@ -65,6 +68,7 @@ class BuildArgs(BaseModel):
     model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
 
     model: str
+    adapter: str = ""
     name: str = "captune"
     config: ServeConfig = Field(default_factory=ServeConfig)
 
@@ -86,7 +90,9 @@ class Captune:
         threads = max(1, int(self.config.cpus_per_replica))
         torch.set_num_threads(threads)
         self.identity = model_identity(args["model"])
-        self.engine = Engine(args["model"], dtype=self.config.dtype)
+        if args["adapter"]:
+            self.identity += f"+{identity(args['adapter'])}"
+        self.engine = Engine(args["model"], adapter=args["adapter"], dtype=self.config.dtype)
         self.preparing = ThreadPoolExecutor(max(2, threads), thread_name_prefix="prepare")
         self.generating = ThreadPoolExecutor(1, thread_name_prefix="generate")
         self.gate = BatchGate(self.config.max_batch_size)
@@ -161,13 +167,15 @@ def build(args: BuildArgs) -> Application:
         max_constructor_retry_count=2,
         logging_config={"enable_access_log": False, "log_level": "WARNING"},
     )
-    return deployment.bind({"model": args.model, "name": args.name, "config": asdict(config)})
+    told = {"model": args.model, "adapter": args.adapter, "name": args.name, "config": asdict(config)}
+    return deployment.bind(told)
 
 
 def start(
     model: Path,
     config: ServeConfig,
     *,
+    adapter: Path | None = None,
     name: str = "captune",
     route_prefix: str = "/",
     port: int = 8000,
@@ -178,15 +186,19 @@ def start(
     Several applications live side by side when their names and route prefixes differ; the first decides host and port.
 
     Args:
+        adapter: trained on this model; answers come from both, unmerged.
         port: 0 takes a free one.
 
     Raises:
-        UserError: the model directory is not complete, or the port is taken.
+        UserError: the model directory is not complete, the adapter does not fit it, or the port is taken.
         WorkFailed: the model did not start.
     """
     _refuse_incomplete(model)
+    if adapter is not None:
+        refuse_misfit(Path(model), adapter)
     logging.getLogger("ray.serve").setLevel(logging.WARNING)  # importing Ray Serve has set it to INFO
-    args = BuildArgs(model=str(Path(model).resolve()), name=name, config=config)
+    place = str(adapter.resolve()) if adapter is not None else ""
+    args = BuildArgs(model=str(Path(model).resolve()), adapter=place, name=name, config=config)
     root = _start_http(host, port, config.request_timeout_s + _PROXY_GRACE_S)
     try:
         serve.run(build(args), name=name, route_prefix=route_prefix)

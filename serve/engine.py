@@ -16,6 +16,7 @@ from PIL.Image import Image
 from transformers import LogitsProcessor, StoppingCriteria
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+from pipelines.adapters.unmerged import with_adapter
 from pipelines.mgm.load import load_model, load_processor
 
 
@@ -68,18 +69,25 @@ class Engine:
 
     Args:
         model: Hugging Face directory with processor and weights; merged, converted or quantized.
+        adapter: what `captune train` wrote for it, to answer with unmerged.
         dtype: auto, float32, bfloat16 or float16.
         device: auto takes the GPU when there is one.
 
     Raises:
-        UserError: the directory is no complete MGM.
+        UserError: the directory is no complete MGM, or the adapter does not fit it.
     """
 
-    def __init__(self, model: Path | str, *, dtype: str = "auto", device: str = "auto") -> None:
+    def __init__(
+        self, model: Path | str, *, adapter: Path | str | None = None, dtype: str = "auto", device: str = "auto"
+    ) -> None:
         self.device = torch.device(device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
         self.processor = load_processor(model)
         self.tokenizer: PreTrainedTokenizerBase = self.processor.tokenizer
-        self.model: Any = load_model(model, dtype, self.device)
+        self.model: Any = (
+            with_adapter(Path(model), Path(adapter), dtype, self.device)
+            if adapter
+            else load_model(model, dtype, self.device)
+        )
         config = self.model.config.get_text_config()
         self.context = int(config.max_position_embeddings)
         self.stop_ids = _stop_ids(self.tokenizer, self.model.generation_config.eos_token_id)

@@ -25,6 +25,15 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_adapter(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """LoRA and projector, trained for three steps on that model."""
+    from tests.pipelines.tiny_mgm import train_adapter, write_instructions
+
+    root = tmp_path_factory.mktemp("adapter")
+    return train_adapter(tiny_model, write_instructions(root / "instruct.json"), root / "adapter")
+
+
+@pytest.fixture(scope="session")
 def picture() -> Callable[[int], bytes]:
     """JPEG bytes of a seeded noise picture; sizes and colours differ from seed to seed."""
 

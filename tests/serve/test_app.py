@@ -166,17 +166,28 @@ def test_a_whole_evaluation_through_the_endpoint(
         assert score("textvqa", annotations, tmp_path / "out" / file)["accuracy"] == scores["accuracy"]
 
 
-def test_two_applications_share_the_port(ray_cluster: None, base: str, tiny_model: Path) -> None:
+def test_two_applications_share_the_port(
+    ray_cluster: None, base: str, tiny_model: Path, tiny_adapter: Path, tmp_path: Path
+) -> None:
+    """The second answers with an unmerged adapter, and says so; an adapter of another model is refused here."""
     from serve.app import start, stop
 
     config = ServeConfig(max_batch_size=2, cpus_per_replica=0.5)
-    other = start(tiny_model, config, name="other", route_prefix="/other", port=0)
+    place: dict[str, Any] = {"name": "other", "route_prefix": "/other", "port": 0}
+    other = start(tiny_model, config, adapter=tiny_adapter, **place)
     try:
         assert other == base + "/other"
-        assert httpx.get(other + "/v1/models", trust_env=False).json()["data"][0]["id"] == "other"
+        listed = httpx.get(other + "/v1/models", trust_env=False).json()["data"][0]
+        assert listed["id"] == "other" and listed["identity"].startswith(f"{model_identity(tiny_model)}+")
         assert httpx.get(base + "/v1/models", trust_env=False).json()["data"][0]["id"] == "captune"
     finally:
         stop("other")
+    copy = Path(shutil.copytree(tiny_model, tmp_path / "copy"))
+    tensors = load_file(copy / "model.safetensors")
+    tensors["model.language_model.norm.weight"] += 0.01
+    save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match="was trained on another model than"):
+        start(copy, config, adapter=tiny_adapter, **place)
 
 
 def test_a_model_that_no_replica_can_load_is_refused_here(base: str, tiny_model: Path, tmp_path: Path) -> None:

@@ -55,6 +55,22 @@ def test_a_batch_answers_like_its_requests_alone(engine: Engine, picture: Pictur
         assert answer.finish_reason == "stop" or answer.completion_tokens == one.max_tokens
 
 
+def test_an_adapter_answers_unmerged_as_it_does_merged(
+    engine: Engine, tiny_model: Path, tiny_adapter: Path, picture: Picture, tmp_path: Path
+) -> None:
+    """LoRA and the trained projector, in a batch and alone; the base alone says other things."""
+    from pipelines.adapters import merge
+    from pipelines.adapters.config import MergeConfig
+
+    merge.run(tiny_model, tiny_adapter, tmp_path / "merged", MergeConfig())
+    requests = [request("What is it?", picture(i), max_tokens=8) for i in range(3)] + [request("Why?", max_tokens=8)]
+    unmerged = Engine(tiny_model, adapter=tiny_adapter, device="cpu")
+    answers = unmerged.answer(requests)
+    assert answers == Engine(tmp_path / "merged", device="cpu").answer(requests)
+    assert answers == [unmerged.answer([one])[0] for one in requests]
+    assert answers != engine.answer(requests)
+
+
 def test_pictures_and_their_order_matter(engine: Engine, picture: Picture) -> None:
     one, other, swapped = engine.answer(
         [request("?", picture(1), picture(2), max_tokens=8), request("?", picture(3), picture(2), max_tokens=8)]
