@@ -12,13 +12,15 @@ from typing import Any
 
 import torch
 
-from pipelines.adapters import fit, probe
+from pipelines.adapters import fit, probe, streamed
 from pipelines.errors import UserError
 from pipelines.mgm.adapter import trained_on
 from pipelines.mgm.load import differences, load_config, load_model, load_processor, load_skeleton, quiet
 from pipelines.mgm.names import LANGUAGE_MODEL
+from pipelines.mgm.parts import generation_config
+from pipelines.mgm.stored import Stored
 from pipelines.mgm.tensorfiles import read_file
-from pipelines.modelfiles import model_identity, weight_files
+from pipelines.modelfiles import ADAPTER, model_identity, weight_files
 
 _SHOWN = 3
 
@@ -84,7 +86,7 @@ def _model_verdicts(model: Path) -> Iterator[Verdict]:
     agreement = _tokenizer(config, processor)
     yield agreement
     if agreement.passed and all(verdict.passed for verdict in complete):
-        yield from _behaviour(model, processor)
+        yield from _behaviour(model, config, processor)
 
 
 def _against_config(config: Any, tensors: dict[str, torch.Tensor]) -> Iterator[Verdict]:
@@ -142,23 +144,27 @@ def _tokenizer(config: Any, processor: Any) -> Verdict:
     )
 
 
-def _behaviour(model: Path, processor: Any) -> Iterator[Verdict]:
+def _behaviour(model: Path, config: Any, processor: Any) -> Iterator[Verdict]:
     quiet()
-    loaded = load_model(model, "float32")
-    first, second = (probe.batch(processor, seed) for seed in (1, 2))
-    logits = probe.logits(loaded, first)
-    finite = bool(logits.isfinite().all())
-    change = float((logits - probe.logits(loaded, second)).abs().max())
+    first, second = (_logits(model, config, probe.batch(processor, seed)) for seed in (1, 2))
+    finite = bool(first.isfinite().all())
+    change = float((first - second).abs().max())
     seen = finite and change > 1e-6
     yield Verdict(
         "sees the image", seen, f"another image changes a logit by {change:.3g}" if finite else "logits are not finite"
     )
-    yield _stops(loaded, processor)
+    yield _stops(generation_config(config, model).eos_token_id, processor)
 
 
-def _stops(model: Any, processor: Any) -> Verdict:
+def _logits(model: Path, config: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    """In float32, of a model of any size: one tensor is in memory at a time. With an adapter on it, all of it is."""
+    if (model / ADAPTER).is_dir():
+        return probe.logits(load_model(model, "float32"), inputs)
+    return streamed.logits(config, Stored(model, streamed.hollow(config)).__getitem__, inputs, {})
+
+
+def _stops(stop: Any, processor: Any) -> Verdict:
     """The tokens that end an answer in the chat template must be such that `generate` ends at one of them."""
-    stop = model.generation_config.eos_token_id
     stop = set(stop) if isinstance(stop, list) else {stop} - {None}
     messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "\N{SNOWMAN}"}]
     end = processor.tokenizer.apply_chat_template(messages, chat_template=processor.chat_template, tokenize=False)

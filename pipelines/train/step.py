@@ -21,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from pipelines.errors import WorkFailed
+from pipelines.mgm.load import quiet as quiet  # whoever steps by hand wants quiet libraries, too
 from pipelines.mgm.modeling import MGMForConditionalGeneration
 from pipelines.train.config import PhaseConfig
 from pipelines.train.data import IGNORE, Batch
