@@ -154,12 +154,12 @@ def _train(options: SimpleNamespace, pairs: _Size, cards: int) -> list[str]:
         *([f"  workers: {workers}", "  use_gpu: true", f"  cpus_per_worker: {share}"] if cards else []),
         f"  max_length: {min(2048, context)}",
         f"  # once through {'the' if pairs.exact else 'the first'} {pairs.rows:,} pairs",
-        f"  align: {_phase(pairs.rows, _ALIGN_BATCH, workers, '1.0e-3')}",
+        f"  align: {_phase(pairs.rows, _ALIGN_BATCH, workers)}",
     ]
     if options.instruct:
         rows = _size(options.instruct).rows
         lines += [f"  # once through {rows:,} instructions"]
-        lines += [f"  instruct: {_phase(rows, _INSTRUCT_BATCH, workers, '2.0e-4')}"]
+        lines += [f"  instruct: {_phase(rows, _INSTRUCT_BATCH, workers)}"]
     return lines
 
 
@@ -184,11 +184,11 @@ def _quoted(value: object) -> str:
     return str(yaml.safe_dump(str(value), width=10_000)).split("\n")[0]
 
 
-def _phase(rows: int, batch: int, workers: int, rate: str) -> str:
-    """Settings of a training phase that goes once through so many rows."""
+def _phase(rows: int, batch: int, workers: int) -> str:
+    """Settings of a training phase that goes once through so many rows, at the rates of the original scripts."""
     accumulation = max(1, min(batch, rows) // (_MICRO_BATCH * workers))
     steps = max(1, rows // (_MICRO_BATCH * accumulation * workers))
-    return f"{{steps: {steps}, learning_rate: {rate}, micro_batch: {_MICRO_BATCH}, accumulation: {accumulation}}}"
+    return f"{{steps: {steps}, batch: {_MICRO_BATCH * accumulation * workers}, micro_batch: {_MICRO_BATCH}}}"
 
 
 if __name__ == "__main__":

@@ -161,7 +161,8 @@ def test_init_writes_a_recipe_that_this_machine_can_run(
 @pytest.mark.timeout(900)
 def test_the_reference_recipe_really_runs(brought: Path) -> None:
     """Every stage of mgm2b_30k on twenty rows, from a Gemma, a CLIP and a ConvNeXt to a tuned, merged and served model
-    that answers: its files, arms, phases, precision and OCR tokens; without its card, and with fewer steps.
+    that answers: its files, arms, phases, precision and OCR tokens; without its card, and with fewer steps. One arm
+    learns a prefix, which its model carries through serving and evaluation.
     """
     options = {
         "assemble.image_size_aux": 128,
@@ -175,6 +176,7 @@ def test_the_reference_recipe_really_runs(brought: Path) -> None:
         "train.instruct.steps": 1,
         "train.instruct.batch": 16,
         "serve.gpus_per_replica": 0,
+        "arms.enhanced.train": "{method: prefix}",
     }
     words = [word for key, value in options.items() for word in (f"--{key}", str(value))]
     command = [sys.executable, "-m", "ray_jobs.cli", "run", "mgm2b_30k", *words]
@@ -191,6 +193,8 @@ def test_the_reference_recipe_really_runs(brought: Path) -> None:
         assert len(asked_for) == SMALL.questions
         assert all("Reference OCR token: " in json.loads(line)["prompt"] for line in asked_for)
     assert (run / "report" / "index.html").is_file()
+    merged = {arm: json.loads((run / arm / "merged" / "MANIFEST.json").read_text()) for arm in ("original", "enhanced")}
+    assert merged["original"]["lora"] and merged["enhanced"]["carried"] == "prefix"
     started = time.monotonic()
     again = subprocess.run(command, cwd=brought, env=env, capture_output=True, text=True, check=False)
     assert again.returncode == 0, again.stderr[-4000:]
