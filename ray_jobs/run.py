@@ -37,6 +37,8 @@ def main(argv: list[str]) -> int:
         raise UserError("captune run needs a recipe with arms: captune run sample, or captune run my_recipe.yaml")
     lasting(recipe.run_dir, "run_dir")
     lasting(recipe.sample.out or recipe.run_dir, "sample.out")
+    if recipe.assemble.wanted:
+        lasting(recipe.train.model, "train.model")
     if options.dry_run:
         return _dry_run(recipe, options)
     started = time.monotonic()
