@@ -188,8 +188,10 @@ def _fit(model: Path, base: str, output: Path, config: TrainConfig, data: dict[s
     from ray.train.v2.api.exceptions import TrainingFailedError
     from ray.train.v2.torch.torch_trainer import TorchTrainer
 
+    from pipelines.train.fitting import try_again
     from pipelines.train.worker import Job, train_worker
 
+    try_again(output)
     _tune_ray_train(nodes=len(ray.nodes()))
     resources: dict[str, float] = {"CPU": config.cpus_per_worker} | ({"GPU": 1} if config.use_gpu else {})
     trainer = TorchTrainer(

@@ -9,7 +9,7 @@ import contextlib
 import itertools
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,7 +17,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from pipelines.errors import WorkFailed
@@ -26,6 +25,7 @@ from pipelines.mgm.modeling import MGMForConditionalGeneration
 from pipelines.train.config import PhaseConfig
 from pipelines.train.data import IGNORE, Batch
 from pipelines.train.features import blank_outputs, image_features, tower_outputs
+from pipelines.train.fitting import halved, random_state, split
 from pipelines.train.methods import Method, group_of
 
 LOGIT_BYTES = 1 << 30
@@ -33,13 +33,29 @@ LOGIT_BYTES = 1 << 30
 the backward pass computes again, they take so much and not a multiple of it."""
 
 
+@dataclass(frozen=True)
+class Counts:
+    """What a step's micro-batches of all workers hold: rows, their tokens (padding is none, visual tokens are some),
+    tokens that the loss sees, images that they show, and those that have yet to go through the towers.
+    """
+
+    samples: int = 0
+    tokens: int = 0
+    targets: int = 0
+    images: int = 0
+    encoded: int = 0
+
+    def __add__(self, other: Counts) -> Counts:
+        return Counts(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
+
+
 @dataclass
 class StepResult:
-    """loss: mean over the step's target tokens; grad_norm: before clipping; samples: of all workers."""
+    """loss: mean over the step's target tokens; grad_norm: before clipping; counts: of all workers."""
 
     loss: float
     grad_norm: float
-    samples: int
+    counts: Counts
 
 
 class Engine(Protocol):
@@ -47,9 +63,10 @@ class Engine(Protocol):
 
     named: dict[str, nn.Parameter]
     method: Method
+    cut: int | None
 
     def step(self, batches: list[Batch], learning_rate: float) -> StepResult:
-        """One optimizer step over this worker's micro-batches."""
+        """One optimizer step over this worker's micro-batches, cut into pieces of at most `cut` rows."""
 
     def evaluate(self, batches: list[Batch]) -> float:
         """Mean loss over the target tokens of all workers' batches, of which each has equally many, without dropout;
@@ -201,6 +218,27 @@ def total(value: float, device: torch.device) -> float:
     return float(tensor)
 
 
+def count(batches: list[Batch], device: torch.device) -> Counts:
+    """Of all workers' micro-batches of a step."""
+    found = [
+        Counts(
+            batch.samples,
+            int(batch.attention_mask.sum()),
+            batch.targets,
+            sum(len(part[0]) for part in (batch.features,) if part is not None) + encoded,
+            encoded,
+        )
+        for batch in batches
+        for encoded in [0 if batch.pixels is None else len(batch.pixels)]
+    ]
+    own = astuple(sum(found, Counts()))
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return Counts(*own)
+    tensor = torch.tensor(own, dtype=torch.int64, device=device)
+    dist.all_reduce(tensor)
+    return Counts(*tensor.tolist())
+
+
 def require_finite(loss: float, grad_norm: float) -> None:
     """Raise `WorkFailed` on numbers that no further step can mend."""
     for what, value in (("training loss", loss), ("gradient norm", grad_norm)):
@@ -238,7 +276,11 @@ def mean_loss(
 
 
 class TorchEngine:
-    """Single-process or DistributedDataParallel training with float32 master weights."""
+    """Data-parallel training with float32 master weights.
+
+    Gradients are exchanged once a step, after every worker has said that its memory sufficed. So one that runs out of
+    it leaves nobody waiting: all of them do the step's micro-batches again in halves, and cut later ones, too (`cut`).
+    """
 
     def __init__(
         self,
@@ -247,47 +289,80 @@ class TorchEngine:
         precision: str,
         device: torch.device,
     ) -> None:
-        self.phase, self.device, self.method = phase, device, forward.method
+        self.phase, self.device, self.forward, self.method = phase, device, forward, forward.method
+        self.cut: int | None = None
         self.autocast = autocast(device, precision)
         self.named = {n: p for n, p in forward.model.named_parameters() if p.requires_grad}
         self.optimizer = adamw(self.named.items(), phase)
         self.world = dist.get_world_size() if dist.is_initialized() else 1
-        self.forward: nn.Module = forward
         if self.world > 1:
-            self.forward = DistributedDataParallel(
-                forward,
-                device_ids=[device] if device.type == "cuda" else None,
-                forward_sync_buffers=False,
-            )
+            for parameter in self.named.values():
+                dist.broadcast(parameter.data, 0)
 
     def step(self, batches: list[Batch], learning_rate: float) -> StepResult:
         """Accumulate `batches`, clip, update. The loss weighs every target token of the step alike, however the rows
         were spread over micro-batches and workers: accumulating is the same as one large batch.
+
+        Raises:
+            WorkFailed: a micro-batch of one sample does not fit the device, or the loss is no number.
         """
-        targets = total(sum(batch.targets for batch in batches), self.device)
-        samples = total(sum(batch.samples for batch in batches), self.device)
-        loss_sum = torch.zeros((), device=self.device)
-        for number, batch in enumerate(batches):
-            with self._sync(last=number == len(batches) - 1):
-                with self.autocast():
-                    loss = self.forward(batch.to(self.device))
-                (loss * (self.world / targets)).backward()  # DDP averages gradients over the workers
-            loss_sum += loss.detach()
+        counts = count(batches, self.device)
+        loss_sum = self._gradients(batches, counts.targets)
+        loss_mean = total(float(loss_sum), self.device) / counts.targets
+        self._exchange()
         self.method.add_penalty()
-        loss_mean = total(float(loss_sum), self.device) / targets
         grad_norm = float(nn.utils.clip_grad_norm_(self.named.values(), self.phase.max_grad_norm))
         require_finite(loss_mean, grad_norm)
         set_rate(self.optimizer.param_groups, learning_rate)
         self.optimizer.step()
         self.method.after_step()
         self.optimizer.zero_grad(set_to_none=True)
-        return StepResult(loss_mean, grad_norm, int(samples))
+        return StepResult(loss_mean, grad_norm, counts)
 
-    def _sync(self, last: bool) -> contextlib.AbstractContextManager[Any]:
-        """Exchange gradients only with the step's last micro-batch."""
-        if isinstance(self.forward, DistributedDataParallel) and not last:
-            return self.forward.no_sync()
-        return contextlib.nullcontext()
+    def _gradients(self, batches: list[Batch], targets: int) -> torch.Tensor:
+        """This worker's gradients of the mean loss of the step; returns its share of the loss's sum."""
+        random = random_state(self.device)  # the step again shall be as if it had been the first
+        config = self.forward.model.config
+        while True:
+            pieces = [
+                piece
+                for batch in batches
+                for piece in split(batch, self.cut or batch.samples, config.image_token_id, config.num_image_tokens)
+            ]
+            loss_sum = self._accumulate(pieces, targets)
+            if total(float(loss_sum is None), self.device) == 0:
+                assert loss_sum is not None
+                return loss_sum
+            del loss_sum
+            self.optimizer.zero_grad(set_to_none=True)
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+            self.cut = halved(max(piece.samples for piece in pieces))
+            random_state(self.device, random)
+
+    def _accumulate(self, batches: list[Batch], targets: int) -> torch.Tensor | None:
+        """Gradients of micro-batches one after the other; None: they did not fit the device."""
+        loss_sum = torch.zeros((), device=self.device)
+        try:
+            for batch in batches:
+                with self.autocast():
+                    loss = self.forward(batch.to(self.device))
+                (loss / targets).backward()
+                loss_sum += loss.detach()
+        except torch.OutOfMemoryError:
+            return None
+        return loss_sum
+
+    def _exchange(self) -> None:
+        """Sum the gradients of all workers."""
+        if self.world == 1:
+            return
+        for parameter in self.named.values():
+            if parameter.grad is None:  # none of this worker's rows used it; another's may have
+                parameter.grad = torch.zeros_like(parameter)
+        sums = [dist.all_reduce(parameter.grad, async_op=True) for parameter in self.named.values()]
+        for each in sums:
+            each.wait()
 
     def evaluate(self, batches: list[Batch]) -> float:
         """See `Engine.evaluate`."""

@@ -7,7 +7,7 @@ import json
 import logging
 import tempfile
 import time
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,16 +23,17 @@ from pipelines.mgm.adapter import write_adapter
 from pipelines.mgm.configuration import MGMConfig
 from pipelines.mgm.load import load_config, load_model, load_processor, load_skeleton, quiet
 from pipelines.progress import Progress, say
-from pipelines.train import features
+from pipelines.train import features, fitting
 from pipelines.train.compiling import Compiled, compile_layers
 from pipelines.train.config import PhaseConfig, TrainConfig
 from pipelines.train.data import Batch, Loader, Sampler, Share, Templates
 from pipelines.train.gauges import TrainGauges
 from pipelines.train.held_out import set_aside
 from pipelines.train.log import TrainLog
+from pipelines.train.memory import GIB, parameter_count, peak_bytes
 from pipelines.train.methods import Method, group_of, lora_targets, make_learn, quantization
 from pipelines.train.rows import Rows, read_rows, say_broken
-from pipelines.train.step import Engine, StepResult, TorchEngine, TrainForward, autocast, learning_rate, prepare
+from pipelines.train.step import Counts, Engine, StepResult, TorchEngine, TrainForward, autocast, learning_rate, prepare
 from pipelines.train.trackers import Tracker
 
 STATE = "state.json"
@@ -64,6 +65,7 @@ class State:
         done: phase -> finished steps.
         broken, cut: phase -> rows that could not be used (with the reason), and rows cut at max_length.
         seconds: phase -> time spent in its steps.
+        seen: phase -> what its steps held, fields of `step.Counts`.
         phases: phase -> facts for the manifest.
     """
 
@@ -74,6 +76,7 @@ class State:
     broken: dict[str, dict[str, str]] = field(default_factory=dict)
     cut: dict[str, list[str]] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
+    seen: dict[str, dict[str, int]] = field(default_factory=dict)
     phases: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
@@ -87,10 +90,16 @@ def train_worker(settings: dict[str, Any]) -> dict[str, Any]:
     quiet()
     # Ray Train names this logger by its file, so that its own log level does not reach it.
     logging.getLogger(ray_train_context.__file__).setLevel(logging.WARNING)
+    run: Run | None = None
     try:
-        return Run(job).train()
+        run = Run(job)
+        return run.train()
     except (UserError, WorkFailed) as error:
         return {"error": type(error).__name__, "message": str(error)}
+    except torch.OutOfMemoryError:
+        if run is not None and (run.leave_smaller() or run.workers > 1):
+            raise  # Ray ends all workers and starts them again: nobody waits for this one
+        return {"error": "WorkFailed", "message": fitting.TOO_LARGE}
 
 
 class Run:
@@ -106,6 +115,7 @@ class Run:
         self.trained: dict[str, torch.Tensor] = {}
         self.method = Method()
         self.compiled: Compiled | None = None
+        self.stepping = False
         self._check_targets()
         self.longest = min(self.config.max_length, room(load_config(job.model), self.config))
         self.templates = Templates(
@@ -169,7 +179,7 @@ class Run:
 
     def _loader(self, name: str, rows: Rows, template: str) -> Loader:
         """Batches of rows as a phase takes them, in its own template or the other phase's."""
-        phase = self.config.phase(name)
+        phase = self._fitting(name)
         return Loader(
             rows,
             getattr(self.templates, template),
@@ -202,7 +212,7 @@ class Run:
 
     def _phase(self, name: str, log: TrainLog | None, checkpoint: Path | None) -> None:
         """One phase to its end."""
-        phase = self.config.phase(name)
+        phase = self._fitting(name)
         if checkpoint is None:
             self.state.phase, self.state.step, self.state.position = name, 0, 0
         model, method = self._model(phase)
@@ -224,13 +234,47 @@ class Run:
             "cached_images": len(loader.features.slots) if loader.features is not None else 0,
         }
         self._gather_broken(name, rows)
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
         self._steps(name, phase, engine, loader, held_out, log)
+        self.state.phases[name] |= self._facts(name, engine, model)
         if log is not None:
             self.state.phases[name]["stability"] = log.stability(name)
         self.trained.update(engine.weights())
         engine.close()
         del engine, model
         gc.collect()
+
+    def _fitting(self, name: str) -> PhaseConfig:
+        """A phase's settings, with the micro-batch that an earlier start found out to fit."""
+        phase = self.config.phase(name)
+        fits = fitting.noted(Path(self.job.output)).get(name, int(phase.micro_batch))
+        if fits == 0:
+            raise WorkFailed(fitting.TOO_LARGE)
+        smaller = fits < int(phase.micro_batch) and phase.per_step(self.workers) % (self.workers * fits) == 0
+        return phase.settled(name, self.workers, fits) if smaller else phase
+
+    def leave_smaller(self) -> bool:
+        """After an out of memory that cannot be mended here, leave a smaller micro-batch to those who start again.
+
+        From within a step only DeepSpeed's engine gets here; whatever else is too large is so at any micro-batch.
+        """
+        name, fits = self.state.phase, 0
+        if self.stepping and self.config.strategy != "ddp":
+            with suppress(WorkFailed):
+                fits = fitting.halved(int(self._fitting(name).micro_batch))
+        if fits:
+            self._say_smaller(name, fits)
+        fitting.note(Path(self.job.output), name, fits)
+        return bool(fits)
+
+    def _say_smaller(self, name: str, micro_batch: int) -> None:
+        batch = self.state.phases[name]["batch"]
+        passes = batch // (self.workers * micro_batch)
+        say(
+            f"{self.job.what}: out of memory in {name}; going on with micro-batches of {micro_batch}, {passes} a step "
+            f"(the same {batch} samples a step)"
+        )
 
     def _model(self, phase: PhaseConfig) -> tuple[Any, Method]:
         """The base model with this phase's trainable weights in it, as far as they have been trained."""
@@ -295,7 +339,9 @@ class Run:
         log: TrainLog | None,
     ) -> None:
         """From the current step to the phase's last, with log lines and checkpoints."""
-        state, seen = self.state, 0
+        state, seen, cut = self.state, 0, None
+        counts = Counts(**state.seen.get(name, {}))
+        self.stepping = True
         before = state.seconds.get(name, 0.0)
         started = last = time.monotonic()
         for batches in loader.steps(state.position, phase.steps - state.step):
@@ -303,7 +349,12 @@ class Run:
             result = self._step(engine, batches, rate)
             state.step += 1
             state.position += loader.share.per_step
-            seen += result.samples
+            seen += result.counts.samples
+            counts += result.counts
+            state.seen[name] = asdict(counts)
+            if engine.cut is not None and engine.cut != cut and self.rank == 0:
+                fitting.note(Path(self.job.output), name, cut := engine.cut)
+                self._say_smaller(name, cut)
             now = time.monotonic()
             state.seconds[name] = round(before + now - started, 3)
             due = state.step % self.config.held_out_every == 0 or state.step in (1, phase.steps)
@@ -313,13 +364,16 @@ class Run:
                 line |= {"clipped": result.grad_norm > phase.max_grad_norm, "learning_rate": rate}
                 line |= engine.method.figures()
                 speed = {"samples_per_second": round(seen / (now - last), 3), "seconds": state.seconds[name]}
-                log.write(line := line | speed | measured)
+                peak = {"peak_memory_gib": round(peak_bytes(self.device) / GIB, 3)}
+                log.write(line := line | speed | peak | measured)
                 self.gauges.show(line, phase.steps)
                 last, seen = time.monotonic(), 0
             if state.step % self.config.checkpoint_every == 0 or state.step == phase.steps:
                 state.done[name] = state.step
                 self._gather_broken(name, loader.rows)
                 self._checkpoint(engine, {"phase": name, "step": state.step, "loss": result.loss})
+
+        self.stepping = False
 
     def _step(self, engine: Engine, batches: list[Batch], rate: float) -> StepResult:
         def start() -> None:
@@ -332,6 +386,21 @@ class Run:
         start()
         compiled, self.compiled = self.compiled, None
         return take() if compiled is None else compiled.first_step(take, start)
+
+    def _facts(self, name: str, engine: Engine, model: Any) -> dict[str, Any]:
+        """What a phase came to, for the manifest."""
+        trainable = sum(parameter_count(parameter) for parameter in engine.named.values())
+        parameters = sum(parameter_count(parameter) for parameter in model.parameters())
+        seconds, counts = self.state.seconds.get(name, 0.0), Counts(**self.state.seen.get(name, {}))
+        return {
+            "micro_batch": engine.cut or int(self._fitting(name).micro_batch),
+            "trainable_parameters": trainable,
+            "parameters": parameters,
+            "trainable_share": round(trainable / parameters, 6),
+            "peak_memory_gib": round(peak_bytes(self.device) / GIB, 3),
+            "samples_per_second": round(counts.samples / seconds, 3) if seconds else None,
+            "tokens_per_second": round(counts.tokens / seconds, 1) if seconds else None,
+        }
 
     def _gather_broken(self, name: str, rows: Rows) -> None:
         """Workers see different rows; the state holds what any of them found. Too many stop all of them at once."""

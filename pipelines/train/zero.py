@@ -16,7 +16,7 @@ import torch.distributed as dist
 from pipelines.errors import UserError, WorkFailed
 from pipelines.train.config import PhaseConfig
 from pipelines.train.data import Batch
-from pipelines.train.step import StepResult, TrainForward, adamw, mean_loss, require_finite, set_rate, total
+from pipelines.train.step import StepResult, TrainForward, adamw, count, mean_loss, require_finite, set_rate, total
 
 _TAG = "state"
 _EXTENSIONS = Path.home() / ".cache" / "captune" / "torch_extensions"
@@ -61,6 +61,8 @@ class ZeroEngine:
     DeepSpeed keeps the model in bf16 and float32 master weights in its sharded optimizer.
     """
 
+    cut: int | None = None
+
     def __init__(
         self, forward: TrainForward, stage: int, phase: PhaseConfig, precision: str, device: torch.device
     ) -> None:
@@ -89,21 +91,22 @@ class ZeroEngine:
             raise WorkFailed("DeepSpeed did not shard the parameters although ZeRO-3 was asked for")
 
     def step(self, batches: list[Batch], learning_rate: float) -> StepResult:
-        """As `TorchEngine.step`."""
-        targets = total(sum(batch.targets for batch in batches), self.device)
-        samples = total(sum(batch.samples for batch in batches), self.device)
+        """As `TorchEngine.step`, but without mending: what DeepSpeed has begun to exchange cannot be taken back, so
+        `torch.OutOfMemoryError` is raised and the workers have to start again with smaller micro-batches.
+        """
+        counts = count(batches, self.device)
         set_rate(self.engine.optimizer.param_groups, learning_rate)
         loss_sum = torch.zeros((), device=self.device)
         for batch, (run_towers, most) in zip(batches, self._all_do(batches), strict=True):
             loss = self.engine(batch.to(self.device), run_towers, most)
             # DeepSpeed averages over the workers; the division by accumulation is ours (by target tokens), not its own.
-            self.engine.backward(loss * (dist.get_world_size() / targets), scale_wrt_gas=False)
+            self.engine.backward(loss * (dist.get_world_size() / counts.targets), scale_wrt_gas=False)
             self.engine.step()
             loss_sum += loss.detach()
-        loss_mean = total(float(loss_sum), self.device) / targets
+        loss_mean = total(float(loss_sum), self.device) / counts.targets
         grad_norm = float(self.engine.get_global_grad_norm() or 0.0)
         require_finite(loss_mean, grad_norm)
-        return StepResult(loss_mean, grad_norm, int(samples))
+        return StepResult(loss_mean, grad_norm, counts)
 
     def _all_do(self, batches: list[Batch]) -> list[tuple[bool, int]]:
         """Of each micro-batch, whether some worker runs the towers and the most targets that one has.

@@ -76,7 +76,7 @@ def test_both_phases_leave_an_adapter_and_its_history(
         *(("instruct", step) for step in range(1, INSTRUCT + 1)),
     ]
     keys = {"phase", "step", "loss", "grad_norm", "clipped", "learning_rate", "samples_per_second", "seconds"}
-    assert set(read_log(output)[1]) == keys
+    assert set(read_log(output)[1]) == keys | {"peak_memory_gib"}
     measured = [(line["phase"], line["step"]) for line in read_log(output) if "held_out_loss" in line]
     assert measured == [*(("align", n) for n in (1, 4, 8, 12, 16)), *(("instruct", n) for n in (1, 4, 8))]
     assert manifest["rows_in"] == {"align": 11, "instruct": 20}

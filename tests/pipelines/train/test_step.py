@@ -96,7 +96,7 @@ def test_accumulation_equals_one_big_batch(tiny: Any, model_dir: Path, tmp_path:
         step = engine.step(loader.step(0), 1e-2)
         results.append((step, engine.weights()))
     (big, big_weights), (small, small_weights) = results
-    assert small.samples == big.samples == 8
+    assert small.counts.samples == big.counts.samples == 8
     assert small.loss == pytest.approx(big.loss, rel=1e-5) and small.grad_norm == pytest.approx(big.grad_norm, rel=1e-4)
     for name, tensor in big_weights.items():
         torch.testing.assert_close(small_weights[name], tensor, rtol=1e-3, atol=2e-4)
