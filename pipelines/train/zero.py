@@ -22,14 +22,32 @@ _TAG = "state"
 _EXTENSIONS = Path.home() / ".cache" / "captune" / "torch_extensions"
 
 
-def deepspeed_config(stage: int, phase: PhaseConfig, precision: str, device: torch.device) -> dict[str, Any]:
-    """DeepSpeed's own configuration of one phase."""
+_BUCKET = 500_000_000
+LIVE_PARAMETERS = 1_000_000_000
+"""DeepSpeed's own defaults: numbers whose gradients are exchanged together, and gathered ones of ZeRO-3."""
+
+
+def bucket_size(learns: int) -> int:
+    """Numbers of a buffer for gradients, which DeepSpeed allocates in full: no more than there are."""
+    return min(_BUCKET, learns)
+
+
+def deepspeed_config(
+    stage: int, phase: PhaseConfig, precision: str, device: torch.device, learns: int = _BUCKET
+) -> dict[str, Any]:
+    """DeepSpeed's own configuration of one phase, in which so many numbers learn."""
     return {
         "train_micro_batch_size_per_gpu": phase.micro_batch,
         "gradient_accumulation_steps": phase.accumulation,
         "gradient_clipping": phase.max_grad_norm,
         "bf16": {"enabled": precision == "bf16"},
-        "zero_optimization": {"stage": stage, "overlap_comm": device.type == "cuda", "contiguous_gradients": True},
+        "zero_optimization": {
+            "stage": stage,
+            "overlap_comm": device.type == "cuda",
+            "contiguous_gradients": True,
+            "reduce_bucket_size": bucket_size(learns),
+            "stage3_max_live_parameters": LIVE_PARAMETERS,
+        },
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 10**9,
     }
@@ -82,7 +100,7 @@ class ZeroEngine:
         self.engine, *_ = deepspeed.initialize(
             model=forward,
             optimizer=adamw(self.named.items(), phase),
-            config=deepspeed_config(stage, phase, precision, device),
+            config=deepspeed_config(stage, phase, precision, device, sum(p.numel() for p in self.named.values())),
         )
         if self.engine.zero_optimization_stage() != stage or not self.engine.zero_optimization():
             raise WorkFailed(f"DeepSpeed runs ZeRO stage {self.engine.zero_optimization_stage()}, not {stage}")
