@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 
 from pipelines.mgm.configuration import MGMConfig
 
@@ -62,7 +61,7 @@ class Numbers:
     cuda: bool = True
 
 
-def decoder_layer(layer: nn.Module, config: Any, micro: Micro, numbers: Numbers) -> int:
+def decoder_layer(layer: Any, config: Any, micro: Micro, numbers: Numbers) -> int:
     """Saved by a layer of Gemma, Llama or Mixtral that learns by any of LoRA's kind, in full or not at all.
 
     Args:
@@ -91,9 +90,7 @@ def norm(module: Any, tokens: int, numbers: Numbers) -> int:
     return saved
 
 
-def linears(
-    modules: list[Any], tokens: int, numbers: Numbers, *, from_stream: bool = False, kept: bool = False
-) -> int:
+def linears(modules: list[Any], tokens: int, numbers: Numbers, *, from_stream: bool = False, kept: bool = False) -> int:
     """Linear layers with one input.
 
     Args:

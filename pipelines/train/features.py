@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from pipelines.progress import Progress
 
 Parts = tuple[torch.Tensor, torch.Tensor]
-_IMAGES_PER_CALL = 32
+_IMAGES_PER_CALL = 16
 _CALL_BYTES = 2 << 30
 """Outputs of one call: on the way there are about five times as many bytes, which a card of 24 GB has room for."""
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import resource
 import sys
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,8 @@ GIB = 1 << 30
 CARD_24GB = 24 * 10**9
 CONTEXT = 600 << 20
 """Bytes of the CUDA context with the kernels of PyTorch's libraries, outside of its allocator."""
+WORKSPACE = 32 << 20
+"""Bytes that cuBLAS asks of the allocator (on an H100; less on others)."""
 GAPS = 0.04
 """Share of the tensors' peak that the allocator holds besides: blocks that no request fits."""
 _FLOAT, _HALF = 4, 2
@@ -132,7 +134,7 @@ class Phase:
         at_once = min(micro.targets, max(1, LOGIT_BYTES // (_FLOAT * self.text.vocab_size)))
         word = at_once * self.text.vocab_size * _FLOAT
         towers = activations.towers(self.model_config, micro, self.numbers) if micro.encoded else 0
-        static = held["weights"] + held["optimizer"] + held["buffers"]
+        static = held["weights"] + held["optimizer"] + held["buffers"] + WORKSPACE
         gradients = held["gradients"]
         before = static + (gradients if accumulating else 0)
         moments = {
@@ -184,7 +186,9 @@ class Phase:
 
     @property
     def _mines(self) -> bool:
-        return any(p.requires_grad for n, p in self.model.named_parameters() if group_of(n) in ("projector", "uni_modules"))
+        return any(
+            p.requires_grad for n, p in self.model.named_parameters() if group_of(n) in ("projector", "uni_modules")
+        )
 
     def _copies(self) -> int:
         """Copies of float32 weights of the head, which stay for the backward pass."""

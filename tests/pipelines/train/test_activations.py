@@ -61,7 +61,7 @@ def test_a_decoder_layer_keeps_what_the_formula_says(kind: str, pairs: int, lear
     """To the byte: with and without padding, at two shapes, on weights of either width (`cast`: DeepSpeed's model)."""
     if kind == "mixtral" and learns == "everything":
         pytest.skip("experts are counted as frozen")
-    for frozen in ([torch.bfloat16, torch.float32] if precision == "bf16" and learns != "everything" else [None]):
+    for frozen in [torch.bfloat16, torch.float32] if precision == "bf16" and learns != "everything" else [None]:
         model = _language_model(kind, pairs)
         _learn(model, learns, precision, frozen)
         for rows, length, padded in ((2, 10, False), (3, 7, True)):

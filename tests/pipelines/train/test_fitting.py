@@ -70,7 +70,7 @@ def test_cached_features_follow_their_rows(tiny: Any, model_dir: Path, tmp_path:
         loader = tiny.loader(model_dir, data, "instruct", micro_batch=8)
         engine, _ = _engine(tiny, model_dir, rows)
         model = engine.forward.model.model
-        loader.features = features.fill(model, normalize, loader, loader.images(0, 1), 1 << 30, nullcontext)
+        loader.features = features.fill(model, normalize, loader, 0, 1, 1 << 30, nullcontext)
         losses.append(engine.step(loader.step(0), 0.0).loss)
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
 
