@@ -6,19 +6,22 @@ if __name__ == "__main__":
     import _from_path  # noqa: F401
 
 from pathlib import Path
+from types import SimpleNamespace
 
 from pipelines import preflight
+from pipelines.train.config import TrainConfig
 from ray_jobs import _ending, _start, cli
-from ray_jobs._options import RESTART, Command, parse, reading, writing
+from ray_jobs._options import RESTART, Command, Option, parse, reading, required, writing
 
 COMMAND = Command(
     "train",
     "Align the projector on captions, then LoRA-tune the language model on instructions, on Ray Train. A killed run "
     "continues from its last checkpoint.",
     (
-        reading("records, or image-text data in LLaVA's format", value="DATASET"),
-        reading("base MGM", "--model", key="train.model"),
-        writing("directory for the adapter"),
+        reading("records, or image-text data in LLaVA's format", value="DATASET", needed=False),
+        reading("base MGM; its config.json is enough for --dry-run", "--model", key="train.model"),
+        writing("directory for the adapter", needed=False),
+        Option("--dry-run", about="say what memory each phase takes, and whether it fits the card; train nothing"),
         RESTART,
     ),
     reads=("train", "assemble"),
@@ -30,6 +33,10 @@ COMMAND = Command(
 def main(argv: list[str]) -> int:
     """`captune train DATASET --model DIR --output DIR`."""
     recipe, options = parse(COMMAND, argv)
+    if options.dry_run:
+        return _dry_run(recipe.train, options)
+    options.input = required(options.input, "--input DATASET", "train")
+    options.output = required(options.output, "--output DIR", "train")
     demands = [recipe.train.demand()]
     made = recipe.assemble.wanted and not Path(options.model, "config.json").exists()
     preflight.require(
@@ -53,6 +60,21 @@ def main(argv: list[str]) -> int:
         )
     following = ("captune", "merge", options.output, "--model", options.model, "--output", "DIR")
     return _ending.end(options, manifest, f"train: an adapter, in {options.output}", *following)
+
+
+def _dry_run(config: TrainConfig, options: SimpleNamespace) -> int:
+    """The memory of each phase: 0 when all of it fits, otherwise 1."""
+    from pipelines.train import forecast
+
+    data = {"align": options.input or ""} if config.align.steps else {}
+    if config.instruct.steps:
+        data["instruct"] = config.instruct_data or ""
+    found = forecast.forecast(config, options.model, data)
+    name, capacity = forecast.card()
+    phases = {each.phase: each.as_json() for each in found}
+    result = {"card": name, "card_gib": round(capacity / forecast.GIB, 2), "phases": phases}
+    _ending.tell(options, result, forecast.describe(found, config))
+    return 0 if all(each.fits for each in found) else 1
 
 
 if __name__ == "__main__":

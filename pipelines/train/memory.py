@@ -147,7 +147,7 @@ class Phase:
             # AdamW's own copy of a moment, all parameters at once
             "optimizer": static + gradients + self._stepped(),
         }
-        host = self._cache(images)
+        host = self.cache(images)
         return Prediction(**held, towers=towers, activations=mined + kept, layer=layer, logits=3 * word,
                           moments=moments, host_cache=host)  # fmt: skip
 
@@ -206,8 +206,8 @@ class Phase:
         workers = self.config.workers if self.config.strategy != "ddp" else 1
         return -(-self.learns // workers) * _FLOAT
 
-    def _cache(self, images: int) -> int:
-        """Of the features of all images, if they fit what the recipe gives them."""
+    def cache(self, images: int) -> int:
+        """Bytes of the features of so many images; 0 if that is more than the recipe gives them."""
         one = self.model_config.num_image_tokens * self.model_config.vision_config.hidden_size
         needed = images * (one + activations.detail(self.model_config)) * self.numbers.compute
         return needed if needed <= self.config.feature_cache_mb << 20 else 0

@@ -322,13 +322,8 @@ class TorchEngine:
     def _gradients(self, batches: list[Batch], targets: int) -> torch.Tensor:
         """This worker's gradients of the mean loss of the step; returns its share of the loss's sum."""
         random = random_state(self.device)  # the step again shall be as if it had been the first
-        config = self.forward.model.config
         while True:
-            pieces = [
-                piece
-                for batch in batches
-                for piece in split(batch, self.cut or batch.samples, config.image_token_id, config.num_image_tokens)
-            ]
+            pieces = self._pieces(batches)
             loss_sum = self._accumulate(pieces, targets)
             if total(float(loss_sum is None), self.device) == 0:
                 assert loss_sum is not None
@@ -339,6 +334,15 @@ class TorchEngine:
                 torch.cuda.empty_cache()
             self.cut = halved(max(piece.samples for piece in pieces))
             random_state(self.device, random)
+
+    def _pieces(self, batches: list[Batch]) -> list[Batch]:
+        """The micro-batches, of no more rows than have been found to fit."""
+        config = self.forward.model.config
+        return [
+            piece
+            for batch in batches
+            for piece in split(batch, self.cut or batch.samples, config.image_token_id, config.num_image_tokens)
+        ]
 
     def _accumulate(self, batches: list[Batch], targets: int) -> torch.Tensor | None:
         """Gradients of micro-batches one after the other; None: they did not fit the device."""
@@ -366,7 +370,7 @@ class TorchEngine:
 
     def evaluate(self, batches: list[Batch]) -> float:
         """See `Engine.evaluate`."""
-        return mean_loss(self.forward, batches, self.device, self.autocast)
+        return mean_loss(self.forward, self._pieces(batches), self.device, self.autocast)
 
     def weights(self) -> dict[str, torch.Tensor]:
         """See `Engine.weights`."""

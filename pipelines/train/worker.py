@@ -65,6 +65,7 @@ class State:
         done: phase -> finished steps.
         broken, cut: phase -> rows that could not be used (with the reason), and rows cut at max_length.
         seconds: phase -> time spent in its steps.
+        working: phase -> time within its steps alone: no waiting for batches, no held-out loss, no checkpoints.
         seen: phase -> what its steps held, fields of `step.Counts`.
         phases: phase -> facts for the manifest.
     """
@@ -76,6 +77,7 @@ class State:
     broken: dict[str, dict[str, str]] = field(default_factory=dict)
     cut: dict[str, list[str]] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
+    working: dict[str, float] = field(default_factory=dict)
     seen: dict[str, dict[str, int]] = field(default_factory=dict)
     phases: dict[str, dict[str, Any]] = field(default_factory=dict)
 
@@ -346,7 +348,9 @@ class Run:
         started = last = time.monotonic()
         for batches in loader.steps(state.position, phase.steps - state.step):
             rate = learning_rate(phase, state.step)
+            began = time.monotonic()
             result = self._step(engine, batches, rate)
+            state.working[name] = round(state.working.get(name, 0.0) + time.monotonic() - began, 3)
             state.step += 1
             state.position += loader.share.per_step
             seen += result.counts.samples
