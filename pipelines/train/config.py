@@ -282,9 +282,10 @@ class TrainConfig:
         return phase.steps > 0 and (name == "align" or self.instruct_data is not None)
 
     def settled(self) -> TrainConfig:
-        """With the micro-batch and accumulation of each phase that make up its batch."""
+        """With the micro-batch and accumulation of each phase that make up its batch; `auto` is the workers' to say."""
         phases = {name: getattr(self, name) for name in ("align", "instruct") if self.runs(name)}
-        return replace(self, **{name: phase.settled(name, self.workers) for name, phase in phases.items()})
+        settled = {n: p.settled(n, self.workers) for n, p in phases.items() if p.micro_batch != AUTO}
+        return replace(self, **settled)
 
     def phase(self, name: str) -> PhaseConfig:
         """A phase with nothing left to a default: `learn`, the rate of each group that learns in `rates`, and the

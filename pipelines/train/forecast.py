@@ -12,7 +12,6 @@ import torch
 from pipelines.errors import UserError
 from pipelines.mgm.configuration import MGMConfig
 from pipelines.mgm.load import load_processor
-from pipelines.progress import say
 from pipelines.train.activations import Micro
 from pipelines.train.config import AUTO, PhaseConfig, TrainConfig
 from pipelines.train.data import IGNORE, Templates
@@ -159,12 +158,12 @@ def predict(phase: Phase, row: Longest, settings: PhaseConfig) -> Prediction:
 
 def fitting(phase: Phase, row: Longest, capacity: int) -> int:
     """The largest power of two as micro-batch that divides the batch and leaves a margin of the card; 0: none does."""
-    room, best = int(capacity * (1 - MARGIN)), 0
+    room = int(capacity * (1 - MARGIN))
     for settings in _smaller(phase, _MOST):
         size = int(settings.micro_batch)
         if size & (size - 1) == 0 and predict(phase, row, settings).card <= room:
             return size
-    return best
+    return 0
 
 
 def _smaller(phase: Phase, below: int) -> Iterator[PhaseConfig]:
@@ -198,29 +197,6 @@ def _nearest(phase: Phase, row: Longest, settings: PhaseConfig, capacity: int) -
             if predict(tried, row, smaller).card <= capacity:
                 return f"{words}{where}.micro_batch {smaller.micro_batch} with accumulation {smaller.accumulation}"
     return ""
-
-
-def settle(phase: Phase, row: Longest, capacity: int, what: str) -> int:
-    """The micro-batch that `auto` comes to; said.
-
-    Raises:
-        UserError: not even one row fits the card.
-    """
-    size = fitting(phase, row, capacity)
-    if not size:
-        near = foresee(replace_micro(phase), row, capacity).nearest
-        raise UserError(
-            f"train.{phase.name}.micro_batch auto: not even one row of {row.tokens} tokens fits "
-            f"{capacity / GIB:.1f} GiB" + (f"; what does: {near}" if near else "")
-        )
-    say(f"{what}: {phase.name} with micro-batches of {size}, of rows with up to {row.tokens} tokens")
-    return size
-
-
-def replace_micro(phase: Phase) -> Phase:
-    """The phase with a micro-batch of one."""
-    one = replace(getattr(phase.config, phase.name), micro_batch=1)
-    return Phase(phase.model_config, replace(phase.config, **{phase.name: one}), phase.name)
 
 
 def describe(found: list[Forecast], config: TrainConfig) -> str:

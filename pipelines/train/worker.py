@@ -23,9 +23,9 @@ from pipelines.mgm.adapter import write_adapter
 from pipelines.mgm.configuration import MGMConfig
 from pipelines.mgm.load import load_config, load_model, load_processor, load_skeleton, quiet
 from pipelines.progress import Progress, say
-from pipelines.train import features, fitting
+from pipelines.train import features, fitting, forecast
 from pipelines.train.compiling import Compiled, compile_layers
-from pipelines.train.config import PhaseConfig, TrainConfig
+from pipelines.train.config import AUTO, PhaseConfig, TrainConfig
 from pipelines.train.data import Batch, Loader, Sampler, Share, Templates
 from pipelines.train.gauges import TrainGauges
 from pipelines.train.held_out import set_aside
@@ -118,6 +118,7 @@ class Run:
         self.method = Method()
         self.compiled: Compiled | None = None
         self.stepping = False
+        self.automatic: dict[str, int] = {}
         self._check_targets()
         self.longest = min(self.config.max_length, room(load_config(job.model), self.config))
         self.templates = Templates(
@@ -250,11 +251,36 @@ class Run:
     def _fitting(self, name: str) -> PhaseConfig:
         """A phase's settings, with the micro-batch that an earlier start found out to fit."""
         phase = self.config.phase(name)
+        if phase.micro_batch == AUTO:
+            phase = phase.settled(name, self.workers, self._automatic(name))
         fits = fitting.noted(Path(self.job.output)).get(name, int(phase.micro_batch))
         if fits == 0:
             raise WorkFailed(fitting.TOO_LARGE)
         smaller = fits < int(phase.micro_batch) and phase.per_step(self.workers) % (self.workers * fits) == 0
         return phase.settled(name, self.workers, fits) if smaller else phase
+
+    def _automatic(self, name: str) -> int:
+        """The micro-batch that fits the smallest of the workers' cards, by their longest row; decided once."""
+        if name not in self.automatic:
+            shape = load_config(self.job.model)
+            encode, ids = getattr(self.templates, name), (shape.num_image_tokens, shape.image_token_id)
+            row = forecast.longest_of(self.rows[name].rows, encode, *ids)
+            phase = forecast.Phase(shape, self.config, name)
+            own = forecast.fitting(phase, row or forecast.longest_possible(shape, self.config), forecast.card()[1])
+            self.automatic[name] = self._least(own)
+            if self.automatic[name] == 0:
+                raise WorkFailed(fitting.TOO_LARGE)
+            if self.rank == 0:
+                say(f"{self.job.what}: {name} with micro-batches of {self.automatic[name]}")
+        return self.automatic[name]
+
+    def _least(self, number: int) -> int:
+        """The smallest of all workers' numbers."""
+        found = [number]
+        if self.workers > 1:
+            found = [0] * self.workers
+            dist.all_gather_object(found, number)
+        return min(found)
 
     def leave_smaller(self) -> bool:
         """After an out of memory that cannot be mended here, leave a smaller micro-batch to those who start again.

@@ -89,7 +89,7 @@ class Grid:
         engine = self._engine(cell, replace(phase, micro_batch=micro_batch))
         loader = self._loader(cell.phase, cell.rows, Share(self.rank, self.workers, micro_batch, accumulation))
         steps = [engine.step(b, step.learning_rate(phase, n)) for n, b in enumerate(loader.steps(0, STEPS))]
-        assert all(result.samples == BATCH for result in steps)
+        assert all(result.counts.samples == BATCH for result in steps)
         found = {"loss": [s.loss for s in steps], "grad_norm": [s.grad_norm for s in steps]}
         found |= {"weights": engine.weights(), "gradients": gradients(engine)}
         engine.close()
