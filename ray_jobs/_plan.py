@@ -8,7 +8,7 @@ Ray.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from pipelines import preflight
 from pipelines.demand import Demand
 from pipelines.errors import Problem, UserError
 from pipelines.manifest import CLAIM, MANIFEST, StageOutput, identity, look, read_json
+from pipelines.modelfiles import CONFIG
 from pipelines.progress import clock
 from pipelines.rundir import RunDir, Walk
 from pipelines.train.config import PhaseConfig, TrainConfig
@@ -101,7 +102,7 @@ def steps(recipe: Recipe, *, restart: bool, measure: bool) -> tuple[list[Step], 
 
     Args:
         restart: what lies there is thrown away.
-        measure: load the captioner and measure it, if there is something to caption.
+        measure: load the captioner and measure it, if there is something to caption; foresee training's memory.
     """
     plan = _Plan(restart, measure)
     place = RunDir(Path(recipe.run_dir).resolve(), tuple(recipe.seeds))
@@ -126,6 +127,7 @@ class _Plan:
         self.steps: list[Step] = []
         self.problems: list[Problem] = []
         self.identities: dict[Path, str] = {}
+        self.forecasts: dict[str, list[Any]] = {}
 
     def sample(self, recipe: Recipe) -> None:
         """The sample world."""
@@ -192,7 +194,9 @@ class _Plan:
         in_epochs = any(phase.epochs for phase in counts)
         rows = None if in_epochs else sum(phase.steps * phase.per_step(train.workers) for phase in counts)
         work = " + ".join(f"{_length(phase)} of {name}" for name, phase in zip(phases, counts, strict=True))
-        self._add(f"train {walk.name}", adapter, wanted, rows, work)
+        step = self._add(f"train {walk.name}", adapter, wanted, rows, work)
+        if self.measure and step.state != "complete" and (base / CONFIG).is_file():
+            self._foresee(step, train, base, phases)
         self._add(
             f"merge {walk.name}",
             merged,
@@ -200,6 +204,18 @@ class _Plan:
             work="one model directory",
         )
         self._evaluate(recipe, walk)
+
+    def _foresee(self, step: Step, train: TrainConfig, base: Path, phases: dict[str, Path]) -> None:
+        """What a training takes of a card, seeds not told apart."""
+        from pipelines.train import forecast
+
+        key = repr((replace(train, seed=0), phases))
+        if key not in self.forecasts:
+            data = {name: str(path) for name, path in phases.items()}
+            self.forecasts[key] = forecast.forecast(train, base, data)
+        found = self.forecasts[key]
+        step.memory = max((each.prediction.card for each in found), default=None)
+        step.work += "".join(f"; {line}" for line in forecast.brief(found))
 
     def _evaluate(self, recipe: Recipe, walk: Walk) -> None:
         """Questions to a merged model; whose answers lie there is known once there is one."""

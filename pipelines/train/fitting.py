@@ -36,6 +36,7 @@ def _rows(batch: Batch, start: int, stop: int, ends: list[int]) -> Batch:
         features=(batch.features[0][images], batch.features[1][images]) if batch.features and visible else None,
         samples=stop - start,
         targets=int((labels[:, 1:] != IGNORE).sum()),
+        seed=batch.seed + start,
     )
 
 
@@ -51,16 +52,6 @@ def halved(micro_batch: int) -> int:
     if not smaller:
         raise WorkFailed(TOO_LARGE)
     return smaller[-1]
-
-
-def random_state(device: torch.device, state: list[torch.Tensor] | None = None) -> list[torch.Tensor]:
-    """Of the generators that dropout draws from; with `state` they are set back to it."""
-    if state is not None:
-        torch.set_rng_state(state[0])
-        if device.type == "cuda":
-            torch.cuda.set_rng_state(state[1], device)
-        return state
-    return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
 
 
 def note(output: Path, phase: str, micro_batch: int) -> None:

@@ -11,7 +11,7 @@ import torch
 
 from pipelines.errors import UserError
 from pipelines.mgm.configuration import MGMConfig
-from pipelines.mgm.load import load_processor
+from pipelines.mgm.load import load_processor, quiet
 from pipelines.train.activations import Micro
 from pipelines.train.config import AUTO, PhaseConfig, TrainConfig
 from pipelines.train.data import IGNORE, Templates
@@ -119,6 +119,7 @@ def forecast(config: TrainConfig, model: Path | str, data: dict[str, str]) -> li
     Raises:
         UserError: no configuration of an MGM there, or settings that cannot be.
     """
+    quiet()
     shape, (_, capacity) = read_config(model), card()
     found = []
     for name, path in data.items():
@@ -199,6 +200,12 @@ def _nearest(phase: Phase, row: Longest, settings: PhaseConfig, capacity: int) -
     return ""
 
 
+def brief(found: list[Forecast]) -> list[str]:
+    """In a line, and one for what does not fit."""
+    sizes = " and ".join(f"{each.prediction.card / GIB:.1f}" for each in found)
+    return [f"{sizes} GiB of {card()[1] / GIB:.1f}", *(_unfit(each) for each in found if not each.fits)]
+
+
 def describe(found: list[Forecast], config: TrainConfig) -> str:
     """As a table for people, GiB."""
     name, capacity = card()
@@ -219,8 +226,13 @@ def describe(found: list[Forecast], config: TrainConfig) -> str:
         if not each.row.of:
             lines.append(f"{each.phase}: no rows to look at, so all are as long as train.max_length allows")
         if not each.fits:
-            lines.append(f"{each.phase} does not fit; " + (f"what does: {each.nearest}" if each.nearest else _NOTHING))
+            lines.append(_unfit(each))
     return "\n".join(lines)
+
+
+def _unfit(found: Forecast) -> str:
+    way = f"this does: {found.nearest}" if found.nearest else _NOTHING
+    return f"{found.phase} does not fit; {way}"
 
 
 _PARTS = {
@@ -234,4 +246,4 @@ _PARTS = {
     "logits": "logits and their gradients",
     "host_cache": "feature cache (host memory)",
 }
-_NOTHING = "no smaller micro-batch, checkpointing or ZeRO-3 on more workers does"
+_NOTHING = "nor does a smaller micro-batch, checkpointing, or ZeRO-3 on up to sixteen times the workers"

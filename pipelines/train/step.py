@@ -25,7 +25,7 @@ from pipelines.mgm.modeling import MGMForConditionalGeneration
 from pipelines.train.config import PhaseConfig
 from pipelines.train.data import IGNORE, Batch
 from pipelines.train.features import blank_outputs, image_features, tower_outputs
-from pipelines.train.fitting import halved, random_state, split
+from pipelines.train.fitting import halved, split
 from pipelines.train.methods import Method, group_of
 
 LOGIT_BYTES = 1 << 30
@@ -321,7 +321,6 @@ class TorchEngine:
 
     def _gradients(self, batches: list[Batch], targets: int) -> torch.Tensor:
         """This worker's gradients of the mean loss of the step; returns its share of the loss's sum."""
-        random = random_state(self.device)  # the step again shall be as if it had been the first
         while True:
             pieces = self._pieces(batches)
             loss_sum = self._accumulate(pieces, targets)
@@ -333,7 +332,6 @@ class TorchEngine:
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
             self.cut = halved(max(piece.samples for piece in pieces))
-            random_state(self.device, random)
 
     def _pieces(self, batches: list[Batch]) -> list[Batch]:
         """The micro-batches, of no more rows than have been found to fit."""

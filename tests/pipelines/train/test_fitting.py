@@ -10,6 +10,7 @@ import torch
 
 from pipelines.errors import WorkFailed
 from pipelines.train.config import LoraSettings, PhaseConfig
+from pipelines.train.fitting import split
 
 PHASE = PhaseConfig(learning_rate=5e-3, micro_batch=8)
 
@@ -76,7 +77,7 @@ def test_cached_features_follow_their_rows(tiny: Any, model_dir: Path, tmp_path:
 
 
 def test_dropout_draws_again_as_at_first(tiny: Any, model_dir: Path, tmp_path: Path) -> None:
-    """A step done again in halves has the numbers of one that was cut from the start, as a restart will do it."""
+    """A step done again in halves has the numbers of one that was cut from the start, and no two pieces one mask."""
     data = tiny.write_instructions(tmp_path / "i.json", rows=8)
     loader, losses = tiny.loader(model_dir, data, "instruct", micro_batch=8), []
     for cut in (None, 4):
@@ -88,6 +89,8 @@ def test_dropout_draws_again_as_at_first(tiny: Any, model_dir: Path, tmp_path: P
                 parameter.data.normal_()  # with zeros dropout would change nothing
         losses.append(engine.step(loader.step(0), 0.0).loss)
     assert losses[0] == losses[1]
+    (batch,) = loader.step(0)
+    assert len({piece.seed for piece in split(batch, 4, 0, 16)}) == 2
 
 
 def test_one_sample_that_does_not_fit_ends_the_run(tiny: Any, model_dir: Path, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import torch
 from pipelines.mgm.configuration import MGMConfig
 from pipelines.train.activations import Micro
 from pipelines.train.config import LoraSettings, PhaseConfig, TrainConfig
+from pipelines.train.forecast import forecast
 from pipelines.train.memory import GIB, WORKSPACE, Phase
 
 MEASURED = Path(__file__).parents[2] / "bench" / "results" / "h100-training.jsonl"
@@ -102,3 +103,72 @@ def _peak_of(work: Any) -> int:
         now += event.nbytes()
         most = max(most, now)
     return most
+
+
+def _dry_run(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, Any]:
+    from ray_jobs import cli
+
+    status = cli.main(["train", "--dry-run", "--json", *words])
+    return status, json.loads(capsys.readouterr().out or "null")
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A directory with MGM-2B's configuration and nothing else."""
+    directory = tmp_path_factory.mktemp("mgm-2b")
+    MGMConfig(dtype="bfloat16").save_pretrained(directory)
+    return str(directory)
+
+
+def test_the_reference_experiment_fits_24_gb(published: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """`captune train --dry-run` on a machine that has neither weights nor rows nor a card."""
+    status, told = _dry_run(capsys, "--config", "mgm2b_30k", "--model", published)
+    assert status == 0 and set(told["phases"]) == {"align", "instruct"}
+    for phase in told["phases"].values():
+        assert phase["fits"] and phase["memory_gib"]["card"] < told["card_gib"]
+        assert phase["longest_row"]["rows_looked_at"] == 0
+        assert 5.6 < phase["memory_gib"]["weights"] < 5.8  # three billion of them in bf16
+
+
+def test_what_does_not_fit_is_told_what_would(published: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """The same step in smaller micro-batches; and the setting named does fit."""
+    words = ["--model", published, "--train.align.steps", "0", "--train.instruct.batch", "128"]
+    status, told = _dry_run(capsys, *words, "--train.instruct.micro_batch", "32")
+    phase = told["phases"]["instruct"]
+    assert status == 1 and not phase["fits"]
+    size, _, accumulation = (
+        phase["nearest"].removeprefix("train.instruct.micro_batch ").partition(" with accumulation ")
+    )
+    assert int(size) * int(accumulation) == 128 and 1 < int(size) < 32
+    assert _dry_run(capsys, *words, "--train.instruct.micro_batch", size)[0] == 0
+    status, told = _dry_run(capsys, *words, "--train.method", "full")
+    assert status == 1 and "train.strategy zero3, train.workers" in told["phases"]["instruct"]["nearest"]
+
+
+def test_auto_takes_the_largest_that_fits(published: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """A power of two that divides the batch, and twice as many would not leave the margin; without a batch it is
+    refused, and so is a model that is not there.
+    """
+    words = ["--model", published, "--train.align.steps", "0", "--train.instruct.micro_batch"]
+    _, told = _dry_run(capsys, *words, "auto", "--train.instruct.batch", "96")
+    phase = told["phases"]["instruct"]
+    size = phase["micro_batch"]
+    assert phase["fits"] and size * phase["accumulation"] == 96 and size in (2, 4, 8, 16)
+    _, twice = _dry_run(capsys, *words, str(2 * size), "--train.instruct.batch", str(2 * size))
+    assert twice["phases"]["instruct"]["memory_gib"]["card"] > 0.95 * twice["card_gib"]
+    assert _dry_run(capsys, *words, "auto") == (2, None)
+    assert _dry_run(capsys, "--model", published + "/nowhere") == (2, None)
+
+
+def test_rows_say_how_long_they_are(tiny: Any, model_dir: Path, tmp_path: Path) -> None:
+    """With data and a tokenizer at hand the longest row counts, and the images decide about the feature cache."""
+    data = tiny.write_instructions(tmp_path / "i.json", rows=6, text_only=2)
+    (batch,) = tiny.loader(model_dir, data, "instruct", micro_batch=8).step(0)
+    found = []
+    for megabytes in (1, 0):
+        config = TrainConfig(instruct=PhaseConfig(micro_batch=2), feature_cache_mb=megabytes)
+        found += forecast(config, model_dir, {"instruct": str(data)})
+    for each in found:
+        assert (each.row.tokens, each.row.of, each.row.distinct) == (batch.input_ids.shape[1], 8, 6)
+    cached, encoded = (each.prediction for each in found)
+    assert cached.host_cache > 0 == encoded.host_cache and cached.towers == 0 < encoded.towers
