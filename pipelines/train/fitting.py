@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import torch
-
 from pipelines.errors import WorkFailed
 from pipelines.files import write_text
 from pipelines.train.data import IGNORE, Batch
