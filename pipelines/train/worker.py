@@ -27,6 +27,7 @@ from pipelines.train import features, fitting, forecast
 from pipelines.train.compiling import Compiled, compile_layers
 from pipelines.train.config import AUTO, PhaseConfig, TrainConfig
 from pipelines.train.data import Batch, Loader, Sampler, Share, Templates
+from pipelines.train.flops import peak_flops, step_flops
 from pipelines.train.gauges import TrainGauges
 from pipelines.train.held_out import set_aside
 from pipelines.train.log import TrainLog
@@ -418,10 +419,14 @@ class Run:
         return take() if compiled is None else compiled.first_step(take, start)
 
     def _facts(self, name: str, engine: Engine, model: Any) -> dict[str, Any]:
-        """What a phase came to, for the manifest."""
+        """What a phase came to, for the manifest; its rates are of the time within its steps, `mfu` of the cards' bf16
+        peak (null where that is not known).
+        """
         trainable = sum(parameter_count(parameter) for parameter in engine.named.values())
         parameters = sum(parameter_count(parameter) for parameter in model.parameters())
-        seconds, counts = self.state.seconds.get(name, 0.0), Counts(**self.state.seen.get(name, {}))
+        seconds = self.state.working.get(name) or None
+        counts, peak = Counts(**self.state.seen.get(name, {})), peak_flops(self.device)
+        used = step_flops(model, counts) / (seconds * self.workers * peak) if seconds and peak else None
         return {
             "micro_batch": engine.cut or int(self._fitting(name).micro_batch),
             "trainable_parameters": trainable,
@@ -430,6 +435,7 @@ class Run:
             "peak_memory_gib": round(peak_bytes(self.device) / GIB, 3),
             "samples_per_second": round(counts.samples / seconds, 3) if seconds else None,
             "tokens_per_second": round(counts.tokens / seconds, 1) if seconds else None,
+            "mfu": None if used is None else round(used, 4),
         }
 
     def _gather_broken(self, name: str, rows: Rows) -> None:

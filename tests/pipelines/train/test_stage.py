@@ -82,6 +82,10 @@ def test_both_phases_leave_an_adapter_and_its_history(
     assert manifest["rows_in"] == {"align": 11, "instruct": 20}
     assert manifest["phases"]["instruct"]["held_out"] == 2  # every tenth row
     assert manifest["phases"]["align"]["stability"]["held_out"][0] == read_log(output)[0]["held_out_loss"]
+    facts = manifest["phases"]["instruct"]
+    assert facts["trainable_share"] == round(facts["trainable_parameters"] / facts["parameters"], 6) < 1
+    assert facts["samples_per_second"] > 0 and facts["tokens_per_second"] > 16 * facts["samples_per_second"]
+    assert facts["mfu"] is None and facts["peak_memory_gib"] > 0.1  # a CPU
     assert manifest["rows_broken"] == {"align": 1, "instruct": 0}
     assert list(manifest["broken"]["align"].values()) == ["not an image"]
     assert all(verdict.passed for verdict in check_adapter(output, model_dir))
