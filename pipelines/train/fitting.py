@@ -39,7 +39,7 @@ def _rows(batch: Batch, start: int, stop: int, ends: list[int]) -> Batch:
 
 
 TOO_LARGE = (
-    "out of memory: a micro-batch of one sample does not fit; captune train --dry-run says what takes how much, and "
+    "out of memory: not even a micro-batch of one sample fits; captune train --dry-run says what takes how much, and "
     "which setting fits"
 )
 

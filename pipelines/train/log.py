@@ -19,7 +19,7 @@ from pipelines.train.trackers import Tracker
 
 LOG = "log.jsonl"
 TENSORBOARD = "tensorboard"
-CURVES = ("loss", "held_out_loss", "grad_norm", "clipped", "learning_rate", "samples_per_second")
+CURVES = ("loss", "held_out_loss", "grad_norm", "clipped", "learning_rate", "samples_per_second", "peak_memory_gib")
 
 
 class TrainLog:

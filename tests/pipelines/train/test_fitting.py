@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,8 @@ import pytest
 import torch
 
 from pipelines.errors import WorkFailed
-from pipelines.train.config import LoraSettings, PhaseConfig
+from pipelines.train import fitting
+from pipelines.train.config import LoraSettings, PhaseConfig, TrainConfig
 from pipelines.train.fitting import split
 
 PHASE = PhaseConfig(learning_rate=5e-3, micro_batch=8)
@@ -97,9 +99,34 @@ def test_one_sample_that_does_not_fit_ends_the_run(tiny: Any, model_dir: Path, t
     """With a message that says where the sizes stand, and no gradient left behind."""
     data = tiny.write_instructions(tmp_path / "i.json", rows=8)
     engine, _ = _engine(tiny, model_dir, rows=0)
-    with pytest.raises(WorkFailed, match="micro-batch of one sample does not fit.*dry-run"):
+    with pytest.raises(WorkFailed, match="not even a micro-batch of one sample fits.*dry-run"):
         engine.step(tiny.loader(model_dir, data, "instruct", micro_batch=8).step(0), 1e-3)
     assert all(parameter.grad is None for parameter in engine.named.values())
+
+
+def test_workers_of_deepspeed_start_again_with_half(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Out of memory within a step of ZeRO leaves half the micro-batch to the next start, down to one sample; then the
+    message, until a person starts again. The step stays the same.
+    """
+    from pipelines.train.worker import Job, Run, State
+
+    phase = PhaseConfig(batch=24, micro_batch=6)
+    config = TrainConfig(strategy="zero3", workers=2, instruct=phase).settled()
+    config = replace(config, instruct=phase.settled("instruct", 2))
+    run = Run.__new__(Run)  # without Ray around it
+    run.job, run.config, run.workers = Job("m", "b", str(tmp_path), config, {}, "train", tracker={}), config, 2
+    run.state = State(phase="instruct", phases={"instruct": {"batch": 24}})
+    for size in (3, 1):
+        run.stepping = True
+        assert run.leave_smaller() is True
+        found = run._fitting("instruct")
+        assert (found.micro_batch, found.accumulation, found.batch) == (size, 12 // size, 24)
+        assert f"micro-batches of {size}, {12 // size} a step (the same 24 samples a step)" in capsys.readouterr().err
+    assert run.leave_smaller() is False
+    with pytest.raises(WorkFailed, match="not even a micro-batch of one sample fits"):
+        run._fitting("instruct")
+    fitting.try_again(tmp_path)
+    assert run._fitting("instruct").micro_batch == 6
 
 
 def _worker(rank: int, model_dir: str, data: str, scratch: str) -> None:
