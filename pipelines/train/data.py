@@ -10,6 +10,7 @@ import hashlib
 import queue
 import threading
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from typing import Any, TypeVar
@@ -201,6 +202,7 @@ class Loader:
         encode: `Templates.align` or `Templates.instruct`.
         resize: PIL images -> (N, 3, S, S) uint8, `MGMImageProcessor.resize`.
         pad_token_id: what fills short rows.
+        threads: how many rows are read, decoded and resized at a time; Pillow leaves the interpreter alone meanwhile.
     """
 
     def __init__(
@@ -211,18 +213,30 @@ class Loader:
         sampler: Sampler,
         share: Share,
         pad_token_id: int,
+        threads: int = 1,
     ) -> None:
         self.rows, self.resize, self.sampler, self.share, self.pad = rows, resize, sampler, share, pad_token_id
         self.encode = lru_cache(maxsize=1 << 16)(encode)
         self.features: Any = None  # a FeatureCache once it is filled
+        self._threads = ThreadPoolExecutor(threads, thread_name_prefix="rows")
 
     def step(self, position: int) -> list[Batch]:
         """This worker's micro-batches of the step that begins at `position`."""
-        drawn = ((start, self.sampler.at(start, self.share.micro_batch)) for start in self.share.starts(position))
+        drawn = self.drawn(position)
+        loaded = self._threads.map(self._usable, [index for indices in drawn for index in indices])
+        seeds = map(self.sampler.seed_at, self.share.starts(position))
         return [
-            self._collate([self._usable(index) for index in indices], self.sampler.seed_at(start))
-            for start, indices in drawn
+            self._collate([next(loaded) for _ in indices], seed) for indices, seed in zip(drawn, seeds, strict=True)
         ]
+
+    def drawn(self, position: int) -> list[list[int]]:
+        """Rows of this worker's micro-batches of the step that begins at `position`. The step's rows are dealt out by
+        falling length, for little padding and the largest micro-batch first; which rows a step has stays the same.
+        """
+        rows = self.sampler.at(position, self.share.per_step)
+        rows.sort(key=lambda index: -self.rows.rows[index].size)
+        size = self.share.micro_batch
+        return [rows[start - position : start - position + size] for start in self.share.starts(position)]
 
     def steps(self, position: int, count: int, depth: int = 2) -> Iterator[list[Batch]]:
         """Micro-batches of `count` steps, made ahead in a thread."""
@@ -257,9 +271,8 @@ class Loader:
 
     def indices(self, position: int, count: int) -> list[int]:
         """Distinct rows of this worker's `count` steps, by their place in the stream."""
-        size, micro_batch = self.share.per_step, self.share.micro_batch
-        starts = (start for step in range(count) for start in self.share.starts(position + step * size))
-        return list(dict.fromkeys(index for start in starts for index in self.sampler.at(start, micro_batch)))
+        steps = (self.drawn(position + step * self.share.per_step) for step in range(count))
+        return list(dict.fromkeys(index for drawn in steps for indices in drawn for index in indices))
 
     def _stand_in(self, index: int, cache: Any) -> Row | None:
         """The row, or the next one that is not known to be broken by its text, or by an image that `cache` has tried:
@@ -297,6 +310,17 @@ class Loader:
             return self.resize([decode(self.rows.image_bytes(image))])[0]
         except BadImage as reason:
             raise BadRow(str(reason)) from None
+
+    def many_pixels(self, images: list[Image]) -> list[torch.Tensor | BadRow]:
+        """`pixels` of several images at a time, in their order; of one that cannot be used, the reason."""
+
+        def prepare(image: Image) -> torch.Tensor | BadRow:
+            try:
+                return self.pixels(image)
+            except BadRow as reason:
+                return reason
+
+        return list(self._threads.map(prepare, images))
 
     def _collate(self, loaded: list[tuple[Example, list[Any]]], seed: int = 0) -> Batch:
         examples, visuals = [example for example, _ in loaded], [visual for _, shown in loaded for visual in shown]

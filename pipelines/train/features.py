@@ -156,11 +156,12 @@ def _groups(
 ) -> Iterator[tuple[list[Any], torch.Tensor]]:
     for start in range(0, len(images), size):
         keys, pixels = [], []
-        for key in images[start : start + size]:
-            try:
-                pixels.append(loader.pixels(key))
+        group = images[start : start + size]
+        for key, found in zip(group, loader.many_pixels(group), strict=True):
+            if isinstance(found, BadRow):
+                cache.bad[key] = str(found)
+            else:
                 keys.append(key)
-            except BadRow as reason:
-                cache.bad[key] = str(reason)
+                pixels.append(found)
         if keys:
             yield keys, torch.stack(pixels)

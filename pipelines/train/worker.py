@@ -39,6 +39,8 @@ from pipelines.train.trackers import Tracker
 
 STATE = "state.json"
 TRAINED = "trained.safetensors"
+_CARD_THREADS = 4
+"""Rows prepared at a time for a card: at 768 pixels a processor resizes some 50 a second."""
 
 
 @dataclass
@@ -191,6 +193,8 @@ class Run:
             Sampler(len(rows), self.config.seed, name),
             Share(self.rank, self.workers, int(phase.micro_batch), phase.accumulation),
             _pad_token_id(self.processor.tokenizer),
+            # while a card computes, its worker's own processors have nothing else to do
+            max(int(self.config.cpus_per_worker), _CARD_THREADS if self.config.use_gpu else 1),
         )
 
     def _examine(self, name: str) -> None:

@@ -142,6 +142,7 @@ def loader(
     accumulation: int = 1,
     seed: int = 0,
     template: str = "auto",
+    threads: int = 1,
 ) -> Any:
     """The batches of one phase for a single worker."""
     from pipelines.mgm.load import load_processor
@@ -157,6 +158,7 @@ def loader(
         Sampler(len(rows), seed, phase),
         Share(0, 1, micro_batch, accumulation),
         processor.tokenizer.pad_token_id,
+        threads,
     )
 
 

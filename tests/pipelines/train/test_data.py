@@ -293,6 +293,39 @@ def test_order_is_a_function_of_the_position() -> None:
     assert Sampler(10, 2, "align").at(0, 40) != stream != Sampler(10, 1, "instruct").at(0, 40)
 
 
+def test_a_step_is_dealt_out_by_length(tiny: Any, model_dir: Path, tmp_path: Path) -> None:
+    """Which rows a step has is the shuffle's business alone; its micro-batches hold rows of like length, the longest
+    first, and two workers take between them what one does.
+    """
+    entries = [
+        {"conversations": [{"from": "human", "value": "q " * (1 + 7 * n % 40)}, {"from": "gpt", "value": "red"}]}
+        for n in range(40)
+    ]
+    (tmp_path / "x.json").write_text(json.dumps(entries))
+    loader = tiny.loader(model_dir, tmp_path / "x.json", "instruct", micro_batch=4, accumulation=4)
+    for position in (0, 16, 32):
+        assert sorted(sum(loader.drawn(position), [])) == sorted(loader.sampler.at(position, 16))
+    batches = loader.step(0)
+    lengths = [batch.input_ids.shape[1] for batch in batches]
+    assert lengths == sorted(lengths, reverse=True) and len(set(lengths)) == 4
+    filled = sum(int(batch.attention_mask.sum()) for batch in batches)
+    assert filled / sum(batch.attention_mask.numel() for batch in batches) > 0.8 > filled / (16 * lengths[0])
+    alone = loader.drawn(16)
+    for worker in (0, 1):
+        loader.share = Share(worker, 2, micro_batch=4, accumulation=2)
+        assert loader.drawn(16) == alone[worker::2]
+
+
+def test_threads_change_nothing(tiny: Any, model_dir: Path, tmp_path: Path) -> None:
+    """Rows prepared several at a time come in their order, and so do the substitutes of broken ones."""
+    data = tiny.write_dataset(tmp_path / "data", rows=9, broken=4)
+    one, three = (tiny.loader(model_dir, data, "align", micro_batch=5, threads=threads) for threads in (1, 3))
+    for position in range(0, 30, 5):
+        (expected,), (found,) = one.step(position), three.step(position)
+        assert torch.equal(found.pixels, expected.pixels) and torch.equal(found.input_ids, expected.input_ids)
+    assert one.rows.broken == three.rows.broken and len(one.rows.broken) == 4
+
+
 def test_workers_share_a_step_without_overlap() -> None:
     """Two workers with two micro-batches take the samples that one worker with four takes."""
     alone = Share(0, 1, micro_batch=3, accumulation=4).starts(24)

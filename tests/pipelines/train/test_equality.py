@@ -17,14 +17,14 @@ from tests.pipelines.train import grid
 TOLERANCE = 1e-5
 _COLUMNS = ("loss", "grad_norm", "gradients", "weights")
 
-# Images of each row in the order in which the steps take them, in micro-batches of two. Mixed: at its first step the
-# first of two workers sees no image at all, and some micro-batches have one row with and one without.
+# Images of each row in the order in which the steps take them; within a step the longest come first, so those with an
+# image. Mixed: the second of two workers sees no image at its whole step, and some micro-batches have one row of each.
 _IMAGES = {
     "with": [1] * 16,
     "without": [0] * 16,
     "mixed": [0, 0, 1, 0, 0, 0, 1, 1, 1, 0, 0, 0, 1, 1, 0, 0],
 }
-_SILENT = (10, 11)  # of the mixed rows: a micro-batch without any target
+_SILENT = (10, 15)  # of the mixed rows the shortest: a micro-batch without any target
 
 Table = dict[tuple[Any, ...], dict[str, Any]]
 

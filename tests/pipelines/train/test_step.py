@@ -13,7 +13,7 @@ from pipelines.mgm.load import load_model
 from pipelines.mgm.names import PROJECTOR
 from pipelines.train import features
 from pipelines.train.config import LoraSettings, PhaseConfig
-from pipelines.train.data import Share
+from pipelines.train.data import Sampler, Share
 from pipelines.train.log import TrainLog, read_log
 from pipelines.train.step import learning_rate
 from tests.pipelines import tiny_mgm
@@ -256,6 +256,7 @@ def test_held_out_rows_are_apart_and_measuring_them_changes_nothing(tiny: Any, m
     held = set_aside(rows, 3)
     assert len(held) == 3 and {row.name for row in held.rows} | {row.name for row in rows.rows} == every
     assert len(rows) == len(every) - 3
+    loader.sampler = Sampler(len(rows), seed=0, phase="instruct")
     again = tiny.loader(model_dir, data, "instruct", seed=1).rows
     assert [row.name for row in set_aside(again, 3).rows] == [row.name for row in held.rows]
     assert len(set_aside(again, 100)) == 3  # every tenth row at most
