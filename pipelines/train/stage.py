@@ -260,6 +260,8 @@ def _tune_ray_train(nodes: int) -> None:
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     # Importing torch and transformers on a busy small machine can take longer than the default minute.
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "600")
+    # A worker's `print` would go through Ray Train's logger, which says every line twice.
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
     if nodes == 1:  # a preemption takes the only node, the watcher and the controller alike
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
 
