@@ -43,8 +43,8 @@ class Stage:
 
     @property
     def inputs(self) -> dict[str, Any]:
-        """What the fingerprint was made of."""
-        return dict(self.manifest.get("inputs") or {})
+        """What the fingerprint was made of, also while the stage is at work."""
+        return dict(self.manifest.get("inputs") or self.json(CLAIM).get("inputs") or {})
 
     def json(self, name: str) -> dict[str, Any]:
         """A JSON file of the stage; empty when it is not there."""
