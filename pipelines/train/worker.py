@@ -120,7 +120,7 @@ class Run:
         self.trained: dict[str, torch.Tensor] = {}
         self.method = Method()
         self.compiled: Compiled | None = None
-        self.stepping = False
+        self.stepping: PhaseConfig | None = None  # the phase within whose steps this worker is
         self.automatic: dict[str, int] = {}
         self._check_targets()
         self.longest = min(self.config.max_length, room(load_config(job.model), self.config))
@@ -290,15 +290,16 @@ class Run:
     def leave_smaller(self) -> bool:
         """After an out of memory that cannot be mended here, leave a smaller micro-batch to those who start again.
 
-        From within a step only DeepSpeed's engine gets here; whatever else is too large is so at any micro-batch.
+        From within a step only DeepSpeed's engine gets here; whatever else is too large is so at any micro-batch. When
+        several workers fail together, each leaves the same: half of what they all ran with.
         """
-        name, fits = self.state.phase, 0
-        if self.stepping and self.config.strategy != "ddp":
+        name, output, fits = self.state.phase, Path(self.job.output), 0
+        if self.stepping is not None and self.config.strategy != "ddp":
             with suppress(WorkFailed):
-                fits = fitting.halved(int(self._fitting(name).micro_batch))
-        if fits:
+                fits = fitting.halved(int(self.stepping.micro_batch))
+        if fits and fitting.noted(output).get(name) != fits:
             self._say_smaller(name, fits)
-        fitting.note(Path(self.job.output), name, fits)
+        fitting.note(output, name, fits)
         return bool(fits)
 
     def _say_smaller(self, name: str, micro_batch: int) -> None:
@@ -374,7 +375,7 @@ class Run:
         """From the current step to the phase's last, with log lines and checkpoints."""
         state, seen, cut = self.state, 0, None
         counts = Counts(**state.seen.get(name, {}))
-        self.stepping = True
+        self.stepping = phase
         before = state.seconds.get(name, 0.0)
         started = last = time.monotonic()
         for batches in loader.steps(state.position, phase.steps - state.step):
@@ -407,8 +408,7 @@ class Run:
                 state.done[name] = state.step
                 self._gather_broken(name, loader.rows)
                 self._checkpoint(engine, {"phase": name, "step": state.step, "loss": result.loss})
-
-        self.stepping = False
+        self.stepping = None
 
     def _step(self, engine: Engine, batches: list[Batch], rate: float) -> StepResult:
         def start() -> None:
