@@ -20,11 +20,12 @@ def write_recipe(root: Path, **sections: dict[str, Any]) -> Path:
         "run_dir": str(root / "run"),
         "dataset": str(world / "dataset.jsonl"),
         "sample": {"out": str(world), "pairs": 40, "instructions": 12, "questions": 12},
+        "assemble": {"from_mgm": str(world / "models" / "mgm")},
         "caption": {"model": str(world / "models" / "blip2")},
         "arms": {"enhanced": {"text": "recaption", "recipe": "refine_captions.yaml"}},
         "compare": {"baseline": "enhanced"},
         "train": {
-            "model": str(world / "models" / "mgm"),
+            "model": str(root / "run" / "base"),
             "instruct_data": str(world / "instruct.json"),
             "align": {"steps": 6, "micro_batch": 8},
             "instruct": {"steps": 4, "micro_batch": 4},

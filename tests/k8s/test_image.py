@@ -131,8 +131,8 @@ def test_every_package_in_the_image_is_pinned() -> None:
         # setuptools comes before there are constraints: it belongs to the making of the environment.
         assert name in pins or name == "setuptools", f"{name} has no line in constraints.txt"
         if pins.get(name) == found.version:
-            assert found.metadata["Requires-Python"] is None or DEBIAN in SpecifierSet(
-                found.metadata["Requires-Python"]
+            assert found.metadata.get("Requires-Python") is None or DEBIAN in SpecifierSet(
+                found.metadata.get("Requires-Python")
             ), name
         for line in found.requires or []:
             needed = Requirement(line)
