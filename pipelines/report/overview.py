@@ -68,6 +68,12 @@ def comparison(run: Run) -> list[Card]:
     return cards or [Card("compare", "missing")]
 
 
+def own_training(run: Run) -> str:
+    """What arms train in a way of their own, in words; empty where data is all that they differ in."""
+    arms = (run.recipe.get("arms") or {}).items()
+    return "; ".join(f"{arm} with {arm_own['train']}" for arm, arm_own in arms if (arm_own or {}).get("train"))
+
+
 def models(run: Run) -> list[tuple[str, str, str]]:
     """What it is for, where it lies, its identity."""
     found = []

@@ -66,6 +66,7 @@ def view(run: Run) -> dict[str, Any]:
         "confidence": answer.confidence(run.seeds[0][1]) if run.seeds else "",
         "source": overview.source(run),
         "lanes": overview.lanes(run),
+        "own_training": overview.own_training(run),
         "compared": overview.comparison(run),
         "models": overview.models(run),
         "seeds": overview.seeds(run),

@@ -77,8 +77,9 @@ def _warning(walks: Sequence[Walk]) -> str:
 
 
 def _text(walk: Walk, phase: str) -> str:
-    """Identity of what a phase learns."""
-    return str((walk.adapter.inputs.get("data") or {}).get(phase, ""))
+    """Identity of what a phase learns; where nothing says it, the arm that its captions are from."""
+    identities = walk.adapter.inputs.get("data") or {"align": walk.arm}
+    return str(identities.get(phase, ""))
 
 
 def table(run: Run, styles: dict[str, int]) -> list[PhaseRow]:
