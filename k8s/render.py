@@ -13,7 +13,7 @@ import yaml
 from k8s import kustomize, needs
 from pipelines.errors import UserError
 from pipelines.rundir import RECIPE, RunDir
-from ray_jobs.recipe import RECIPES, Recipe, recipe_yaml
+from ray_jobs.recipe import RECIPES, Recipe, paths, recipe_yaml
 from serve.config import ServeConfig
 
 FOLDER = Path(__file__).parent
@@ -91,7 +91,9 @@ def texts(recipe: Recipe) -> dict[str, str]:
     Raises:
         UserError: a key names an absolute path that no pod mounts, or a Data-Juicer recipe that is not there.
     """
-    for key, path in _paths(recipe).items():
+    for key, path in paths(recipe).items():
+        if key.endswith(".recipe"):
+            continue  # a Data-Juicer recipe travels with this one
         if path.startswith("/") and not path.startswith(tuple(f"{place}/" for place in MOUNTED)):
             raise UserError(
                 f"{key}: {path} is on this machine, not in the cluster. Pods see {DATA} (relative paths count "
@@ -222,23 +224,6 @@ def _set_image(objects: list[Object], image: str) -> None:
     if not digest and tag in ("", "latest"):
         raise UserError(f"--image {image}: name a version or, better, a digest; `latest` is another image tomorrow")
     kustomize.set_image(objects, "captune", newName=repository, newTag=tag, digest=digest)
-
-
-def _paths(recipe: Recipe) -> dict[str, str]:
-    keys = {
-        "run_dir": recipe.run_dir,
-        "dataset": recipe.dataset,
-        "sample.out": recipe.sample.out,
-        **{f"assemble.{key}": part for key, part in recipe.assemble.parts().items() if recipe.assemble.wanted},
-        "caption.model": recipe.caption.model,
-        "caption.candidates.clip_model": recipe.caption.candidates.clip_model,
-        "train.model": recipe.train.model,
-        "train.instruct_data": recipe.train.instruct_data,
-        "evaluate.annotations": recipe.evaluate.annotations,
-        "evaluate.images": recipe.evaluate.images,
-        "evaluate.ocr": recipe.evaluate.ocr,
-    }
-    return {key: str(path) for key, path in keys.items() if path}
 
 
 def _refine_options(recipe: Recipe, arm: str) -> list[str]:

@@ -108,7 +108,8 @@ def train(config: TrainConfig, model: str, *, made: bool = False) -> Iterator[Pr
         yield from output(model, "train.model")
     else:
         yield from base_model(model)
-    if config.instruct.steps > 0 and config.instruct_data is not None:
+    if config.runs("instruct"):
+        assert config.instruct_data is not None
         yield from dataset(config.instruct_data, "train.instruct_data")
     elif config.align.steps == 0:
         yield Problem("train.align.steps", "is 0, and there is no instruct phase: nothing to train")

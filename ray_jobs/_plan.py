@@ -285,8 +285,9 @@ class _Plan:
 
 def _phases(train: TrainConfig, dataset: Path) -> dict[str, Path]:
     """Phase -> its data, whether they are there yet or not."""
-    phases = {"align": dataset} if train.align.steps else {}
-    if train.instruct.steps and train.instruct_data:
+    phases = {"align": dataset} if train.runs("align") else {}
+    if train.runs("instruct"):
+        assert train.instruct_data is not None
         phases["instruct"] = Path(train.instruct_data).resolve()
     return phases
 

@@ -14,7 +14,7 @@ GROUPS = ("projector", "uni_modules", "language_model")
 METHODS = ("lora", "rslora", "dora", "qlora", "adalora", "prefix", "full")
 SCHEDULES = ("cosine", "linear", "constant")
 _ALIGN_RATE, _FULL_RATE, _LORA_RATE, _PREFIX_RATE = 1e-3, 2e-5, 2e-4, 1e-2
-_DDP_ONLY = ("qlora", "adalora", "prefix")
+DDP_ONLY = ("qlora", "adalora", "prefix")
 """Methods whose weights no ZeRO stage has been shown to shard rightly: packed ones, and those that watch gradients."""
 
 
@@ -268,7 +268,7 @@ class TrainConfig:
             raise UserError(f"train.compile goes with strategy ddp only, not {self.strategy}")
         if self.method not in METHODS:
             raise UserError(f"train.method must be one of {', '.join(METHODS)}, not '{self.method}'")
-        if self.method in _DDP_ONLY and self.strategy != "ddp":
+        if self.method in DDP_ONLY and self.strategy != "ddp":
             raise UserError(f"train.method {self.method} trains with strategy ddp only, not {self.strategy}")
         initial = self.adalora.initial_rank
         if self.method == "adalora" and initial is not None and initial <= self.lora.rank:

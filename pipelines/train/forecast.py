@@ -13,7 +13,7 @@ from pipelines.errors import UserError
 from pipelines.mgm.configuration import MGMConfig
 from pipelines.mgm.load import load_processor, quiet
 from pipelines.train.activations import Micro
-from pipelines.train.config import AUTO, PhaseConfig, TrainConfig
+from pipelines.train.config import AUTO, DDP_ONLY, PhaseConfig, TrainConfig
 from pipelines.train.data import IGNORE, Templates
 from pipelines.train.memory import CARD_24GB, GIB, Phase, Prediction, read_config
 from pipelines.train.rows import BadRow, Row, read_rows
@@ -186,7 +186,7 @@ def _nearest(phase: Phase, row: Longest, settings: PhaseConfig, capacity: int) -
         attempts.append(("train.gradient_checkpointing true, ", config, asked + 1))
     for more in (2, 4, 8, 16):
         workers = config.workers * more
-        if config.method in ("lora", "rslora", "dora", "full") and settings.per_step(config.workers) % workers == 0:
+        if config.method not in DDP_ONLY and settings.per_step(config.workers) % workers == 0:
             batches = {name: replace(getattr(config, name), batch=None, micro_batch=1, accumulation=1)
                        for name in ("align", "instruct")}  # fmt: skip
             batches[phase.name] = replace(settings, micro_batch=1)

@@ -36,22 +36,26 @@ def write_towers(root: Path) -> tuple[Path, Path]:
     return clip, openclip
 
 
+def text_sizes(tokenizer: Any) -> dict[str, Any]:
+    """The configuration of a small language model of any family, with the special tokens of its tokenizer."""
+    return {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 16,
+        "pad_token_id": tokenizer.pad_token_id,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+    }
+
+
 def language_model(directory: Path, family: str, **changes: Any) -> Path:
     """A random language model of a family, in bfloat16, with a tokenizer of that family's kind."""
     tokenizer = FAMILIES[family]()
-    config = CONFIG_MAPPING[family](
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=16,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        **changes,
-    )
+    config = CONFIG_MAPPING[family](**text_sizes(tokenizer), **changes)
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(directory)
     tokenizer.save_pretrained(directory)

@@ -16,6 +16,7 @@ from transformers import CLIPVisionConfig, GemmaConfig, PreTrainedTokenizerFast
 from pipelines.mgm.configuration import MGMConfig, MGMConvNextConfig
 from pipelines.mgm.modeling import MGMForConditionalGeneration
 from pipelines.mgm.processing import MGMProcessor
+from tests.pipelines.tiny_parts import text_sizes
 from tests.tiny_tokenizers import tokenizer_for
 
 DATA = Path(__file__).parent / "data"
@@ -53,18 +54,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def tiny_config(tokenizer: PreTrainedTokenizerFast, **kwargs: Any) -> MGMConfig:
-    text = kwargs.pop("text_config", None) or GemmaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=16,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
+    text = kwargs.pop("text_config", None) or GemmaConfig(**text_sizes(tokenizer))
     vision = CLIPVisionConfig(
         hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=2, image_size=32, patch_size=16
     )
