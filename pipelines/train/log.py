@@ -34,8 +34,8 @@ class TrainLog:
         from torch.utils.tensorboard import SummaryWriter
 
         self.path = directory / LOG
-        kept = [line for line in read_log(directory) if line["step"] <= done.get(line["phase"], 0)]
-        write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
+        drop_after(directory, done)
+        kept = read_log(directory)
         shutil.rmtree(directory / TENSORBOARD, ignore_errors=True)
         self.writer = SummaryWriter(str(directory / TENSORBOARD))
         for line in kept:
@@ -80,6 +80,14 @@ class TrainLog:
         for name in CURVES:
             if name in line:  # the held-out loss is not measured in every step
                 self.writer.add_scalar(f"{line['phase']}/{name}", line[name], line["step"])
+
+
+def drop_after(directory: Path, done: dict[str, int]) -> int:
+    """Leave only lines of the steps in `done`, phase -> steps; returns how many went."""
+    lines = read_log(directory)
+    kept = [line for line in lines if line["step"] <= done.get(line["phase"], 0)]
+    write_text(directory / LOG, "".join(json.dumps(line) + "\n" for line in kept))
+    return len(lines) - len(kept)
 
 
 def read_log(directory: Path) -> list[dict[str, Any]]:

@@ -20,13 +20,14 @@ from pipelines.mgm.directory import check_plain_directory
 from pipelines.modelfiles import model_identity
 from pipelines.progress import Progress, say
 from pipelines.storage import is_remote
+from pipelines.train import checkpoints
 from pipelines.train.config import PhaseConfig, TrainConfig
 from pipelines.train.held_out import most
+from pipelines.train.log import drop_after
 from pipelines.train.rows import read_rows, say_broken
 from pipelines.train.stability import Stability
 from pipelines.train.trackers import environment, require
 
-RUN = "run"
 _NOT_RESULT = (
     "model",
     "instruct_data",
@@ -76,8 +77,10 @@ def run(
     stage = open_stage(output, "train", wanted, restart=restart, notes={"workers": config.workers})
     if stage.complete:
         return stage.manifest
-    say(f"{what}: {'continuing' if stage.resumed else 'starting'} with {config.workers} worker(s), {config.strategy}")
-    facts = _fit(model, stage.inputs["model"], output, config.settled(), data, what)
+    since = _since(output, {phase: config.phase(phase).steps for phase in data}, what) if stage.resumed else None
+    verb = "starting" if since is None else "continuing"
+    say(f"{what}: {verb} with {config.workers} worker(s), {config.strategy}")
+    facts = _fit(model, stage.inputs["model"], output, config.settled(), data, what, since)
     for phase, broken in facts["broken"].items():
         say_broken(broken, phase, what)
     for phase, found in facts["phases"].items():
@@ -179,7 +182,23 @@ def _with_steps(config: TrainConfig, rows: dict[str, int]) -> TrainConfig:
     return dataclasses.replace(config, **phases)  # type: ignore[arg-type]
 
 
-def _fit(model: Path, base: str, output: Path, config: TrainConfig, data: dict[str, str], what: str) -> dict[str, Any]:
+def _since(output: Path, steps: dict[str, int], what: str) -> Path | None:
+    """The checkpoint that an earlier start left whole. What is behind it is dropped: it will be done again."""
+    checkpoint = checkpoints.newest(output)
+    checkpoints.clear_all_but(output, checkpoint)
+    done = checkpoints.done_steps(checkpoint)
+    lost = drop_after(output, done)
+    if checkpoint is None:
+        say(f"{what}: an earlier start reached no checkpoint")
+    else:
+        again = f"; {lost} logged step(s) after it are done again" if lost else ""
+        say(f"{what}: the last checkpoint is at step {sum(done.values())} of {sum(steps.values())}{again}")
+    return checkpoint
+
+
+def _fit(
+    model: Path, base: str, output: Path, config: TrainConfig, data: dict[str, str], what: str, since: Path | None
+) -> dict[str, Any]:
     """Run the workers to the end and return what the first one found out."""
     connect()
     import ray
@@ -194,16 +213,17 @@ def _fit(model: Path, base: str, output: Path, config: TrainConfig, data: dict[s
     try_again(output)
     _tune_ray_train(nodes=len(ray.nodes()))
     resources: dict[str, float] = {"CPU": config.cpus_per_worker} | ({"GPU": 1} if config.use_gpu else {})
+    job = Job(str(model), base, str(output), config, data, what, environment(), since and str(since))
     trainer = TorchTrainer(
         train_worker,  # type: ignore[arg-type]
-        train_loop_config={"job": Job(str(model), base, str(output), config, data, what, environment())},
+        train_loop_config={"job": job},
         torch_config=TorchConfig(backend="nccl" if config.use_gpu else "gloo"),
         scaling_config=ScalingConfig(
             num_workers=config.workers, use_gpu=config.use_gpu, resources_per_worker=resources
         ),
         run_config=RunConfig(
-            name=RUN,
-            storage_path=str(output / "checkpoints"),
+            name=checkpoints.RUN,
+            storage_path=str(checkpoints.directory_of(output).parent),
             failure_config=FailureConfig(max_failures=config.max_failures),
             checkpoint_config=CheckpointConfig(num_to_keep=2),
             logging_config=LoggingConfig(log_level="WARNING"),

@@ -23,7 +23,8 @@ from pipelines.mgm.adapter import write_adapter
 from pipelines.mgm.configuration import MGMConfig
 from pipelines.mgm.load import load_config, load_model, load_processor, load_skeleton, quiet
 from pipelines.progress import Progress, say
-from pipelines.train import features, fitting, forecast
+from pipelines.train import checkpoints, features, fitting, forecast
+from pipelines.train.checkpoints import STATE
 from pipelines.train.compiling import Compiled, compile_layers
 from pipelines.train.config import AUTO, PhaseConfig, TrainConfig
 from pipelines.train.data import Batch, Loader, Sampler, Share, Templates
@@ -37,7 +38,6 @@ from pipelines.train.rows import Rows, read_rows, say_broken
 from pipelines.train.step import Counts, Engine, StepResult, TorchEngine, TrainForward, autocast, learning_rate, prepare
 from pipelines.train.trackers import Tracker
 
-STATE = "state.json"
 TRAINED = "trained.safetensors"
 _CARD_THREADS = 4
 """Rows prepared at a time for a card: at 768 pixels a processor resizes some 50 a second."""
@@ -46,7 +46,8 @@ _CARD_THREADS = 4
 @dataclass
 class Job:
     """What the driver tells every worker. `data` has a path per phase, in the order in which the phases run; `base` is
-    the model's identity; `tracker` is what the tracker's client has to know.
+    the model's identity; `tracker` is what the tracker's client has to know; `since` is the checkpoint of an earlier
+    start.
     """
 
     model: str
@@ -56,6 +57,7 @@ class Job:
     data: dict[str, str]
     what: str
     tracker: dict[str, str]
+    since: str | None = None
 
 
 @dataclass
@@ -140,7 +142,9 @@ class Run:
 
     def train(self) -> dict[str, Any]:
         """All phases; returns the facts for the manifest."""
-        checkpoint = ray.train.get_checkpoint()
+        checkpoint = ray.train.get_checkpoint()  # of this start
+        if checkpoint is None and self.job.since is not None:
+            checkpoint = ray.train.Checkpoint.from_directory(self.job.since)
         if checkpoint is None:
             return self._phases(None)
         with checkpoint.as_directory() as directory:
@@ -281,11 +285,14 @@ class Run:
 
     def _least(self, number: int) -> int:
         """The smallest of all workers' numbers."""
-        found = [number]
+        return int(min(self._everyones(number)))
+
+    def _everyones(self, own: Any) -> list[Any]:
+        """What every worker has."""
+        found = [own] * self.workers
         if self.workers > 1:
-            found = [0] * self.workers
-            dist.all_gather_object(found, number)
-        return min(found)
+            dist.all_gather_object(found, own)
+        return found
 
     def leave_smaller(self) -> bool:
         """After an out of memory that cannot be mended here, leave a smaller micro-batch to those who start again.
@@ -444,10 +451,7 @@ class Run:
 
     def _gather_broken(self, name: str, rows: Rows) -> None:
         """Workers see different rows; the state holds what any of them found. Too many stop all of them at once."""
-        found: list[Any] = [(rows.broken, sorted(self.templates.cut))]
-        if self.workers > 1:
-            found = [None] * self.workers
-            dist.all_gather_object(found, (rows.broken, sorted(self.templates.cut)))
+        found = self._everyones((rows.broken, sorted(self.templates.cut)))
         self.state.broken[name] = {row: reason for broken, _ in found for row, reason in sorted(broken.items())}
         self.state.cut[name] = sorted({row for _, cut in found for row in cut})
         rows.broken.update(self.state.broken[name])
@@ -464,6 +468,9 @@ class Run:
             if self.rank == 0:
                 save_file({**self.trained, **weights}, directory / TRAINED)
                 (directory / STATE).write_text(json.dumps(vars(self.state)))
+            files = self._everyones(checkpoints.sizes(directory))
+            if self.rank == 0:
+                checkpoints.vouch(directory, {name: size for own in files for name, size in own.items()})
             checkpoint = ray.train.Checkpoint.from_directory(directory) if any(directory.iterdir()) else None
             ray.train.report(metrics, checkpoint=checkpoint)
 

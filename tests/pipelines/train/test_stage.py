@@ -21,6 +21,7 @@ from pipelines.errors import UserError
 from pipelines.manifest import open_stage
 from pipelines.mgm.adapter import CONFIG, NON_LORA, WEIGHTS, trained_on
 from pipelines.modelfiles import model_identity
+from pipelines.train import checkpoints
 from pipelines.train import stage as loop
 from pipelines.train.config import LoraSettings, PhaseConfig, TrainConfig
 from pipelines.train.log import read_log
@@ -90,10 +91,10 @@ def test_both_phases_leave_an_adapter_and_its_history(
     assert list(manifest["broken"]["align"].values()) == ["not an image"]
     assert all(verdict.passed for verdict in check_adapter(output, model_dir))
     assert trained_on(output) == model_identity(model_dir)
-    checkpoints = [path for path in (output / "checkpoints" / loop.RUN).iterdir() if path.is_dir()]
-    assert len(checkpoints) == 2
+    kept = [path for path in checkpoints.directory_of(output).iterdir() if path.is_dir()]
+    assert len(kept) == 2
     trained = sum(tensor.nbytes for tensor in _weights(output).values())
-    size = sum(file.stat().st_size for file in checkpoints[0].rglob("*") if file.is_file())
+    size = sum(file.stat().st_size for file in kept[0].rglob("*") if file.is_file())
     assert size < 4 * trained + 50_000  # weights and AdamW's two moments
     again = loop.run(data["refined"], model_dir, output, _config(data["instruct"], log_every=3), arm="enhanced")
     assert again == manifest  # done already: nothing starts
@@ -142,9 +143,11 @@ def test_a_killed_worker_and_a_killed_driver_change_nothing(
     data: dict[str, Path],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """kill -9 of the worker in `align`, of the driver in `instruct`; the same command ends with the same bits and log,
-    and MLflow has been told every step once.
+    """kill -9 of the worker in `align`, of the driver in `instruct`, which leaves a checkpoint half copied and Ray's
+    note of checkpoints empty; the same command ends with the same bits and log, says from which step, and MLflow has
+    been told every step once.
     """
     import psutil
     from mlflow.tracking import MlflowClient
@@ -174,7 +177,16 @@ def test_a_killed_worker_and_a_killed_driver_change_nothing(
         process.wait()
         psutil.wait_procs(children, timeout=60)  # a local cluster ends with its driver
     assert not (output / "MANIFEST.json").exists()
+    whole = checkpoints.newest(output)
+    assert whole is not None
+    half = Path(shutil.copytree(whole, whole.with_name("checkpoint_9999")))
+    os.truncate(half / "trained.safetensors", 100)
+    os.truncate(whole.parent / "checkpoint_manager_snapshot.json", 0)
+    done = sum(checkpoints.done_steps(whole).values())
     loop.run(data["refined"], model_dir, output, _config(data["instruct"], tracker="mlflow"))
+    said = capsys.readouterr().err
+    assert f"the last checkpoint is at step {done} of {ALIGN + INSTRUCT}" in said and not half.exists()
+    assert f"train: {done}/{ALIGN + INSTRUCT} steps" in said
 
     expected, found = _weights(undisturbed[0]), _weights(output)
     assert set(expected) == set(found)
@@ -246,7 +258,7 @@ def test_a_run_goes_on_with_another_number_of_workers(
     for workers, steps in ((1, 2), (2, 1)):
         (tmp_path / "moved" / "MANIFEST.json").unlink()
         for _ in range(steps):
-            _forget_last_checkpoint(tmp_path / "moved" / "checkpoints" / loop.RUN)
+            _forget_last_checkpoint(tmp_path / "moved")
         with pytest.raises(
             UserError, match="8 samples of a step do not divide into 3 worker.* workers may be 1, 2, 4$"
         ):
@@ -275,7 +287,7 @@ def test_zero_continues_from_its_shards(
     # The state that a kill between the last two checkpoints leaves: everything but the newest one.
     shutil.copytree(tmp_path / "whole", tmp_path / "half")
     (tmp_path / "half" / "MANIFEST.json").unlink()
-    _forget_last_checkpoint(tmp_path / "half" / "checkpoints" / loop.RUN)
+    _forget_last_checkpoint(tmp_path / "half")
     loop.run(data["refined"], model_dir, tmp_path / "half", config)
     assert [line["loss"] for line in read_log(tmp_path / "half")] == [line["loss"] for line in whole]
     expected, found = load_file(tmp_path / "whole" / NON_LORA), load_file(tmp_path / "half" / NON_LORA)
@@ -283,17 +295,10 @@ def test_zero_continues_from_its_shards(
     assert not (tmp_path / "half" / WEIGHTS).exists()
 
 
-def _forget_last_checkpoint(run: Path) -> None:
-    import json
-
-    path = run / "checkpoint_manager_snapshot.json"
-    snapshot = json.loads(path.read_text())
-    last = snapshot["checkpoint_results"].pop()
-    snapshot["checkpoint_report_indices"].pop()
-    snapshot["latest_checkpoint_result"] = snapshot["checkpoint_results"][-1]
-    snapshot["current_report_index"] -= 1
-    path.write_text(json.dumps(snapshot))
-    shutil.rmtree(run / last["checkpoint_dir_name"])
+def _forget_last_checkpoint(output: Path) -> None:
+    last = checkpoints.newest(output)
+    assert last is not None
+    shutil.rmtree(last)
 
 
 @pytest.mark.heavy
