@@ -63,6 +63,9 @@ class BuildArgs(BaseModel):
         adapter: directory of an adapter to answer with unmerged, likewise; empty: none.
         name: the model's name in requests.
         config: the `serve` section of a recipe.
+        start_tries: how often a replica that does not come up is tried again, up to a minute apart, before the
+            deployment is given up; at most RAY_SERVE_MAX_PER_REPLICA_RETRY_COUNT times the replicas. Ray never tries
+            again what it has given up, so an endpoint that may wait for its model wants many.
     """
 
     model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
@@ -71,6 +74,7 @@ class BuildArgs(BaseModel):
     adapter: str = ""
     name: str = "captune"
     config: ServeConfig = Field(default_factory=ServeConfig)
+    start_tries: int = Field(default=2, ge=1)
 
 
 @serve.deployment
@@ -164,7 +168,8 @@ def build(args: BuildArgs) -> Application:
         max_queued_requests=config.max_queued_requests,
         backpressure_config={"status_code": 429, "retry_after_s": 1},
         ray_actor_options={"num_cpus": config.cpus_per_replica, "num_gpus": config.gpus_per_replica},
-        max_constructor_retry_count=2,
+        max_constructor_retry_count=args.start_tries,
+        graceful_shutdown_timeout_s=config.request_timeout_s + _PROXY_GRACE_S,  # answers under way are finished
         logging_config={"enable_access_log": False, "log_level": "WARNING"},
     )
     told = {"model": args.model, "adapter": args.adapter, "name": args.name, "config": asdict(config)}

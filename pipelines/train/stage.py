@@ -213,7 +213,7 @@ def _fit(
     try_again(output)
     _tune_ray_train(nodes=len(ray.nodes()))
     resources: dict[str, float] = {"CPU": config.cpus_per_worker} | ({"GPU": 1} if config.use_gpu else {})
-    job = Job(str(model), base, str(output), config, data, what, environment(), since and str(since))
+    job = Job(str(model), base, str(output), config, data, what, environment(), str(since) if since else None)
     trainer = TorchTrainer(
         train_worker,  # type: ignore[arg-type]
         train_loop_config={"job": job},

@@ -1,0 +1,100 @@
+"""Before a pod of the endpoint goes: let another take its replica over, and finish the answers under way.
+
+`python -m serve.drain` is what Kubernetes runs in a serving pod that is to be deleted (`preStop`): by the drain of its
+node, by the autoscaler, by hand. It tells Ray that this node will go. Ray Serve then starts the replica anew where
+there is room and stops the old one when the new one answers, or when the time is over; and the proxy here tells the
+readiness probe that it closes, so that the pod leaves the Service before it leaves the cluster.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import socket
+import sys
+import time
+from typing import Any
+
+from pipelines.errors import UserError
+from pipelines.progress import say
+
+WITHIN_S = 20.0
+CLOSING_S = 100.0
+"""Longer than an answer may take and than Serve's proxy waits for the Service to forget the pod."""
+_POLL_S = 1.0
+
+
+class Cluster:
+    """A running Ray as its head's tables have it; no worker is started and nothing is scheduled for it."""
+
+    def __init__(self, address: str) -> None:
+        from ray import _raylet
+        from ray._private.state import GlobalState
+
+        raylet: Any = _raylet  # compiled, without types
+        self.address, self.client = address, raylet.GcsClient(address=address)
+        self.tables = GlobalState()
+        options = raylet.GcsClientOptions.create(address, None, allow_cluster_id_nil=True, fetch_cluster_id_if_nil=True)
+        self.tables._initialize_global_state(options)
+
+    def own_node(self) -> str:
+        """Hex id of the living node whose address is this machine's.
+
+        Raises:
+            UserError: none has it.
+        """
+        own = {str(found[4][0]) for found in socket.getaddrinfo(socket.gethostname(), None)}
+        for node in self.tables.node_table():
+            if node["Alive"] and node["NodeManagerAddress"] in own:
+                return str(node["NodeID"])
+        raise UserError(f"{self.address}: no node of this cluster has the address {' or '.join(sorted(own))}")
+
+    def announce(self, node: str, within_s: float) -> None:
+        """Say that `node` will be gone in `within_s` seconds.
+
+        Raises:
+            UserError: Ray refuses it.
+        """
+        from ray.core.generated import autoscaler_pb2
+
+        reasons: Any = autoscaler_pb2  # generated, without types
+        reason = reasons.DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
+        deadline_ms = int((time.time() + within_s) * 1000)
+        accepted, refusal = self.client.drain_node(node, reason, "the endpoint's pod goes", deadline_ms)
+        if not accepted:
+            raise UserError(f"node {node}: {refusal}")
+
+    def serving(self, node: str) -> list[str]:
+        """Names of Ray Serve's living replicas and proxies on a node."""
+        actors: dict[str, dict[str, Any]] = self.tables.actor_table(None, None, "ALIVE")
+        here = [actor for actor in actors.values() if actor["Address"]["NodeID"] == node]
+        return sorted(actor["Name"] for actor in here if actor["Name"].startswith("SERVE_"))
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Announce, then wait until nothing of Ray Serve is left here."""
+    parser = argparse.ArgumentParser(prog="python -m serve.drain", description=(__doc__ or "").partition("\n\n")[0])
+    parser.add_argument("--address", default=os.environ.get("RAY_ADDRESS", ""), help="of the cluster ($RAY_ADDRESS)")
+    parser.add_argument("--node", default="", help="hex id of the Ray node; else the one with this machine's address")
+    parser.add_argument("--within", type=float, default=WITHIN_S, help="seconds for another node to take over")
+    parser.add_argument("--closing", type=float, default=CLOSING_S, help="seconds more for answers under way")
+    options = parser.parse_args(argv)
+    began = time.monotonic()
+    try:
+        cluster = Cluster(options.address)
+        node = options.node or cluster.own_node()
+        cluster.announce(node, options.within)
+    except UserError as error:
+        say(f"drain: {error}")
+        return 1
+    while left := cluster.serving(node):
+        if time.monotonic() - began > options.within + options.closing:
+            say(f"drain: still here: {', '.join(left)}")
+            return 1
+        time.sleep(_POLL_S)
+    say(f"drain: nothing of the endpoint is left on this node after {time.monotonic() - began:.0f} s")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
