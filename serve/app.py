@@ -158,8 +158,14 @@ class Captune:
 
 
 def build(args: BuildArgs) -> Application:
-    """The application for a model directory; the builder of a Serve config file."""
+    """The application for a model directory; the builder of a Serve config file.
+
+    Raises:
+        UserError: the model is not complete and another one answers already, which then goes on.
+    """
     config = args.config
+    if _answers():
+        _refuse_incomplete(Path(args.model))
     captune: Any = Captune  # a class to mypy, a deployment since `serve.deployment`
     deployment = captune.options(
         num_replicas=config.replicas,
@@ -213,6 +219,16 @@ def start(
     base = root + route_prefix.rstrip("/")
     _wait_until_healthy(base)
     return base
+
+
+def _answers() -> bool:
+    """Whether a replica lives on this cluster; asked of Ray's names, because Serve's own status is empty while it
+    builds, and also where no cluster is connected.
+    """
+    if not ray.is_initialized():
+        return False
+    named: list[dict[str, str]] = ray.util.list_named_actors(all_namespaces=True)
+    return any(actor["name"].startswith("SERVE_REPLICA::") for actor in named)
 
 
 def _refuse_incomplete(model: Path) -> None:

@@ -22,12 +22,23 @@ WITHIN_S = 20.0
 CLOSING_S = 100.0
 """Longer than an answer may take and than Serve's proxy waits for the Service to forget the pod."""
 _POLL_S = 1.0
+_HEAD_S = 3.0
+"""A head that does not take a connection in this time is gone, and nothing is left to hand over to."""
 
 
 class Cluster:
-    """A running Ray as its head's tables have it; no worker is started and nothing is scheduled for it."""
+    """A running Ray as its head's tables have it; no worker is started and nothing is scheduled for it.
+
+    Raises:
+        UserError: nothing listens at `address`.
+    """
 
     def __init__(self, address: str) -> None:
+        host, _, port = address.rpartition(":")
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), _HEAD_S).close()
+        except (OSError, ValueError) as error:
+            raise UserError(f"'{address}': no head of a Ray cluster there ({error})") from error
         from ray import _raylet
         from ray._private.state import GlobalState
 

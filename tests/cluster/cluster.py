@@ -84,10 +84,12 @@ class Cluster:
     Args:
         redis: keep the head's tables in a Redis of its own, so that a head may die and come back (GCS fault tolerance).
         token: Ray's token authentication, with the token in a home of its own.
+        settings: environment variables of every node; those of the caller that begin with RAY_ stay outside.
     """
 
     redis: bool = False
     token: bool = True
+    settings: dict[str, str] = field(default_factory=dict)
     nodes: dict[str, Node] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -150,7 +152,7 @@ class Cluster:
                 "RAY_external_storage_namespace": self.mark,
                 "RAY_gcs_rpc_server_reconnect_timeout_s": "300",
             }
-        return kept | settings | more
+        return kept | settings | self.settings | more
 
     def start_head(self, cpus: float = 0, **resources: float) -> Node:
         """The head; as on Kubernetes it offers no CPUs, so work lands on workers. The same call brings a lost head

@@ -36,7 +36,8 @@ from tests.drills.endpoint import (  # noqa: E402
 )
 from tests.drills.record import Record  # noqa: E402
 
-PREPARE_S = 5
+SETTINGS = {"RAY_SERVE_PROXY_MIN_DRAINING_PERIOD_S": "5", "RAY_SERVE_MAX_PER_REPLICA_RETRY_COUNT": "1000"}
+"""Of the head in k8s/components/handover, but for the half minute that Kubernetes is given to forget a pod."""
 
 
 def config(model: Path, port: int, least: int, most: int, surge: int = 0) -> dict[str, Any]:
@@ -89,10 +90,8 @@ def drain(cluster: Cluster, node_id: str, within: float) -> str:
 def main() -> int:
     """Run the drill."""
     os.environ["PYTHONPATH"] = str(ROOT)  # on Kubernetes the code is in the image
-    os.environ["RAY_SERVE_PROXY_MIN_DRAINING_PERIOD_S"] = str(PREPARE_S)
-    os.environ["RAY_SERVE_MAX_PER_REPLICA_RETRY_COUNT"] = "1000"
     record = Record("drill: the endpoint loses pods, changes its model and scales while it answers")
-    with tempfile.TemporaryDirectory() as scratch, Cluster() as cluster:
+    with tempfile.TemporaryDirectory() as scratch, Cluster(settings=SETTINGS) as cluster:
         world = draw_world(Path(scratch) / "world", pairs=2)
         model, later = world / "models" / "mgm", Path(scratch) / "later"
         body = question(next((world / "images").iterdir()))
