@@ -26,6 +26,8 @@ RECIPE_FILE = f"/etc/captune/{RECIPE}"
 _GRACE_S = 2.0
 """Serve's proxy gives up so much later than a replica (serve/app.py), so that the client gets the replica's error
 body."""
+_START_TRIES = 1000
+"""Of a replica whose model is not there yet, a minute apart; KubeRay gives the endpoint up before."""
 _WORK = ("RayJob", "RayCluster", "RayService")
 
 Object = dict[str, Any]
@@ -72,7 +74,8 @@ def fill(objects: list[Object], recipe: Recipe, arm: str, serving: int) -> None:
         if found["kind"] == "ConfigMap" and found["metadata"]["name"] == "captune-recipe":
             found["data"] = texts(recipe)
         if found["kind"] in _WORK:
-            needs.fit(cluster_spec(found), recipe, serving)
+            surge = _surge(recipe, serving) if found["kind"] == "RayService" else 0
+            needs.fit(cluster_spec(found), recipe, serving + surge)
         if found["kind"] == "RayJob":
             found["spec"]["entrypoint"] = entrypoint(recipe, found["metadata"]["name"].removeprefix("captune-"), arm)
         if found["kind"] == "RayService":
@@ -159,11 +162,25 @@ def serve_config(recipe: Recipe, arm: str, serving: int) -> Object:
         "name": "captune",
         "import_path": "serve.app:build",
         "route_prefix": "/",
-        "args": {"model": _absolute(str(model)), "config": changed},
-        "deployments": [{"name": "Captune", "num_replicas": "auto", "autoscaling_config": scaling}],
+        "args": {"model": _absolute(str(model)), "config": changed, "start_tries": _START_TRIES},
+        "deployments": [
+            {
+                "name": "Captune",
+                "num_replicas": "auto",
+                "max_surge_percent": 100 * _surge(recipe, serving) // serving,  # one, at any number of replicas
+                "autoscaling_config": scaling,
+            }
+        ],
     }
     http = {"host": "0.0.0.0", "port": 8000, "request_timeout_s": config.request_timeout_s + _GRACE_S}
     return {"proxy_location": "EveryNode", "http_options": http, "applications": [application]}
+
+
+def _surge(recipe: Recipe, serving: int) -> int:
+    """Replicas of a changed model that start before one of the old stops: one, where the overlay lets the endpoint
+    grow at all, because one that finds no room would wait for ever.
+    """
+    return int(serving > recipe.serve.replicas)
 
 
 def budget(service: Object, recipe: Recipe) -> list[Object]:

@@ -34,19 +34,28 @@ class Cluster:
     """
 
     def __init__(self, address: str) -> None:
-        host, _, port = address.rpartition(":")
-        try:
-            socket.create_connection((host.strip("[]"), int(port)), _HEAD_S).close()
-        except (OSError, ValueError) as error:
-            raise UserError(f"'{address}': no head of a Ray cluster there ({error})") from error
+        self.address = address
+        self.require_head()
         from ray import _raylet
         from ray._private.state import GlobalState
 
         raylet: Any = _raylet  # compiled, without types
-        self.address, self.client = address, raylet.GcsClient(address=address)
+        self.client = raylet.GcsClient(address=address)
         self.tables = GlobalState()
         options = raylet.GcsClientOptions.create(address, None, allow_cluster_id_nil=True, fetch_cluster_id_if_nil=True)
         self.tables._initialize_global_state(options)
+
+    def require_head(self) -> None:
+        """Ray's own clients wait a minute for a head that is gone, and then end the process.
+
+        Raises:
+            UserError: nothing listens there.
+        """
+        host, _, port = self.address.rpartition(":")
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), _HEAD_S).close()
+        except (OSError, ValueError) as error:
+            raise UserError(f"'{self.address}': no head of a Ray cluster there ({error})") from error
 
     def own_node(self) -> str:
         """Hex id of the living node whose address is this machine's.
@@ -76,7 +85,12 @@ class Cluster:
             raise UserError(f"node {node}: {refusal}")
 
     def serving(self, node: str) -> list[str]:
-        """Names of Ray Serve's living replicas and proxies on a node."""
+        """Names of Ray Serve's living replicas and proxies on a node.
+
+        Raises:
+            UserError: the head is gone.
+        """
+        self.require_head()
         actors: dict[str, dict[str, Any]] = self.tables.actor_table(None, None, "ALIVE")
         here = [actor for actor in actors.values() if actor["Address"]["NodeID"] == node]
         return sorted(actor["Name"] for actor in here if actor["Name"].startswith("SERVE_"))
@@ -95,14 +109,13 @@ def main(argv: list[str] | None = None) -> int:
         cluster = Cluster(options.address)
         node = options.node or cluster.own_node()
         cluster.announce(node, options.within)
+        while left := cluster.serving(node):
+            if time.monotonic() - began > options.within + options.closing:
+                raise UserError(f"still here: {', '.join(left)}")
+            time.sleep(_POLL_S)
     except UserError as error:
         say(f"drain: {error}")
         return 1
-    while left := cluster.serving(node):
-        if time.monotonic() - began > options.within + options.closing:
-            say(f"drain: still here: {', '.join(left)}")
-            return 1
-        time.sleep(_POLL_S)
     say(f"drain: nothing of the endpoint is left on this node after {time.monotonic() - began:.0f} s")
     return 0
 

@@ -253,13 +253,19 @@ def test_an_endpoint_of_several_pods_can_be_drained_one_by_one() -> None:
     objects = render.render(wanted, "gpu-80gb", "serve")
     budget = the(objects, "PodDisruptionBudget", "captune-serve")
     assert complaints(objects) == [] and budget["spec"]["minAvailable"] == count - 1
+    (deployment,) = yaml.safe_load(the(objects, "RayService", "captune-serve")["spec"]["serveConfigV2"])[
+        "applications"
+    ][0]["deployments"]
+    for replicas in (3, 4):  # a changed model starts one replica first, and there is a pod for it
+        assert -(-deployment["max_surge_percent"] * replicas // 100) == 1
     (group,) = (
         each
         for each in render.cluster_spec(the(objects, "RayService", "captune-serve"))["workerGroupSpecs"]
         if each["groupName"] == "serve"
     )
+    assert group["maxReplicas"] == deployment["autoscaling_config"]["max_replicas"] + 1
     assert budget["spec"]["selector"]["matchLabels"].items() <= group["template"]["metadata"]["labels"].items()
-    for name in ("sample", "mgm2b_1m"):
+    for name in ("sample", "mgm2b_30k"):
         kinds = {found["kind"] for found in render.render(recipe(name), FITS[name], "serve")}
         assert "PodDisruptionBudget" not in kinds
 
