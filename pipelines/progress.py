@@ -16,7 +16,8 @@ class Progress:
     Args:
         total: number of units expected, None when it is not known.
         what: stage or phase as the user knows it, e.g. "caption" or "train enhanced/align".
-        every: seconds between lines in a log; a terminal is refreshed twice a second.
+        every: seconds between lines in a log, six times as many while nothing changes; a terminal is refreshed twice a
+            second.
     """
 
     def __init__(
@@ -30,6 +31,7 @@ class Progress:
         self._start = self._last = time.monotonic()
         self._first = 0  # units that were done before this run started: they say nothing about speed
         self._notes = ""
+        self._said: tuple[int, str] | None = None
 
     def start_at(self, done: int) -> None:
         """Units finished by an earlier, interrupted run."""
@@ -41,7 +43,8 @@ class Progress:
         self.done += units
         self._notes = notes or self._notes
         now = time.monotonic()
-        if now - self._last >= self.every:
+        still = not self.live and self._said == (self.done, self._notes)
+        if now - self._last >= self.every * (6 if still else 1):
             self._last = now
             self._print()
 
@@ -70,6 +73,7 @@ class Progress:
         return text + (f", {self._notes}" if self._notes else "")
 
     def _print(self) -> None:
+        self._said = self.done, self._notes
         if self.live:
             self.stream.write("\r\033[K" + self.line())
         else:

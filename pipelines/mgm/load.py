@@ -122,6 +122,8 @@ def quiet() -> None:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     warnings.filterwarnings("ignore", message=".*gradient_checkpointing.* is deprecated", category=FutureWarning)
+    # DeepSpeed calls torch by names that torch will drop, hundreds of times a step
+    warnings.filterwarnings("ignore", message=".*torch.distributed.* is deprecated", category=FutureWarning)
     # Where bitsandbytes is installed, PEFT imports it and it asks for a kernel that only quantized models on a CPU
     # would use.
     std_logging.getLogger("bitsandbytes").setLevel(std_logging.ERROR)
