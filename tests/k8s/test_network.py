@@ -20,6 +20,9 @@ ENDPOINT = ray("worker", **{"ray.io/serve": "true"})
 REDIS = Peer({"app.kubernetes.io/name": "captune-redis"})
 SUBMITTER = Peer({"app.kubernetes.io/component": "submitter", "ray.io/originated-from-crd": "RayJob"})
 OPERATOR = Peer({"app.kubernetes.io/name": "kuberay-operator"}, namespace="kuberay-system")
+KUSTOMIZED = Peer(
+    {"app.kubernetes.io/name": "kuberay", "app.kubernetes.io/component": "kuberay-operator"}, namespace="ray-system"
+)
 DNS = Peer({"k8s-app": "kube-dns"}, namespace="kube-system")
 GATEWAY = Peer({}, namespace="edge", namespace_labels={"captune.dev/gateway": "true"})
 PROMETHEUS = Peer({"app.kubernetes.io/name": "prometheus"}, namespace="monitoring")
@@ -31,6 +34,7 @@ OPEN = [
     (HEAD, WORKER, 40123, "the head reaches workers on ports Ray chooses"),
     (WORKER, WORKER, 40124, "objects travel between workers"),
     (OPERATOR, HEAD, 8265, "the operator asks for a job's state"),
+    (KUSTOMIZED, HEAD, 8265, "one that Kustomize installed is labelled otherwise"),
     (OPERATOR, HEAD, 8000, "and whether a head's proxy lives"),
     (SUBMITTER, HEAD, 8265, "a job is submitted"),
     (HEAD, API_SERVER, 443, "the autoscaler asks for workers, by the service's address"),
