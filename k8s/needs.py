@@ -7,7 +7,7 @@ training workers and serving replicas it wants, and how large each is. The numbe
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from pipelines.caption.config import CaptionConfig
@@ -21,8 +21,7 @@ from ray_jobs.recipe import Recipe
 class Pod(Node):
     """What one pod of a group offers. Memory in bytes."""
 
-    group: str
-    memory: float
+    memory: float = field(kw_only=True)
 
 
 def demands(recipe: Recipe, serving: int) -> dict[str, Demand]:
@@ -42,7 +41,7 @@ def fit(cluster: dict[str, Any], recipe: Recipe, serving: int) -> None:
         pod = offered(group)
         if pod.group == "cpu":
             least, most = 1, _cpu_pods(wanted, pod, recipe)
-        elif wanted[pod.group].gpus == 0 and pod.group != "serve":
+        elif wanted[pod.group].group != pod.group and pod.group != "serve":
             least, most = 0, 0  # group cpu does it
         else:
             if wanted[pod.group].gpus == 0:

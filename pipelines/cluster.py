@@ -1,17 +1,14 @@
-"""What the Ray cluster that this process is connected to has, now and at its largest."""
+"""Whether the Ray cluster that this process is connected to has room for a command, now and at its largest."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
 
-from pipelines import preflight
+from pipelines import groups, preflight
 from pipelines.caption.config import CaptionConfig
-from pipelines.demand import Demand, Node
+from pipelines.demand import CPU, Demand, Node
+from pipelines.errors import Problem
 from pipelines.progress import say
-
-_MANY = 1000
-"""Nodes of a group without a limit."""
 
 
 def require_room(caption: CaptionConfig | None = None, demands: Sequence[Demand] = ()) -> None:
@@ -20,27 +17,17 @@ def require_room(caption: CaptionConfig | None = None, demands: Sequence[Demand]
     Raises:
         NotReady: too much for the cluster at its largest.
     """
-    import ray
-
-    now = [_node(node["Resources"]) for node in ray.nodes() if node["Alive"]]
-    preflight.require(preflight.resources(_at_most() or now, "the Ray cluster", caption, demands))
-    for problem in preflight.resources(now, "the Ray cluster now", caption, demands):
+    preflight.require(_lacking(groups.at_most(), "the Ray cluster", caption, demands))
+    for problem in _lacking(groups.nodes(), "the Ray cluster now", caption, demands):
         say(f"ray: {problem}; waiting for the cluster to grow when that stage comes")
 
 
-def _at_most() -> list[Node]:
-    """Nodes that an autoscaler may add; none where there is no autoscaler."""
-    import ray
-
-    # not public, but what Ray Data and Ray Train themselves ask
-    config: Any = ray._private.state.state.get_cluster_config()
-    groups = config.node_group_configs if config else ()
-    return [
-        node
-        for group in groups
-        for node in [_node(group.resources)] * (_MANY if group.max_count < 0 else min(group.max_count, _MANY))
-    ]
-
-
-def _node(resources: Any) -> Node:
-    return Node(float(resources.get("CPU", 0.0)), float(resources.get("GPU", 0.0)))
+def _lacking(
+    nodes: list[Node], where: str, caption: CaptionConfig | None, demands: Sequence[Demand]
+) -> Iterator[Problem]:
+    """What `nodes` do not have for each demand in the groups that it may use."""
+    if caption is not None:
+        mine = groups.room(nodes, CPU, caption.demand().group)
+        yield from preflight.resources(mine, where, caption)
+    for demand in demands:
+        yield from preflight.resources(groups.room(nodes, demand.group), where, demands=[demand])

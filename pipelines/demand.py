@@ -8,14 +8,17 @@ from dataclasses import dataclass
 from pipelines.errors import Problem
 
 _ROUNDING = 1e-9
+CPU = "cpu"
+"""The group of whatever needs no card."""
 
 
 @dataclass(frozen=True)
 class Node:
-    """What one machine offers."""
+    """What one machine offers, and its group on a cluster that has groups."""
 
     cpus: float
     gpus: float
+    group: str = ""
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,13 @@ class Demand:
     cpus: float
     gpus: float = 0.0
     keys: tuple[str, str, str] = ("", "", "")
+
+    @property
+    def group(self) -> str:
+        """The group of nodes that does it, on a cluster that has groups: one of the section's own for what needs a
+        card, and one for all the rest.
+        """
+        return self.section if self.gpus else CPU
 
     def per_node(self, node: Node) -> int:
         """How many of them a machine holds; 0 when not even one."""

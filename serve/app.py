@@ -25,6 +25,7 @@ from ray.exceptions import RayActorError
 from ray.serve import Application
 from starlette.exceptions import HTTPException
 
+from pipelines import groups
 from pipelines.adapters.unmerged import refuse_misfit
 from pipelines.errors import UserError, WorkFailed
 from pipelines.manifest import identity
@@ -158,14 +159,19 @@ class Captune:
 
 
 def build(args: BuildArgs) -> Application:
-    """The application for a model directory; the builder of a Serve config file.
+    """The application for a model directory; the builder of a Serve config file, on a cluster of its own.
 
     Raises:
         UserError: the model is not complete and another one answers already, which then goes on.
     """
-    config = args.config
     if _answers():
         _refuse_incomplete(Path(args.model))
+    return _application(args, {})
+
+
+def _application(args: BuildArgs, where: dict[str, str]) -> Application:
+    """`where`: labels of the nodes that replicas run on."""
+    config = args.config
     captune: Any = Captune  # a class to mypy, a deployment since `serve.deployment`
     deployment = captune.options(
         num_replicas=config.replicas,
@@ -173,7 +179,11 @@ def build(args: BuildArgs) -> Application:
         max_ongoing_requests=2 * config.max_batch_size + 8,
         max_queued_requests=config.max_queued_requests,
         backpressure_config={"status_code": 429, "retry_after_s": 1},
-        ray_actor_options={"num_cpus": config.cpus_per_replica, "num_gpus": config.gpus_per_replica},
+        ray_actor_options={
+            "num_cpus": config.cpus_per_replica,
+            "num_gpus": config.gpus_per_replica,
+            "label_selector": where,
+        },
         max_constructor_retry_count=args.start_tries,
         graceful_shutdown_timeout_s=config.request_timeout_s + _PROXY_GRACE_S,  # answers under way are finished
         logging_config={"enable_access_log": False, "log_level": "WARNING"},
@@ -212,7 +222,7 @@ def start(
     args = BuildArgs(model=str(Path(model).resolve()), adapter=place, name=name, config=config)
     root = _start_http(host, port, config.request_timeout_s + _PROXY_GRACE_S)
     try:
-        serve.run(build(args), name=name, route_prefix=route_prefix)
+        serve.run(_application(args, groups.selector(config.demand().group)), name=name, route_prefix=route_prefix)
     except RuntimeError as error:
         stop(name)
         raise WorkFailed(f"{model}: the service did not start: {error}") from error

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pipelines import groups
 from pipelines.blip2.pixels import PixelSpec
 from pipelines.caption.config import CaptionConfig
 from pipelines.caption.index import index_files
@@ -21,6 +22,7 @@ from pipelines.caption.results import Results, Work
 from pipelines.caption.sizing import Sizing, rows_per_batch, size_pass
 from pipelines.caption.tally import Tally
 from pipelines.caption.watch import Watch
+from pipelines.demand import CPU
 from pipelines.errors import WorkFailed
 from pipelines.progress import Progress
 
@@ -61,11 +63,19 @@ def caption_index(
 
     if work.done >= work.rows:
         return  # nothing left: no need to load a model to learn that
-    cluster = _largest_cluster()
-    sizing = size_pass(config, cluster.get("CPU", 0.0), cluster.get("GPU", 0.0))
+    group = config.demand().group
+    most = groups.room(groups.at_most(), CPU, group)  # one that starts without GPUs may still get some
+    sizing = size_pass(config, sum(node.cpus for node in most), sum(node.gpus for node in most))
+    beside = sizing.actors * sizing.actor_cpus if group != CPU else 0.0
+    # Each part where it belongs. A label of its own would keep Ray Data from fusing parts that share a group.
+    feeding, captioning = (groups.selector(CPU), groups.selector(group)) if group != CPU else ({}, {})
     tally = _beside_this_driver(work.rows - work.done, config)
     progress = Progress(work.rows, "caption", "images")
-    with _quiet_data_context(results), Watch(tally, progress, work.done, sheet) as watch:
+    with (
+        groups.data_context(CPU, group, cpus=beside) as context,
+        _quietly(context, results),
+        Watch(tally, progress, work.done, sheet) as watch,
+    ):
         files = [str(file) for file in reversed(index_files(index))]
         fused = sizing.decode_inside and not results.any()
         read = ray.data.read_parquet(
@@ -76,6 +86,7 @@ def caption_index(
             num_cpus=sizing.actor_cpus if fused else sizing.task_cpus,
             override_num_blocks=len(files),
             concurrency=None if fused else sizing.feeders,
+            ray_remote_args={"label_selector": feeding},
         )
         pool = ActorPoolStrategy(
             min_size=sizing.actors,
@@ -86,7 +97,7 @@ def caption_index(
         )
         source, batch = read, None
         if not sizing.decode_inside:
-            source = _decoded(read, sizing, spec, config)
+            source = _decoded(read, sizing, spec, config, feeding)
             batch = rows_per_batch(config, spec.row_bytes, ray.cluster_resources().get("object_store_memory", 0.0))
         captions = source.map_batches(
             DecodingCaptioner if sizing.decode_inside else Captioner,
@@ -96,10 +107,13 @@ def caption_index(
             num_cpus=sizing.actor_cpus,
             num_gpus=config.gpus_per_actor,
             compute=pool,
+            label_selector=captioning,
         )
         try:
             captions.write_parquet(
-                str(results.shards), ray_remote_args={"num_cpus": sizing.task_cpus}, concurrency=sizing.writers
+                str(results.shards),
+                ray_remote_args={"num_cpus": sizing.task_cpus, "label_selector": feeding},
+                concurrency=sizing.writers,
             )
         except ray.exceptions.RayError as error:
             if not watch.stopped():
@@ -113,8 +127,8 @@ def caption_index(
         )
 
 
-def _decoded(read: Dataset, sizing: Sizing, spec: PixelSpec, config: CaptionConfig) -> Dataset:
-    """Index rows -> pixels, in tasks beside the replicas."""
+def _decoded(read: Dataset, sizing: Sizing, spec: PixelSpec, config: CaptionConfig, where: dict[str, str]) -> Dataset:
+    """Index rows -> pixels, in tasks beside the replicas, on nodes of these labels."""
     from ray.data import TaskPoolStrategy
 
     return read.map_batches(
@@ -123,20 +137,9 @@ def _decoded(read: Dataset, sizing: Sizing, spec: PixelSpec, config: CaptionConf
         batch_size=config.batch_size,
         num_cpus=sizing.task_cpus,
         compute=TaskPoolStrategy(sizing.feeders),
+        label_selector=where,
         fn_kwargs={"spec": spec, "prompt_key": config.prompt_key},
     )
-
-
-def _largest_cluster() -> dict[str, float]:
-    """Resources of the cluster, at its largest when it scales by itself: one that starts without GPUs may still get
-    some.
-    """
-    import ray
-
-    resources = dict(ray.cluster_resources())
-    # not public, but what Ray Data and Ray Train themselves ask; None where no autoscaler runs
-    at_most = ray._private.state.state.get_max_resources_from_cluster_config() or {}
-    return {key: max(resources.get(key, 0.0), float(at_most.get(key, 0.0))) for key in {*resources, *at_most}}
 
 
 def _beside_this_driver(remaining: int, config: CaptionConfig) -> object:
@@ -150,15 +153,13 @@ def _beside_this_driver(remaining: int, config: CaptionConfig) -> object:
 
 
 @contextmanager
-def _quiet_data_context(results: Results) -> Iterator[DataContext]:
+def _quietly(context: DataContext, results: Results) -> Iterator[None]:
     """Ray Data's settings for this pass only: checkpointing on, faults tolerated, its own bars and plans off the
     screen.
     """
-    from ray.data import DataContext
     from ray.data.checkpoint import CheckpointConfig
 
     results.make_directories()
-    context = DataContext.get_current().copy()
     context.enable_progress_bars = False
     # The newer reader packs files into blocks by bytes, and index files are small: a thousand images would be one
     # block, done or lost as a whole. The older one makes a task per file, as the index means it.
@@ -172,10 +173,10 @@ def _quiet_data_context(results: Results) -> Iterator[DataContext]:
     level = logger.level
     logger.setLevel(logging.WARNING)
     try:
-        with DataContext.current(context), warnings.catch_warnings():
+        with warnings.catch_warnings():
             # a pass over one file cannot have two writers, and need not
             warnings.filterwarnings("ignore", "The maximum number of concurrent tasks")
-            yield context
+            yield
     finally:
         logger.setLevel(level)
 

@@ -10,6 +10,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pipelines import groups
+from pipelines.demand import CPU
 from pipelines.errors import UserError, WorkFailed
 from pipelines.progress import Progress
 from pipelines.refine.apply import Outcome, Row, run_operators
@@ -56,8 +58,9 @@ def run_stretch(
     columns = ["sample_id"]
     if any(operator.reads_images for _, operator in stretch):
         columns += ["image", "image_uri"]
-    dataset = ray.data.read_parquet([str(path) for path in shards]).select_columns(columns)
-    dataset.context.enable_progress_bars = False  # our own line says it
+    with groups.data_context(CPU) as context:
+        context.enable_progress_bars = False  # our own line says it
+        dataset = ray.data.read_parquet([str(path) for path in shards]).select_columns(columns)
     dataset = dataset.map_batches(
         _verdicts,  # type: ignore[arg-type]  # Ray's annotation leaves out functions with keyword arguments
         batch_size=config.batch_size,

@@ -14,7 +14,9 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipelines import groups
 from pipelines.connection import connect
+from pipelines.demand import CPU
 from pipelines.errors import WorkFailed
 from pipelines.formats import error_kind
 from pipelines.manifest import MANIFEST, identity, open_stage, require_finished, write_json
@@ -163,18 +165,25 @@ def _refuse_all_failed(outcomes: Outcomes, input: Path) -> None:
 
 
 def _write(shards: Sequence[Path], output: Path, outcomes: Outcomes, text: str) -> tuple[int, int]:
-    """Write kept and rejected records, one task per shard; returns the numbers of both."""
+    """Write kept and rejected records, one task per shard and no more at once than have a CPU; returns the numbers of
+    both.
+    """
     import pyarrow.parquet as pq
     import ray
 
-    task = ray.remote(num_cpus=1)(_write_one)
+    task = ray.remote(num_cpus=1, label_selector=groups.selector(CPU))(_write_one)
+    most = sum(int(node.cpus) for node in groups.room(groups.at_most(), CPU))
     owner: dict[str, int] = {}
-    pending = []
+    pending: list[Any] = []
+    done: list[tuple[int, int]] = []
     for number, shard in enumerate(shards):
+        if len(pending) >= most:
+            ready, pending = ray.wait(pending)
+            done += ray.get(ready)
         ids = pq.read_table(shard, columns=["sample_id"])["sample_id"].to_pylist()
         mine = {sample_id for sample_id in ids if owner.setdefault(sample_id, number) == number}
         pending.append(task.remote(shard, output, {sample_id: outcomes[sample_id] for sample_id in mine}, text))
-    done = ray.get(pending)
+    done += ray.get(pending)
     return sum(kept for kept, _ in done), sum(rejected for _, rejected in done)
 
 

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from pipelines import groups
 from pipelines.connection import connect
 from pipelines.errors import UserError, WorkFailed
 from pipelines.formats import open_dataset
@@ -219,7 +220,10 @@ def _fit(
         train_loop_config={"job": job},
         torch_config=TorchConfig(backend="nccl" if config.use_gpu else "gloo"),
         scaling_config=ScalingConfig(
-            num_workers=config.workers, use_gpu=config.use_gpu, resources_per_worker=resources
+            num_workers=config.workers,
+            use_gpu=config.use_gpu,
+            resources_per_worker=resources,
+            label_selector=groups.selector(config.demand().group) or None,
         ),
         run_config=RunConfig(
             name=checkpoints.RUN,
