@@ -14,6 +14,7 @@ from pipelines.caption.config import CaptionConfig
 from pipelines.caption.sizing import cpus_beside, cpus_wanted
 from pipelines.demand import Demand, Node
 from pipelines.errors import UserError
+from pipelines.groups import MOST, most
 from ray_jobs.recipe import Recipe
 
 
@@ -50,6 +51,13 @@ def fit(cluster: dict[str, Any], recipe: Recipe, serving: int) -> None:
             _check_cache(recipe, wanted["train"], pod)
         start = least if cluster["enableInTreeAutoscaling"] else most
         group |= {"replicas": start, "minReplicas": least, "maxReplicas": most}
+
+
+def describe(cluster: dict[str, Any]) -> None:
+    """Tell the jobs of a cluster, by its head's labels, how large each group may become."""
+    labels = cluster["headGroupSpec"]["labels"]
+    for group in cluster["workerGroupSpecs"]:
+        labels[f"{MOST}{group['groupName']}"] = most(group["maxReplicas"], offered(group))
 
 
 def offered(group: dict[str, Any]) -> Pod:

@@ -76,6 +76,8 @@ def fill(objects: list[Object], recipe: Recipe, arm: str, serving: int) -> None:
         if found["kind"] in _WORK:
             surge = _surge(recipe, serving) if found["kind"] == "RayService" else 0
             needs.fit(cluster_spec(found), recipe, serving + surge)
+        if found["kind"] in ("RayJob", "RayCluster"):  # changed labels would replace the endpoint's whole cluster
+            needs.describe(cluster_spec(found))
         if found["kind"] == "RayJob":
             found["spec"]["entrypoint"] = entrypoint(recipe, found["metadata"]["name"].removeprefix("captune-"), arm)
         if found["kind"] == "RayService":

@@ -1,13 +1,14 @@
 """Which group of nodes a piece of work runs in: every task, actor and worker of captune asks here.
 
-A cluster's manifests give each node the label `captune.dev/group`, and its head the names of all groups in
-`captune.dev/groups`, because a group that has no node yet is known by nothing else. Ray's autoscaler starts a node only
-for work that its labels fit, so text filters never start a card. On a Ray whose nodes carry no such labels nothing is
-asked, and everything may run everywhere.
+A cluster's manifests give each node the label `captune.dev/group`, and its head one label for each group, which says
+how large the group may become: Ray 2.60 tells nobody else of a group that has no node yet. Ray's autoscaler starts a
+node only for work that its labels fit, so text filters never start a card. On a Ray whose nodes carry no such labels
+nothing is asked, and everything may run everywhere.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -17,48 +18,52 @@ from pipelines.demand import Node
 if TYPE_CHECKING:
     from ray.data import DataContext
 
-LABEL, ALL = "captune.dev/group", "captune.dev/groups"
-"""Of a node: its own group; of the head: every group, with dots between them."""
-_MANY = 1000
-"""Nodes of a group without a limit."""
+LABEL = "captune.dev/group"
+"""Of a node: the group that it belongs to."""
+MOST = "group.captune.dev/"
+"""Of the head, before a group's name: `8x2cpu-1gpu` is eight nodes of two CPUs and a card at most."""
+_MOST = re.compile(r"(?P<count>\d+)x(?P<cpus>[\d.]+)cpu(-(?P<gpus>[\d.]+)gpu)?")
+
+
+def most(count: int, node: Node) -> str:
+    """The value of the head's label for a group of at most `count` such nodes."""
+    return f"{count}x{node.cpus:g}cpu" + (f"-{node.gpus:g}gpu" if node.gpus else "")
 
 
 def selector(*groups: str) -> dict[str, str]:
     """Ray's label selector for work that any of `groups` may do; empty where one of them is not known."""
     wanted = sorted(set(groups))
-    if not set(wanted) <= known():
+    if not set(wanted) <= {node.group for node in at_most()}:
         return {}
     return {LABEL: wanted[0] if len(wanted) == 1 else f"in({','.join(wanted)})"}
 
 
-def known() -> set[str]:
-    """The cluster's groups, with or without nodes; empty on a Ray that has none."""
-    labels = [node.get("Labels") or {} for node in _alive()]
-    listed = {group for found in labels for group in found.get(ALL, "").split(".")}
-    return (listed | {found.get(LABEL, "") for found in labels}) - {""}
-
-
 def nodes() -> list[Node]:
     """What is there now."""
-    return [_node(node["Resources"], (node.get("Labels") or {}).get(LABEL, "")) for node in _alive()]
+    return [
+        Node(node["Resources"].get("CPU", 0.0), node["Resources"].get("GPU", 0.0), _labels(node).get(LABEL, ""))
+        for node in _alive()
+    ]
 
 
 def at_most() -> list[Node]:
-    """The cluster at its largest: the nodes that its autoscaler may add, or where there is none those of now."""
-    import ray
-
-    # not public, but what Ray Data and Ray Train themselves ask
-    config: Any = ray._private.state.state.get_cluster_config()
-    found = []
-    for group in config.node_group_configs if config else ():
-        count = _MANY if group.max_count < 0 else min(group.max_count, _MANY)
-        found += [_node(group.resources, group.name)] * count
-    return found or nodes()
+    """The cluster at its largest, where its head says how large its groups may become; else what is there now."""
+    told = {
+        key.removeprefix(MOST): value
+        for node in _alive()
+        for key, value in _labels(node).items()
+        if key.startswith(MOST)
+    }
+    found = [node for node in nodes() if node.group not in told]
+    for group, value in told.items():
+        if size := _MOST.fullmatch(value):
+            found += [Node(float(size["cpus"]), float(size["gpus"] or 0), group)] * int(size["count"])
+    return found
 
 
 def room(found: list[Node], *groups: str) -> list[Node]:
-    """Those of the nodes on which work of these groups may run: all, where a group is not known."""
-    return [node for node in found if node.group in groups] if set(groups) <= known() else found
+    """Those of the nodes on which work of these groups may run: all, where nothing is asked of them."""
+    return [node for node in found if node.group in groups] if selector(*groups) else found
 
 
 @contextmanager
@@ -72,8 +77,8 @@ def data_context(*groups: str, cpus: float = 0.0) -> Iterator[DataContext]:
     context = DataContext.get_current().copy()
     if asked := selector(*groups):
         context.execution_options.label_selector = asked
-        most = sum(node.cpus for node in room(at_most(), groups[0])) + cpus
-        context.execution_options.resource_limits = ExecutionResources(cpu=most)
+        limit = sum(node.cpus for node in room(at_most(), groups[0])) + cpus
+        context.execution_options.resource_limits = ExecutionResources(cpu=limit)
     with DataContext.current(context):
         yield context
 
@@ -84,5 +89,5 @@ def _alive() -> list[dict[str, Any]]:
     return [node for node in ray.nodes() if node["Alive"]]
 
 
-def _node(resources: Any, group: str) -> Node:
-    return Node(float(resources.get("CPU", 0.0)), float(resources.get("GPU", 0.0)), group)
+def _labels(node: dict[str, Any]) -> dict[str, str]:
+    return node.get("Labels") or {}
