@@ -43,6 +43,7 @@ class Node:
     metrics_port: int
     process: subprocess.Popen[bytes] | None = None
     gpus: int = 0
+    labels: dict[str, str] = field(default_factory=dict)
 
     def processes(self) -> list[psutil.Process]:
         """Everything that runs on this node: raylet, agents, workers, and what those started."""
@@ -154,7 +155,7 @@ class Cluster:
             }
         return kept | settings | self.settings | more
 
-    def start_head(self, cpus: float = 0, **resources: float) -> Node:
+    def start_head(self, cpus: float = 0, labels: dict[str, str] | None = None, **resources: float) -> Node:
         """The head; as on Kubernetes it offers no CPUs, so work lands on workers. The same call brings a lost head
         back.
         """
@@ -168,13 +169,15 @@ class Cluster:
             "--include-dashboard=true",
         ]
         words += ["--dashboard-host=127.0.0.1", f"--ray-client-server-port={next(self._ports)}"]
-        node = self._start("head", words, cpus, 0, resources)
+        node = self._start("head", words, cpus, 0, resources, labels)
         self._await(lambda: self._http_answers(), "the head's dashboard", node)
         return node
 
-    def add_node(self, name: str, cpus: float, gpus: int = 0, **resources: float) -> Node:
+    def add_node(
+        self, name: str, cpus: float, gpus: int = 0, labels: dict[str, str] | None = None, **resources: float
+    ) -> Node:
         """A worker node; it is part of the cluster when this returns."""
-        node = self._start(name, [f"--address=127.0.0.1:{self.gcs_port}"], cpus, gpus, resources)
+        node = self._start(name, [f"--address=127.0.0.1:{self.gcs_port}"], cpus, gpus, resources, labels)
         started = self.place / f"{name}.log"
         self._await(lambda: "Ray runtime started" in started.read_text(), f"node {name}", node)
         return node
@@ -235,8 +238,16 @@ class Cluster:
             process.kill()
         shutil.rmtree(self.place, ignore_errors=True)
 
-    def _start(self, name: str, words: list[str], cpus: float, gpus: int, resources: dict[str, float]) -> Node:
-        node = Node(name, f"{self.mark}/{name}", cpus, resources, next(self._ports), gpus=gpus)
+    def _start(
+        self,
+        name: str,
+        words: list[str],
+        cpus: float,
+        gpus: int,
+        resources: dict[str, float],
+        labels: dict[str, str] | None,
+    ) -> Node:
+        node = Node(name, f"{self.mark}/{name}", cpus, resources, next(self._ports), gpus=gpus, labels=labels or {})
         ports = (
             "node-manager",
             "object-manager",
@@ -255,6 +266,7 @@ class Cluster:
             f"--num-cpus={cpus:g}",
             f"--num-gpus={gpus}",
             f"--resources={json.dumps({name: 1, **resources})}",
+            *(["--labels", ",".join(f"{key}={value}" for key, value in labels.items())] if labels else []),
             f"--object-store-memory={200 << 20}",
             "--disable-usage-stats",
             "--block",
