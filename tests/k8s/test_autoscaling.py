@@ -158,7 +158,7 @@ STAGES: dict[str, Callable[[Recipe], Iterator[Ask]]] = {
     [
         ("kind", {}),
         ("gpu-24gb", {"caption": {"caption": 1}, "train": {"train": 1}, "evaluate": {"serve": 1}}),
-        ("gpu-80gb", {"caption": {"caption": 8}, "train": {"train": 1}, "evaluate": {"serve": 1}}),
+        ("gpu-80gb", {"caption": {"caption": 8}, "train": {"train": 1}, "evaluate": {"serve": 2}}),
     ],
 )
 def test_a_stage_buys_the_cards_of_its_own_group_and_no_others(
