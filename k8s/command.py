@@ -15,8 +15,9 @@ COMMAND = Command(
     (
         Option("--recipe", "RECIPE", "recipe file, or the name of one that comes with captune", key=CONFIG),
         Option("--overlay", "NAME", "a folder of k8s/overlays: kind, gpu-24gb, gpu-80gb, gpu-80gb-kueue"),
-        Option("--workload", "NAME", "run, a stage, cluster, or serve", default="run"),
-        Option("--arm", "NAME", "of a stage or of serve; else the recipe's last", default=""),
+        Option("--workload", "NAME", "run, a stage, preflight, cluster, or serve", default="run"),
+        Option("--arm", "NAME", "of a stage or of serve; else all, and of serve the last", default=""),
+        Option("--seed", "N", "of training and what follows; else all, and of serve the first", number=True),
         Option("--image", "IMAGE", "REPOSITORY:TAG or REPOSITORY@sha256:DIGEST", default=""),
         Option("--output", "FILE", "file to write instead of standard output", path=True),
     ),
@@ -34,7 +35,7 @@ def main(argv: list[str]) -> int:
     from k8s import render
 
     overlay = required(options.overlay, f"--overlay, one of {', '.join(render.OVERLAYS)}", "k8s render")
-    objects = render.render(recipe, overlay, options.workload, options.arm, options.image)
+    objects = render.render(recipe, overlay, options.workload, options.arm, options.seed, options.image)
     text = json.dumps(objects) if options.json else render.to_yaml(objects)
     if options.output:
         Path(options.output).write_text(text)

@@ -3,44 +3,66 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator
-from dataclasses import asdict, fields
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
-from k8s import kustomize, needs
+from k8s import kustomize, names, needs
+from k8s.names import DATA, WORKLOADS
 from pipelines.errors import UserError
 from pipelines.rundir import RECIPE, RunDir
+from ray_jobs import _stages
 from ray_jobs.recipe import RECIPES, Recipe, paths, recipe_yaml
+from ray_jobs.recipe_file import digest
 from serve.config import ServeConfig
 
 FOLDER = Path(__file__).parent
 OVERLAYS = tuple(sorted(path.parent.name for path in FOLDER.glob("overlays/*/kustomization.yaml")))
-STAGES = ("caption", "refine", "train", "merge", "evaluate", "compare")
-WORKLOADS = ("run", *STAGES, "cluster", "serve")
-OF_AN_ARM = ("refine", "train", "merge", "evaluate", "serve")
-DATA, MOUNTED = "/data", ("/data", "/models", "/bucket", "/etc/captune")
+MOUNTED = (DATA, "/models", "/bucket", "/etc/captune")
 RECIPE_FILE = f"/etc/captune/{RECIPE}"
+DIGEST, RUN, WORK = "captune.dev/recipe", "captune.dev/run", "captune.dev/work"
+"""What runs has the digest of its recipe as an annotation, and its pods have the run and the workload as labels."""
 _GRACE_S = 2.0
 """Serve's proxy gives up so much later than a replica (serve/app.py), so that the client gets the replica's error
 body."""
 _START_TRIES = 1000
 """Of a replica whose model is not there yet, a minute apart; KubeRay gives the endpoint up before."""
 _WORK = ("RayJob", "RayCluster", "RayService")
+_SMALL = {"requests": {"cpu": "500m", "memory": "1Gi"}, "limits": {"memory": "4Gi"}}
+"""Of the pod that looks at everything and computes nothing."""
 
 Object = dict[str, Any]
 
 
-def render(recipe: Recipe, overlay: str, workload: str = "run", arm: str = "", image: str = "") -> list[Object]:
-    """Everything that has to be applied for `workload`: what all of them share, and the one RayJob, RayCluster or
-    RayService, let go.
+class Step(NamedTuple):
+    """A job of a stage: arguments of `render`."""
+
+    workload: str
+    arm: str = ""
+    seed: int | None = None
+
+
+def stages(recipe: Recipe) -> list[Step]:
+    """The jobs that together do what the workload `run` does, in their order."""
+    return [Step(step.stage, step.arm, step.seed) for step in _stages.steps(recipe)]
+
+
+def render(
+    recipe: Recipe, overlay: str, workload: str = "run", arm: str = "", seed: int | None = None, image: str = ""
+) -> list[Object]:
+    """Everything that has to be applied for `workload`: what all of them share, and the one RayJob, RayCluster,
+    RayService or Job, let go. The recipe's ConfigMap is named by its content and what runs by the run, so that what is
+    rendered for other recipes, arms and stages stays as it is.
 
     Args:
         overlay: a directory of k8s/overlays.
-        workload: run (the whole recipe), one stage, cluster (for `ray job submit`) or serve.
-        arm: of the stages that an arm has its own of; the last one in the recipe when empty.
+        workload: run (the whole recipe), one stage, preflight (looks at everything that a run needs, on one CPU pod),
+            cluster (for `ray job submit`) or serve.
+        arm: of the stages that an arm has its own of, and of serve. Empty: all of them, one after another; for serve
+            the last one in the recipe.
+        seed: of training and what follows. None: all of them; for serve the first.
         image: instead of captune:VERSION; REPOSITORY:TAG, or better REPOSITORY@sha256:DIGEST.
 
     Raises:
@@ -50,15 +72,17 @@ def render(recipe: Recipe, overlay: str, workload: str = "run", arm: str = "", i
         raise UserError(f"--overlay {overlay}: no such overlay (there are {', '.join(OVERLAYS)})")
     if workload not in WORKLOADS:
         raise UserError(f"--workload {workload}: must be one of {', '.join(WORKLOADS)}")
-    arm = _arm(recipe, workload, arm)
-    objects = kustomize.build(FOLDER / "overlays" / overlay)
-    serving = most_replicas(objects)
-    chosen = _chosen(objects, workload)
-    objects = [found for found in objects if found["kind"] not in _WORK or found is chosen]
-    fill(objects, recipe, arm, serving)
-    if arm and workload in OF_AN_ARM and workload != "serve":
-        chosen["metadata"]["name"] = _named(f"captune-{workload}-{arm}")
-    chosen["spec"]["suspend"] = False
+    step = _checked(recipe, Step(workload, arm, seed))
+    objects, files = kustomize.build(FOLDER / "overlays" / overlay), texts(recipe)
+    serving, chosen = most_replicas(objects), _chosen(objects, workload)
+    shared = [
+        found for found in objects if found["kind"] not in (*_WORK, *(["HTTPRoute"] if workload != "serve" else []))
+    ]
+    fill([*shared, chosen], recipe, serving, step)
+    if workload == "preflight":
+        chosen = _on_one_pod(chosen)
+    _call(shared, chosen, recipe, step, digest(files))
+    objects = [*shared, chosen]
     if workload == "serve":
         objects += budget(chosen, recipe)
     if image:
@@ -66,10 +90,8 @@ def render(recipe: Recipe, overlay: str, workload: str = "run", arm: str = "", i
     return objects
 
 
-def fill(objects: list[Object], recipe: Recipe, arm: str, serving: int) -> None:
-    """Put a recipe's text, commands and numbers into an overlay's objects; the endpoint may scale to `serving`
-    replicas.
-    """
+def fill(objects: list[Object], recipe: Recipe, serving: int, step: Step) -> None:
+    """Put a recipe's text and numbers into an overlay's objects; the endpoint may scale to `serving` replicas."""
     for found in objects:
         if found["kind"] == "ConfigMap" and found["metadata"]["name"] == "captune-recipe":
             found["data"] = texts(recipe)
@@ -78,10 +100,8 @@ def fill(objects: list[Object], recipe: Recipe, arm: str, serving: int) -> None:
             needs.fit(cluster_spec(found), recipe, serving + surge)
         if found["kind"] in ("RayJob", "RayCluster"):  # changed labels would replace the endpoint's whole cluster
             needs.describe(cluster_spec(found))
-        if found["kind"] == "RayJob":
-            found["spec"]["entrypoint"] = entrypoint(recipe, found["metadata"]["name"].removeprefix("captune-"), arm)
         if found["kind"] == "RayService":
-            found["spec"]["serveConfigV2"] = _yaml(serve_config(recipe, arm, serving))
+            found["spec"]["serveConfigV2"] = _yaml(serve_config(recipe, step.arm, step.seed, serving))
 
 
 def cluster_spec(found: Object) -> Object:
@@ -120,31 +140,17 @@ def texts(recipe: Recipe) -> dict[str, str]:
     return {RECIPE: yaml.safe_dump(shipped, sort_keys=False, allow_unicode=True), **files}
 
 
-def entrypoint(recipe: Recipe, stage: str, arm: str) -> str:
-    """The command of a job: the whole recipe, or one stage of it with the files that the whole would read and write."""
-    if stage == "run":
-        return f"captune run {RECIPE_FILE}"
-    if len(recipe.seeds) > 1 and stage not in ("caption", "refine"):
-        raise UserError(f"seeds: {len(recipe.seeds)} of them; only the workload `run` walks through several")
-    place, seed, bench = RunDir(Path(recipe.run_dir)), recipe.seeds[0], recipe.evaluate.benchmark
-    walk = place.walk(arm, seed)
-    adapter, merged = walk.adapter.directory, walk.merged.directory
-    words = {
-        "caption": ["--output", place.captions],
-        "refine": ["--input", place.captions, "--output", place.dataset(arm), *_refine_options(recipe, arm)],
-        "train": ["--input", place.dataset(arm), "--output", adapter, *_train_options(recipe, arm)],
-        "merge": ["--adapter", adapter, "--output", merged],
-        "evaluate": ["--model", merged, "--output", walk.evaluation(bench).directory],
-        "compare": [
-            *(place.walk(name, seed).evaluation(bench).directory for name in recipe.arms),
-            "--output",
-            place.comparing(seed),
-        ],
-    }[stage]
-    return shlex.join(["captune", stage, "--config", RECIPE_FILE, *map(str, words)])
+def entrypoint(step: Step, recipe: str = "") -> list[str]:
+    """The command of a job, which refuses a recipe of another digest."""
+    words = ["captune", "run", RECIPE_FILE]
+    if step.workload == "preflight":
+        words.append("--preflight")
+    elif step.workload != "run":
+        words += _stages.Step(step.workload, step.arm, step.seed).words
+    return [*words, "--recipe-is", recipe] if recipe else words
 
 
-def serve_config(recipe: Recipe, arm: str, serving: int) -> Object:
+def serve_config(recipe: Recipe, arm: str, seed: int | None, serving: int) -> Object:
     """`serveConfigV2` of the endpoint for an arm's merged model; a busy replica has a full batch and the next one in
     hand.
     """
@@ -159,7 +165,11 @@ def serve_config(recipe: Recipe, arm: str, serving: int) -> Object:
         "max_replicas": max(serving, config.replicas),
         "target_ongoing_requests": config.max_batch_size,
     }
-    model = RunDir(Path(recipe.run_dir), tuple(recipe.seeds)).walk(arm, recipe.seeds[0]).merged.directory
+    model = (
+        RunDir(Path(recipe.run_dir), tuple(recipe.seeds))
+        .walk(arm, recipe.seeds[0] if seed is None else seed)
+        .merged.directory
+    )
     application = {
         "name": "captune",
         "import_path": "serve.app:build",
@@ -196,21 +206,13 @@ def budget(service: Object, recipe: Recipe) -> list[Object]:
     if least < 2:
         return []
     about = {key: service["metadata"][key] for key in ("name", "namespace", "labels") if key in service["metadata"]}
-    spec = {"minAvailable": least - 1, "selector": {"matchLabels": {"captune.dev/group": "serve"}}}
+    spec = {"minAvailable": least - 1, "selector": {"matchLabels": {"captune.dev/group": "serve", WORK: about["name"]}}}
     return [{"apiVersion": "policy/v1", "kind": "PodDisruptionBudget", "metadata": about, "spec": spec}]
 
 
 def to_yaml(objects: list[Object]) -> str:
     """One file of several documents, texts of several lines as such."""
     return "---\n".join(_yaml(found) for found in objects)
-
-
-def _arm(recipe: Recipe, workload: str, arm: str) -> str:
-    if arm and arm not in recipe.arms:
-        raise UserError(f"--arm {arm}: the recipe's arms are {', '.join(recipe.arms) or 'none'}")
-    if not recipe.arms and workload in ("run", "compare", *OF_AN_ARM):
-        raise UserError(f"--workload {workload} needs a recipe with arms")
-    return arm or next(reversed(recipe.arms), "")
 
 
 def most_replicas(objects: list[Object]) -> int:
@@ -220,19 +222,80 @@ def most_replicas(objects: list[Object]) -> int:
     return int(deployment["autoscaling_config"]["max_replicas"])
 
 
+def _checked(recipe: Recipe, step: Step) -> Step:
+    """The same, once the recipe has it; of an endpoint, arm and seed are said."""
+    workload, arm, seed = step
+    if not recipe.arms and workload in ("run", "serve"):
+        raise UserError(f"--workload {workload} needs a recipe with arms")
+    if workload == "serve":
+        merged = _stages.steps(recipe, "merge", arm, seed)
+        return Step("serve", merged[-1].arm, merged[0].seed)
+    _stages.steps(recipe, workload if workload in _stages.STAGES else "", arm, seed)
+    return step
+
+
 def _chosen(objects: list[Object], workload: str) -> Object:
-    kind, name = {"cluster": ("RayCluster", "captune"), "serve": ("RayService", "captune-serve")}.get(
-        workload, ("RayJob", f"captune-{workload}")
-    )
+    """The overlay's own object for a workload."""
+    kind, name = {"serve": ("RayService", "captune-serve")}.get(workload, ("RayJob", f"captune-{workload}"))
+    if workload in ("cluster", "preflight"):
+        kind, name = "RayCluster", "captune"
     return next(found for found in objects if found["kind"] == kind and found["metadata"]["name"] == name)
 
 
-def _named(name: str) -> str:
-    """A RayJob's name: KubeRay allows 47 characters and wants a DNS label."""
-    label = name.lower().replace("_", "-").rstrip("-")
-    if len(label) > 47:
-        raise UserError(f"{name}: longer than the 47 characters that KubeRay allows; shorten the arm's name")
-    return label
+def _on_one_pod(cluster: Object) -> Object:
+    """A Job with the pod of a cluster's group `cpu`, made small, and nothing of Ray."""
+    (group,) = (each for each in cluster_spec(cluster)["workerGroupSpecs"] if each["groupName"] == "cpu")
+    template = group["template"]
+    pod = template["spec"]
+    (container,) = pod["containers"]
+    container |= {"name": "preflight", "resources": _SMALL}
+    del container["ports"]
+    container["volumeMounts"] = [mount for mount in container["volumeMounts"] if mount["name"] != "shm"]
+    pod["volumes"] = [volume for volume in pod["volumes"] if volume["name"] != "shm"]
+    pod["restartPolicy"] = "Never"
+    template["metadata"]["labels"]["captune.dev/group"] = "preflight"
+    # What it finds would be found again; it goes with its log after a day.
+    spec = {"backoffLimit": 0, "activeDeadlineSeconds": 3600, "ttlSecondsAfterFinished": 86400, "template": template}
+    return {"apiVersion": "batch/v1", "kind": "Job", "metadata": cluster["metadata"], "spec": spec}
+
+
+def _call(shared: list[Object], chosen: Object, recipe: Recipe, step: Step, mark: str) -> None:
+    """Give what runs its name, labels, command and recipe, and let it go."""
+    name, run = names.of_work(recipe.run_dir, *step), names.of_run(recipe.run_dir)
+    labels = {RUN: run, WORK: name}
+    for found in shared:
+        if found["kind"] == "ConfigMap" and found["metadata"]["name"] == "captune-recipe":
+            found["metadata"] |= {"name": names.of_recipe(mark)}
+            found["immutable"] = True
+        if found["kind"] == "HTTPRoute":
+            found["metadata"]["name"] = name
+            for rule in found["spec"]["rules"]:
+                for backend in rule["backendRefs"]:
+                    backend["name"] = f"{name}-serve-svc"
+    chosen["metadata"]["name"] = name
+    chosen["metadata"]["labels"] |= labels
+    chosen["metadata"].setdefault("annotations", {})[DIGEST] = mark
+    for template in _pod_templates(chosen):
+        template["metadata"]["labels"] |= labels
+        for volume in template["spec"]["volumes"]:
+            if volume.get("configMap", {}).get("name") == "captune-recipe":
+                volume["configMap"]["name"] = names.of_recipe(mark)
+    if chosen["kind"] == "RayJob":
+        chosen["spec"]["entrypoint"] = shlex.join(entrypoint(step, mark))
+    if chosen["kind"] == "Job":
+        chosen["spec"]["template"]["spec"]["containers"][0]["command"] = entrypoint(step, mark)
+    else:
+        chosen["spec"]["suspend"] = False
+
+
+def _pod_templates(found: Object) -> list[Object]:
+    spec = found["spec"]
+    if found["kind"] == "Job":
+        return [spec["template"]]
+    cluster = cluster_spec(found)
+    groups = [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]
+    submitter = [spec["submitterPodTemplate"]] if found["kind"] == "RayJob" else []
+    return [*(group["template"] for group in groups), *submitter]
 
 
 def _set_image(objects: list[Object], image: str) -> None:
@@ -243,35 +306,6 @@ def _set_image(objects: list[Object], image: str) -> None:
     if not digest and tag in ("", "latest"):
         raise UserError(f"--image {image}: name a version or, better, a digest; `latest` is another image tomorrow")
     kustomize.set_image(objects, "captune", newName=repository, newTag=tag, digest=digest)
-
-
-def _refine_options(recipe: Recipe, arm: str) -> list[str]:
-    """`captune refine` reads the recipe's section `refine`; an arm's own settings go on the command line."""
-    if not arm:
-        return []
-    wanted = yaml.safe_load(texts(recipe)[RECIPE])
-    section, default = wanted["arms"][arm], wanted["refine"]
-    return list(_different({key: section[key] for key in default}, default, "refine"))
-
-
-def _word(value: Any) -> str:
-    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
-
-
-def _train_options(recipe: Recipe, arm: str) -> list[str]:
-    """What an arm's training does in a way of its own, and the seed."""
-    if not arm:
-        return []
-    wanted = asdict(recipe.training(arm, recipe.seeds[0]))
-    return list(_different(wanted, asdict(recipe.train), "train"))
-
-
-def _different(wanted: dict[str, Any], default: dict[str, Any], section: str) -> Iterator[str]:
-    for key, value in wanted.items():
-        if isinstance(value, dict) and isinstance(default[key], dict) and default[key]:
-            yield from _different(value, default[key], f"{section}.{key}")
-        elif value != default[key]:
-            yield from (f"--{section}.{key}", _word(value))
 
 
 def _absolute(path: str) -> str:

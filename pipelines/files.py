@@ -5,6 +5,7 @@ A kill, a full disk or a lost node leaves the old file or the new one, never hal
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +15,55 @@ from pipelines.errors import UserError
 
 PART = ".part"
 """What an unfinished file's name ends in."""
+
+
+FULL = (errno.ENOSPC, errno.EDQUOT)
+FORBIDDEN = (errno.EACCES, errno.EPERM)
+
+
+def refusal(error: OSError, path: Path | str | None = None) -> str:
+    """What a file system refused, in one line: the path, why, and what to do.
+
+    Args:
+        path: that was meant, where the error names none.
+    """
+    named = error.filename or path
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    what = error.strerror or (lines[-1] if lines else type(error).__name__)
+    if named is None or isinstance(named, int):
+        return what
+    place = _standing(Path(os.fsdecode(named)).absolute())
+    if error.errno in FULL:
+        volume, size = _volume(place)
+        return f"{named}: {what} on the volume {volume} ({size}); make room or enlarge it, and the same command goes on"
+    if error.errno == errno.EROFS:
+        return f"{named}: the volume {_volume(place)[0]} is read-only; mount it for writing, or write elsewhere"
+    if error.errno in FORBIDDEN:
+        facts = place.stat()
+        return (
+            f"{named}: {what}: this is user {os.geteuid()}, group {os.getegid()}, and {place} belongs to user "
+            f"{facts.st_uid}, group {facts.st_gid} (mode {facts.st_mode & 0o7777:o}); give it to this one"
+        )
+    return f"{named}: {what}"
+
+
+def _standing(path: Path) -> Path:
+    """The path, or what of it is there and can be looked at."""
+    while path != path.parent:
+        try:
+            path.stat()
+            return path
+        except OSError:
+            path = path.parent
+    return path
+
+
+def _volume(place: Path) -> tuple[Path, str]:
+    """Where the file system of a path is mounted, and how large it is."""
+    space = os.statvfs(place)
+    while place != place.parent and not os.path.ismount(place):
+        place = place.parent
+    return place, f"{space.f_blocks * space.f_frsize / 1e9:.1f} GB"
 
 
 @contextmanager

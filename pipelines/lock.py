@@ -1,25 +1,26 @@
 """One writer per directory: a small file names the process that writes there, and says for how long it has been silent.
 
-`flock` alone does not do: several shared file systems keep it to one machine, or ignore it. So the file's content
-decides. Of a process on this machine the kernel knows whether it lives; one elsewhere shows that it does by touching
-its file every ten seconds, and a minute of silence is its end: a job that starts anew on another node goes on by
-itself. Times are those of the file system, so clocks need not agree. `flock` only keeps two processes from taking over
-the same dead one's place at once.
+`flock` does not do: several shared file systems keep it to one machine, or ignore it. What all of them have is a file
+that only one process can create, and that decides, here and between pods that mount one volume. Of a process on this
+machine the kernel knows whether it lives; one elsewhere shows that it does by touching its file every ten seconds, and
+a minute of silence is its end: a job that starts anew on another node goes on by itself. Times are those of the file
+system, so clocks need not agree. A process whose place was taken meanwhile, because its node was cut off, ends when it
+sees that.
 """
 
 from __future__ import annotations
 
 import atexit
 import contextlib
-import fcntl
+import hashlib
 import json
 import os
 import platform
 import shlex
+import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +32,15 @@ LOCK = ".lock"
 BEAT_S, SILENT_S = 10.0, 60.0
 _held: dict[Path, str] = {}
 """Directory -> content of its lock file, of this process."""
+_lost: list[str] = []
 _beating = threading.Event()
 
 
-def hold(directory: Path) -> None:
+def hold(directory: Path, patience_s: float = 0.0) -> None:
     """Keep other processes from writing to `directory` until `release` or the end of this one. Twice is once.
+
+    Args:
+        patience_s: seconds to wait for one that writes there.
 
     Raises:
         UserError: another process writes there (host, process and command are named).
@@ -44,14 +49,18 @@ def hold(directory: Path) -> None:
     directory = directory.resolve()
     if directory in _held:
         return
+    give_up = time.monotonic() + patience_s
     first_beat: float | None = None
     while holder := _try(directory):
-        beat = (directory / LOCK).stat().st_mtime if (directory / LOCK).exists() else None
-        if holder["place"] == _place() or (first_beat is not None and beat not in (None, first_beat)):
+        beat = _last_beat(directory)
+        lives = holder["place"] == _place() or (first_beat is not None and beat not in (None, first_beat))
+        if lives and time.monotonic() >= give_up:
             raise UserError(_refusal(directory, holder))
         if first_beat is None:
             first_beat = beat
-            say(f"{directory}: process {holder['pid']} on {holder['host']} wrote here; waiting to see whether it lives")
+            if not lives:
+                who = f"process {holder['pid']} on {holder['host']}"
+                say(f"{directory}: {who} wrote here; waiting to see whether it lives")
         time.sleep(1.0)
 
 
@@ -75,18 +84,24 @@ def held() -> list[Path]:
     return list(_held)
 
 
+def lost() -> str:
+    """Why this process ends: another has taken its place. Empty while none has."""
+    return next(iter(_lost), "")
+
+
 def _try(directory: Path) -> dict[str, Any] | None:
     """Take the place if it is free or its holder is dead; else say who has it."""
-    with _one_at_a_time(directory):
+    path, mine = directory / LOCK, json.dumps(_me())
+    while not _created(path, mine):
         text = _text(directory)
-        if text is not None:
-            holder = _parsed(text)
-            if not _dead(holder, directory):
-                return holder
-            say(f"{directory}: process {holder['pid']} on {holder['host']} wrote here and is gone; taking over")
-        mine = json.dumps(_me())
-        write_text(directory / LOCK, mine)
-        _held[directory] = mine
+        if text is None:
+            continue  # let go this very moment
+        holder = _parsed(text)
+        if not _dead(holder, directory) or not _replaced(directory, text, mine):
+            return holder
+        say(f"{directory}: process {holder['pid']} on {holder['host']} wrote here and is gone; taking over")
+        break
+    _held[directory] = mine
     if not _beating.is_set():
         _beating.set()
         threading.Thread(target=_beat, daemon=True, name="captune-lock").start()
@@ -94,13 +109,54 @@ def _try(directory: Path) -> dict[str, Any] | None:
     return None
 
 
+def _created(path: Path, text: str) -> bool:
+    """Whether the file is new, and so this process's: of several only one can make it, on shared file systems, too."""
+    try:
+        handle = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
+    except FileExistsError:
+        return False
+    with open(handle, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(handle)
+    return True
+
+
+def _replaced(directory: Path, dead: str, mine: str) -> bool:
+    """Whether this process has taken over from that dead one; of several that try at once, one does."""
+    turn = directory / f"{LOCK}.after-{hashlib.blake2b(dead.encode(), digest_size=8).hexdigest()}"
+    if not _created(turn, mine):
+        if _silent(turn):
+            turn.unlink(missing_ok=True)  # who had the turn died, too
+        return False
+    try:
+        if _text(directory) != dead:
+            return False
+        write_text(directory / LOCK, mine)
+        return True
+    finally:
+        turn.unlink(missing_ok=True)
+
+
+def _last_beat(directory: Path) -> float | None:
+    path = directory / LOCK
+    return path.stat().st_mtime if path.exists() else None
+
+
 def _dead(holder: dict[str, Any], directory: Path) -> bool:
     if holder["place"] == _place():
         return _started(holder["pid"]) != holder["started"]
-    now = directory / f"{LOCK}.{platform.node()}.{os.getpid()}"
+    return _silent(directory / LOCK)
+
+
+def _silent(path: Path) -> bool:
+    """Whether nobody has touched a file for so long, by the clock of its file system; one that has gone is not."""
+    now = path.with_name(f"{LOCK}.{platform.node()}.{os.getpid()}")
     now.touch()
     try:
-        return now.stat().st_mtime - (directory / LOCK).stat().st_mtime > SILENT_S
+        return now.stat().st_mtime - path.stat().st_mtime > SILENT_S
+    except FileNotFoundError:
+        return False
     finally:
         now.unlink()
 
@@ -153,8 +209,10 @@ def _started(pid: int) -> str | None:
 
 
 def _text(directory: Path) -> str | None:
-    path = directory / LOCK
-    return path.read_text() if path.exists() else None
+    try:
+        return (directory / LOCK).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return None
 
 
 def _parsed(text: str) -> dict[str, Any]:
@@ -167,25 +225,23 @@ def _parsed(text: str) -> dict[str, Any]:
     return unknown | found if isinstance(found, dict) else unknown
 
 
-@contextlib.contextmanager
-def _one_at_a_time(directory: Path) -> Iterator[None]:
-    """`flock` on the directory, where the file system has it."""
-    handle = os.open(directory, os.O_RDONLY)
-    try:
-        with contextlib.suppress(OSError):
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(handle)
-
-
 def _beat() -> None:
-    """Show that this process lives, as long as it does."""
+    """Show that this process lives, as long as it does; end it when another has its place."""
     while True:
         time.sleep(BEAT_S)
-        for directory in list(_held):
+        for directory, mine in list(_held.items()):
             with contextlib.suppress(OSError):  # a shared file system may be away for a moment
-                os.utime(directory / LOCK)
+                text = _text(directory)
+                if text == mine:
+                    os.utime(directory / LOCK)
+                elif text and _held.get(directory) == mine:
+                    holder = _parsed(text)
+                    _lost.append(
+                        f"{directory}: this process was silent for more than {SILENT_S:g} s, and process "
+                        f"{holder['pid']} on {holder['host']} ({holder['command']}) has gone on in its place"
+                    )
+                    os.kill(os.getpid(), signal.SIGTERM)
+                    return
 
 
 def _release_own(pid: int) -> None:

@@ -69,8 +69,12 @@ class StageOutput:
         self.claim()
         (self.directory / MANIFEST).unlink(missing_ok=True)
 
-    def finish(self, **facts: Any) -> dict[str, Any]:
-        """Write MANIFEST.json with the stage's own facts (counts, timings, identities) and return it."""
+    def finish(self, *, clear: Path | None = None, **facts: Any) -> dict[str, Any]:
+        """Write MANIFEST.json with the stage's own facts (counts, timings, identities), let others write, return it.
+
+        Args:
+            clear: a directory that is of no use once the stage is complete.
+        """
         manifest = {
             "stage": self.stage,
             "fingerprint": self.fingerprint,
@@ -85,6 +89,8 @@ class StageOutput:
         }
         write_json(self.directory / MANIFEST, manifest)
         self.manifest, self.complete = manifest, True
+        if clear is not None:
+            shutil.rmtree(clear)  # before somebody who waits for the directory begins to work in it
         release(self.directory)
         return manifest
 

@@ -6,6 +6,7 @@ answers are collected. Nothing heavy is imported and nothing is written.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import re
@@ -20,6 +21,7 @@ from pipelines.demand import Demand, Node
 from pipelines.errors import NotReady, Problem, UserError
 from pipelines.evaluate.benchmark import Question
 from pipelines.evaluate.config import EvaluateConfig
+from pipelines.files import refusal
 from pipelines.mgm.assemble_config import AssembleConfig
 from pipelines.refine.config import RefineConfig
 from pipelines.train import trackers
@@ -177,6 +179,24 @@ def output(path: str | Path, key: str = "--output", size: int = 0, what: str = "
         yield Problem(key, f"{path}: {place} cannot be written")
     elif (free := shutil.disk_usage(place).free) < size:
         yield Problem(key, f"{path}: {what} take {size / 1e9:.1f} GB, the disk of {place} has {free / 1e9:.1f} GB free")
+
+
+def writing(path: str | Path, key: str) -> Iterator[Problem]:
+    """A directory in which a file can be written: made and tried, because permissions on paper are not all that shared
+    storage goes by.
+    """
+    probe = Path(path).absolute() / f".preflight-{os.getpid()}"
+    try:
+        probe.parent.mkdir(parents=True, exist_ok=True)
+        with probe.open("wb") as file:
+            file.write(b"0" * 4096)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        yield Problem(key, refusal(error, path))
+    finally:
+        with contextlib.suppress(OSError):
+            probe.unlink(missing_ok=True)
 
 
 def size_of(model: str) -> int:

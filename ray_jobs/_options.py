@@ -129,7 +129,7 @@ def writing(about: str = "directory to write", value: str = "DIR", needed: bool 
 
 
 def parse(command: Command, argv: list[str]) -> tuple[Recipe, SimpleNamespace]:
-    """Read `argv` into the recipe and the command's own options.
+    """Read `argv` into the recipe and the command's own options; `recipes` among those are the recipe files' names.
 
     A recipe file may hold every section, whichever command reads it; words on the command line win over it. Sections
     that the command does not read stay as they are by default. `-h`, `--help`, `--help-all` and `--SECTION.help` print
@@ -148,7 +148,7 @@ def parse(command: Command, argv: list[str]) -> tuple[Recipe, SimpleNamespace]:
     in_files = [(key, given) for name in recipes for key, given in read_recipe(name).items()]
     values = {key: given for key, given in in_files if command.uses(key)} | values
     recipe = _recipe(values)
-    options = SimpleNamespace()
+    options = SimpleNamespace(recipes=recipes)
     for option in command.every_option():
         if option.key != CONFIG:
             setattr(options, option.attribute, _own_value(command, option, own.get(option.name, []), recipe))

@@ -7,7 +7,7 @@ Ray.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from pipelines.modelfiles import CONFIG
 from pipelines.progress import clock
 from pipelines.rundir import RunDir, Walk
 from pipelines.train.config import PhaseConfig, TrainConfig
-from ray_jobs import _start
+from ray_jobs import _stages, _start
 from ray_jobs.recipe import Recipe
 
 
@@ -47,31 +47,66 @@ class Step:
     memory: int | None = None
 
 
-def demands(recipe: Recipe) -> list[Demand]:
-    """What its stages ask of the machines; captioning, which adapts to them, is asked by itself."""
-    arms = [config.demand(f"arms.{arm}") for arm, config in recipe.arms.items() if config.recipe]
-    return [*arms, recipe.train.demand(), recipe.serve.demand()]
+def demands(recipe: Recipe, steps: Sequence[_stages.Step] = ()) -> list[Demand]:
+    """What the steps, or all stages, ask of the machines; captioning, which adapts to them, is asked by itself."""
+    steps = steps or _stages.steps(recipe)
+    filtering = dict.fromkeys(step.arm for step in steps if step.stage == "refine" and recipe.arms[step.arm].recipe)
+    found = [recipe.arms[arm].demand(f"arms.{arm}") for arm in filtering]
+    for stage, section in (("train", recipe.train), ("evaluate", recipe.serve)):
+        if any(step.stage == stage for step in steps):
+            found.append(section.demand())
+    return found
 
 
-def problems(recipe: Recipe) -> Iterator[Problem]:
-    """Everything that stands in the way of a run. What the sample world will bring is not missed before it is drawn."""
+def problems(recipe: Recipe, steps: Sequence[_stages.Step] = (), *, here: bool = True) -> Iterator[Problem]:
+    """Everything that stands in the way of the steps, or of a whole run. What the sample world will bring is not missed
+    before it is drawn.
+
+    Args:
+        here: Ray would be started on this machine, unless there is a cluster.
+    """
     place = RunDir(Path(recipe.run_dir), tuple(recipe.seeds))
-    for problem in (
-        *preflight.dataset(recipe.dataset),
-        *(preflight.assemble(recipe.assemble) if recipe.assemble.wanted else ()),
-        *preflight.caption(recipe.caption),
-        *preflight.train(recipe.train, recipe.train.model, made=recipe.assemble.wanted),
-        *preflight.evaluate(recipe.evaluate),
-    ):
-        if not _will_be_drawn(recipe, problem.key):
-            yield problem
+    whole, stages = not steps, {step.stage for step in steps or _stages.steps(recipe)}
+    for stage in ("caption", "assemble", "train", "evaluate", "merge"):
+        for problem in _of(stage, recipe, whole) if stage in stages else ():
+            if not (whole and _will_be_drawn(recipe, problem.key)):
+                yield problem
     for arm, config in recipe.arms.items():
-        done = (place.dataset(arm) / MANIFEST).is_file()
-        yield from preflight.refine(config, f"arms.{arm}", done=done)
-    yield from _start.lacking(recipe.caption, demands(recipe))
-    yield from preflight.output(recipe.run_dir, "run_dir", *_merged_models(recipe, place))
-    if recipe.sample.out:
+        if any(step.stage == "refine" and step.arm == arm for step in steps or _stages.steps(recipe)):
+            done = (place.dataset(arm) / MANIFEST).is_file()
+            yield from preflight.refine(config, f"arms.{arm}", done=done)
+    if here:
+        yield from _start.lacking(recipe.caption if "caption" in stages else None, demands(recipe, steps))
+    weights = _merged_models(recipe, place) if "merge" in stages else (0, "")
+    yield from preflight.output(recipe.run_dir, "run_dir", *weights)
+    if recipe.sample.out and "sample" in stages:
         yield from preflight.output(recipe.sample.out, "sample.out")
+
+
+def _of(stage: str, recipe: Recipe, whole: bool) -> Iterator[Problem]:
+    """What stands in the way of one stage, whatever the arm."""
+    made = recipe.assemble.wanted
+    if stage == "caption":
+        yield from preflight.dataset(recipe.dataset)
+        yield from preflight.caption(recipe.caption)
+    elif stage == "assemble":
+        yield from preflight.assemble(recipe.assemble)
+        yield from preflight.output(recipe.train.model, "train.model") if not whole else ()
+    elif stage == "train":
+        yield from preflight.train(recipe.train, recipe.train.model, made=made and whole)
+    elif stage == "merge":
+        yield from preflight.base_model(recipe.train.model) if not whole else ()
+    elif stage == "evaluate":
+        yield from preflight.evaluate(recipe.evaluate)
+
+
+def unwritable(recipe: Recipe) -> Iterator[Problem]:
+    """Places of a run that nothing can be written to, found by writing there."""
+    yield from preflight.writing(recipe.run_dir, "run_dir")
+    if recipe.sample.out:
+        yield from preflight.writing(recipe.sample.out, "sample.out")
+    if recipe.assemble.wanted:
+        yield from preflight.writing(Path(recipe.train.model).parent, "train.model")
 
 
 def _will_be_drawn(recipe: Recipe, key: str) -> bool:

@@ -95,6 +95,9 @@ def guarded(work: Callable[[list[str]], int | None], argv: list[str] | None = No
     except OSError as error:
         return _refused_by_the_system(error)
     except KeyboardInterrupt as end:
+        if why := lock.lost():
+            print(f"captune: failed: {why}", file=sys.stderr)
+            return 1
         print("captune: stopped; the same command continues", file=sys.stderr)
         return 143 if isinstance(end, _Terminated) else 130
     finally:

@@ -12,6 +12,8 @@ from typing import Any, get_args, get_type_hints
 import yaml
 
 from pipelines.errors import UserError
+from pipelines.files import read_text
+from pipelines.manifest import fingerprint
 from ray_jobs.recipe import RECIPES, Recipe
 
 ARM = "*"
@@ -81,6 +83,39 @@ def recipe_path(name: str) -> Path:
     ours = (path for path in RECIPES.glob("*.yaml") if "\nprocess:" not in path.read_text())  # not Data-Juicer's
     known = ", ".join(sorted(path.stem for path in ours))
     raise UserError(f"{name}: no such recipe file (recipes that come with captune: {known})")
+
+
+def files_of(name: str) -> dict[str, str]:
+    """A recipe's file, and the Data-Juicer recipes that it names by their full path and that lie beside it: what a
+    cluster's job is given. Name -> text.
+    """
+    path = recipe_path(name)
+    files = {path.name: read_text(path)}
+    said = yaml.safe_load(files[path.name]) or {}
+    for config in (said.get("refine"), *(said.get("arms") or {}).values()):
+        own = Path((config or {}).get("recipe") or "")
+        if own.is_absolute() and (path.parent / own.name).is_file():
+            files[own.name] = read_text(path.parent / own.name)
+    return files
+
+
+def digest(files: dict[str, str]) -> str:
+    """What tells one recipe's files from another's: 16 hexadecimal digits."""
+    return fingerprint(files)[:16]
+
+
+def require_same(name: str, wanted: str) -> None:
+    """Nothing when a recipe is the one that a command was made for.
+
+    Raises:
+        UserError: it is another.
+    """
+    found = digest(files_of(name))
+    if found != wanted:
+        raise UserError(
+            f"{recipe_path(name)}: holds another recipe ({found}) than this job was made for ({wanted}), and nothing "
+            "was begun. Render it again and apply that; a recipe of its own run_dir does not touch this one's"
+        )
 
 
 def read_recipe(name: str) -> dict[str, Given]:

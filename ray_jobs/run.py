@@ -12,18 +12,28 @@ from types import SimpleNamespace
 from pipelines import connection, preflight
 from pipelines.errors import UserError, WorkFailed
 from pipelines.files import write_text
-from pipelines.lock import hold
-from pipelines.manifest import read_json
+from pipelines.lock import LOCK, hold, release
+from pipelines.manifest import MANIFEST, read_json
 from pipelines.progress import clock, say
 from pipelines.rundir import RunDir
-from ray_jobs import _ending, _plan, _start, cli
-from ray_jobs._options import CONFIG_OPTION, RESTART, WHOLE, Command, Option, lasting, parse
+from ray_jobs import _ending, _plan, _stages, _start, cli
+from ray_jobs._options import CONFIG_OPTION, RESTART, WHOLE, Command, Option, lasting, parse, required
 from ray_jobs.recipe import Recipe, absolute, recipe_yaml
+from ray_jobs.recipe_file import require_same
 
 COMMAND = Command(
     "run",
     "Walk the whole hallway for every arm of a recipe: what is complete is skipped, what is half done continues.",
-    (CONFIG_OPTION, Option("--dry-run", about="say what stands in the way and what would run; write nothing"), RESTART),
+    (
+        CONFIG_OPTION,
+        Option("--stage", "NAME", f"do one alone, as the whole would: {', '.join(_stages.STAGES)}", default=""),
+        Option("--arm", "NAME", "with --stage: of this arm alone", default=""),
+        Option("--seed", "N", "with --stage: of this seed alone", number=True),
+        Option("--dry-run", about="say what stands in the way and what would run; write nothing"),
+        Option("--preflight", about="look at everything that a run needs, and try to write where it writes; for jobs"),
+        Option("--recipe-is", "DIGEST", "end before anything begins when RECIPE is another; for jobs", default=""),
+        RESTART,
+    ),
     reads=WHOLE,
     first="--config",
     example="captune run sample --run_dir runs/mine --train.lora.rank 8",
@@ -33,14 +43,32 @@ COMMAND = Command(
 def main(argv: list[str]) -> int:
     """`captune run RECIPE`, or `--config RECIPE`."""
     recipe, options = parse(COMMAND, argv)
-    if len(recipe.arms) < 1:
+    if options.recipe_is:
+        require_same(required(options.recipes and options.recipes[-1], "a recipe", "run"), options.recipe_is)
+    if not recipe.arms and not options.stage and not options.preflight:
         raise UserError("captune run needs a recipe with arms: captune run sample, or captune run my_recipe.yaml")
+    steps = _stages.steps(recipe, options.stage, options.arm, options.seed)
     lasting(recipe.run_dir, "run_dir")
     lasting(recipe.sample.out or recipe.run_dir, "sample.out")
     if recipe.assemble.wanted:
         lasting(recipe.train.model, "train.model")
+    if options.preflight:
+        return _preflight(recipe, options)
     if options.dry_run:
         return _dry_run(recipe, options)
+    return _part(recipe, steps, options) if options.stage else _whole(recipe, options)
+
+
+def _preflight(recipe: Recipe, options: SimpleNamespace) -> int:
+    """Everything but what this machine has: a cluster that is yet to come will do the work."""
+    problems = list(_plan.problems(recipe, here=False))
+    steps, others = _plan.steps(recipe, restart=options.restart, measure=False) if recipe.arms else ([], [])
+    preflight.require([*problems, *others] or _plan.unwritable(recipe))
+    found = {"stages": {step.stage: step.state for step in steps}}
+    return _ending.end(options, found, f"preflight: nothing stands in the way of {recipe.run_dir}")
+
+
+def _whole(recipe: Recipe, options: SimpleNamespace) -> int:
     started = time.monotonic()
     preflight.require(_plan.problems(recipe))
     steps, others = _plan.steps(recipe, restart=options.restart, measure=False)
@@ -49,6 +77,49 @@ def main(argv: list[str]) -> int:
         conclude(recipe)
     else:
         run(recipe, restart=options.restart)
+    return _end(recipe, options, started)
+
+
+def _part(recipe: Recipe, steps: list[_stages.Step], options: SimpleNamespace) -> int:
+    """The steps of one stage, beside whatever else of this recipe other processes do."""
+    started, place = time.monotonic(), _place(recipe)
+    demands = _plan.demands(recipe, steps)
+    caption = recipe.caption if options.stage == "caption" else None
+    preflight.require([*_stages.unfinished(recipe, place, steps), *_plan.problems(recipe, steps)])
+    if options.stage == "compare":
+        place.root.mkdir(parents=True, exist_ok=True)
+        hold(place.root)
+        conclude(recipe)
+        return _end(recipe, options, started)
+    recipe = _take_part(recipe, place, steps)
+    with _start.ray_cluster(caption, demands):
+        for step in steps:
+            _stages.perform(recipe, place, step, restart=options.restart)
+    found = {str(step): str(_stages.output(recipe, place, step)) for step in steps}
+    return _ending.end(options, found, f"{options.stage}: done in {clock(time.monotonic() - started)}")
+
+
+def _take_part(recipe: Recipe, place: RunDir, steps: list[_stages.Step]) -> Recipe:
+    """Hold the steps' directories, and keep the recipe; the run directory is held only meanwhile, so that another arm's
+    step can do the same.
+
+    Raises:
+        UserError: a whole run, or another process with one of these steps, is at work there.
+    """
+    place.root.mkdir(parents=True, exist_ok=True)
+    hold(place.root, patience_s=30.0)
+    try:
+        recipe = keep(recipe, place)
+        for directory in (_stages.output(recipe, place, step) for step in steps):
+            if not (directory / MANIFEST).is_file():
+                directory.mkdir(parents=True, exist_ok=True)
+                hold(directory)
+    finally:
+        release(place.root)
+    return recipe
+
+
+def _end(recipe: Recipe, options: SimpleNamespace, started: float) -> int:
     place = _place(recipe)
     found = {"run_dir": str(place.root), "report": str(place.report)}
     comparison = {"comparison": read_json(place.comparison)} if len(recipe.arms) > 1 else {}
@@ -78,28 +149,19 @@ def run(recipe: Recipe, *, restart: bool = False) -> None:
         UserError: another process writes to the run directory.
         WorkFailed: a stage failed; or, when all is written, so many requests that they forbid a verdict.
     """
-    from pipelines.sample.world import write_world
-
-    place = _place(recipe)
+    place, steps = _place(recipe), _stages.steps(recipe)
     place.root.mkdir(parents=True, exist_ok=True)
     hold(place.root)
+    for directory in (_stages.output(recipe, place, step) for step in steps):
+        if (directory / LOCK).exists():
+            hold(directory)  # refused while a stage by itself is at work there
     if recipe.sample.out:
-        write_world(recipe.sample.out, recipe.sample, restart=restart)
+        _stages.perform(recipe, place, steps.pop(0), restart=restart)
         preflight.require(_plan.problems(recipe))  # of what has just been drawn
     recipe = keep(recipe, place)
-    if recipe.assemble.wanted:
-        from pipelines.mgm import assemble
-
-        assemble.run(recipe.assemble, recipe.train.model, restart=restart)
     with _start.ray_cluster(recipe.caption, _plan.demands(recipe)):
-        from pipelines.caption import stage as caption
-        from pipelines.refine import stage as refine
-
-        caption.run(recipe.dataset, place.captions, recipe.caption, restart=restart)
-        for arm, config in recipe.arms.items():
-            refine.run(place.captions, place.dataset(arm), config, arm=arm, restart=restart)
-        for seed in recipe.seeds:
-            _train_and_evaluate(recipe, place, seed, restart)
+        for step in steps[:-1]:
+            _stages.perform(recipe, place, step, restart=restart)
     conclude(recipe)
 
 
@@ -145,25 +207,6 @@ def keep(recipe: Recipe, place: RunDir) -> Recipe:
             config.recipe = str(copy)
     write_text(place.recipe, recipe_yaml(recipe))
     return recipe
-
-
-def _train_and_evaluate(recipe: Recipe, place: RunDir, seed: int, restart: bool) -> None:
-    """Train, merge, serve and evaluate every arm with one seed."""
-    from pipelines.adapters import merge
-    from pipelines.evaluate import stage as evaluate
-    from pipelines.train import stage as loop
-    from ray_jobs.evaluate import served
-
-    base = Path(recipe.train.model)
-    for arm in recipe.arms:
-        walk = place.walk(arm, seed)
-        adapter, merged = walk.adapter.directory, walk.merged.directory
-        train = recipe.training(arm, seed)
-        loop.run(place.dataset(arm), base, adapter, train, arm=walk.directory.name, restart=restart)
-        merge.run(base, adapter, merged, recipe.merge, restart=restart)
-        answers = walk.evaluation(recipe.evaluate.benchmark).directory
-        endpoint = evaluate.Served(merged, served(merged, recipe.serve))
-        evaluate.run(answers, recipe.evaluate, endpoint, restart=restart)
 
 
 def _write_comparison(place: RunDir, comparisons: dict[int, dict]) -> None:

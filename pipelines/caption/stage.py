@@ -17,7 +17,7 @@ import errno
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +30,10 @@ from pipelines.caption.index import build_index, errors_of
 from pipelines.caption.results import Results, count_work
 from pipelines.caption.watch import SHEET
 from pipelines.connection import connect
-from pipelines.errors import WorkFailed
+from pipelines.errors import UserError, WorkFailed
 from pipelines.formats import Dataset, open_dataset
-from pipelines.manifest import StageOutput, fingerprint, open_stage
+from pipelines.lock import hold, release
+from pipelines.manifest import MANIFEST, StageOutput, fingerprint, open_stage
 from pipelines.modelfiles import model_identity
 from pipelines.progress import say
 
@@ -68,7 +69,7 @@ def run(input: str, output: Path, config: CaptionConfig, *, restart: bool = Fals
     stage = open_stage(output, "caption", wanted, restart=restart, grows=GROWS)
     work = stage.directory / WORK
     if stage.complete:
-        shutil.rmtree(work, ignore_errors=True)  # a kill between the manifest and the clean-up
+        _clear_up(output, work)
         say(f"caption: {output} is complete already ({stage.manifest['rows_out']} rows)")
         return stage.manifest
     results = Results(work, fingerprint({key: value for key, value in wanted.items() if key not in GROWS}))
@@ -77,6 +78,16 @@ def run(input: str, output: Path, config: CaptionConfig, *, restart: bool = Fals
         if stage.grown:
             _take_over(stage, results)
         return _caption(dataset, work / f"index-{wanted['input']}", results, model, config, stage)
+
+
+def _clear_up(output: Path, work: Path) -> None:
+    """Remove what a kill between the manifest and the clean-up has left, unless somebody is at work there by now."""
+    if work.exists():
+        with suppress(UserError, OSError):
+            hold(output)
+            if (output / MANIFEST).exists():
+                shutil.rmtree(work)
+            release(output)
 
 
 def inputs(dataset: Dataset, model: Path, config: CaptionConfig) -> dict[str, Any]:
@@ -118,6 +129,7 @@ def _caption(
         sheet.replace(stage.directory / SHEET)
     new = todo.rows - todo.done
     manifest = stage.finish(
+        clear=index.parent,
         **facts,
         model={"path": str(model), "identity": stage.inputs["model"]},
         input={"path": str(dataset.path), "format": dataset.format},
@@ -126,7 +138,6 @@ def _caption(
         images_per_second=round(new / seconds, 3),
         caption_seconds=round(seconds, 3),
     )
-    shutil.rmtree(index.parent)
     say(_summary(manifest))
     return manifest
 

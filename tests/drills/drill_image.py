@@ -349,9 +349,7 @@ def main() -> int:
     recipe, _ = parse(whole_run.COMMAND, ["sample", *(f"--{key}={value}" for key, value in SMALL.items())])
     objects = render.render(recipe, "kind", "run", image=IMAGE)
     job = next(found for found in objects if found["kind"] == "RayJob")
-    files = next(
-        found for found in objects if found["kind"] == "ConfigMap" and found["metadata"]["name"] == "captune-recipe"
-    )
+    files = next(found for found in objects if found["kind"] == "ConfigMap" and "recipe.yaml" in found["data"])
     scratch = Path(tempfile.mkdtemp(prefix="captune-drill-"))
     try:
         if options.base == DEBIAN:

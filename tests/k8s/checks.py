@@ -44,7 +44,7 @@ def complaints(objects: list[Object]) -> list[str]:
 def pod_templates(found: Object) -> Iterator[tuple[str, Object]]:
     """Where, and the pod template there."""
     where = f"{found['kind']} {found['metadata']['name']}"
-    if found["kind"] == "StatefulSet":
+    if found["kind"] in ("StatefulSet", "Job"):
         yield where, found["spec"]["template"]
     if found["kind"] in RAY:
         cluster = cluster_spec(found)

@@ -4,24 +4,27 @@ from __future__ import annotations
 
 import copy
 import importlib
+import posixpath
 import re
 import shlex
 import shutil
 import subprocess
-from collections.abc import Callable
-from dataclasses import asdict, replace
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from k8s import kustomize, needs, render
+from k8s import kustomize, names, needs, render
 from pipelines.errors import UserError
-from ray_jobs import _options, cli, run
+from ray_jobs import _options, _stages, cli, recipe_file, run
 from ray_jobs.recipe import RECIPES, Recipe
-from tests.k8s import schemas
+from tests.k8s import checks, schemas
 from tests.k8s.checks import README, SECRETS, complaints
 
 Object = dict[str, Any]
@@ -69,23 +72,19 @@ def test_an_overlay_is_valid(overlay: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_what_render_makes_of_a_recipe_is_valid(name: str) -> None:
-    for workload in ("run", "train", "cluster", "serve"):
-        if len(recipe(name).seeds) > 1 and workload == "train":
-            with pytest.raises(UserError, match="only the workload `run`"):
-                render.render(recipe(name), FITS[name], workload)
-            continue
+    for workload in ("run", "train", "preflight", "cluster", "serve"):
         objects = list(
             yaml.load_all(render.to_yaml(render.render(recipe(name), FITS[name], workload)), yaml.CSafeLoader)
         )
         assert complaints(objects) == []
         work = [found for found in objects if found["kind"] in ("RayCluster", "RayJob", "RayService")]
-        assert [found["spec"]["suspend"] for found in work] == [False], "exactly what was asked for starts"
+        assert [found["spec"]["suspend"] for found in work] == [False] * (workload != "preflight"), "what was asked for"
 
 
 def test_a_plain_overlay_starts_nothing() -> None:
     """`kubectl apply -k` puts a shelf of jobs into the cluster; each waits to be let go."""
     work = [found for found in built("gpu-80gb") if found["kind"] in ("RayCluster", "RayJob", "RayService")]
-    assert len(work) == 9
+    assert len(work) == 11
     assert all(found["spec"]["suspend"] is True for found in work)
 
 
@@ -95,7 +94,7 @@ def test_an_overlays_numbers_are_those_of_its_recipe(overlay: str, tmp_path: Pat
     objects = built(overlay)
     filled = copy.deepcopy(objects)
     own = own_recipe(objects, tmp_path)
-    render.fill(filled, own, list(own.arms)[-1], render.most_replicas(objects))
+    render.fill(filled, own, render.most_replicas(objects), render.Step("serve", list(own.arms)[-1]))
     for before, after in zip(objects, filled, strict=True):
         if before["kind"] == "RayService":
             for found in (before, after):
@@ -135,10 +134,6 @@ def test_a_component_that_no_overlay_lists_renders_too(component: str, tmp_path:
         subprocess.run(["kubectl", "kustomize", str(overlay)], capture_output=True, check=True)
 
 
-class _Parsed(Exception):
-    pass
-
-
 def parse_command(words: list[str], monkeypatch: pytest.MonkeyPatch) -> tuple[_options.Command, Recipe]:
     """Hand a command line to the entrypoint that it names, and stop where its options have been understood."""
     seen = []
@@ -155,28 +150,101 @@ def parse_command(words: list[str], monkeypatch: pytest.MonkeyPatch) -> tuple[_o
     return seen[0]
 
 
+class _Parsed(Exception):
+    pass
+
+
+def mounted(objects: list[Object], folder: Path) -> Path:
+    """What a pod of these objects sees as /etc/captune."""
+    (job,) = (found for found in objects if found["kind"] in (*checks.RAY, "Job"))
+    _, template = next(checks.pod_templates(job))
+    name = next(each["configMap"]["name"] for each in template["spec"]["volumes"] if each["name"] == "recipe")
+    folder.mkdir()
+    for file, text in the(objects, "ConfigMap", name)["data"].items():
+        (folder / file).write_text(text)
+    return folder / "recipe.yaml"
+
+
+def command_of(objects: list[Object], file: Path) -> list[str]:
+    """The words of a job, with the recipe where it lies here."""
+    (job,) = (found for found in objects if found["kind"] in ("RayJob", "Job"))
+    words = (
+        shlex.split(job["spec"]["entrypoint"])
+        if job["kind"] == "RayJob"
+        else job["spec"]["template"]["spec"]["containers"][0]["command"]
+    )
+    return [str(file) if word == render.RECIPE_FILE else word for word in words]
+
+
 @pytest.mark.parametrize("name", ["sample", "sample_methods", "mgm2b_1m"])
-def test_every_entrypoint_is_understood_by_the_command_it_names(
-    name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+def test_every_job_does_its_own_step_of_its_own_recipe(name: str, tmp_path: Path) -> None:
+    """And all of them together what a whole run does."""
+    wanted = replace(recipe(name), seeds=[3, -1]) if name == "sample" else recipe(name)
+    done: list[_stages.Step] = []
+    for number, step in enumerate(render.stages(wanted)):
+        objects = render.render(wanted, FITS[name], *step)
+        words = command_of(objects, mounted(objects, tmp_path / str(number)))
+        understood, options = _options.parse(run.COMMAND, words[2:])
+        recipe_file.require_same(options.recipes[0], options.recipe_is)
+        assert understood == wanted
+        done += _stages.steps(understood, options.stage, options.arm, options.seed)
+    assert done == _stages.steps(wanted)
+    suspended = {
+        found["metadata"]["name"]: found["spec"]["entrypoint"]
+        for found in built(FITS[name])
+        if found["kind"] == "RayJob"
+    }
+    assert suspended == {
+        f"captune-{each}": shlex.join(render.entrypoint(render.Step(each))) for each in ("run", *_stages.STAGES)
+    }
+
+
+def test_a_job_with_another_recipes_file_ends_before_its_first_stage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """And gives that command the settings that the whole recipe would give this stage."""
-    wanted, objects = recipe(name), built(FITS[name])
-    for file, text in render.texts(wanted).items():
-        (tmp_path / file).write_text(text)
-    for stage in ("run", *render.STAGES):
-        for arm in wanted.arms if stage in ("refine", "train") else list(wanted.arms)[-1:]:
-            words = shlex.split(
-                render.entrypoint(wanted, stage, arm).replace(render.RECIPE_FILE, str(tmp_path / "recipe.yaml"))
-            )
-            with monkeypatch.context() as patch:
-                command, understood = parse_command(words, patch)
-            for section in {read.split(".")[0] for read in command.reads} - {"refine", "train"}:
-                assert getattr(understood, section) == getattr(wanted, section), section
-            if stage == "train":
-                assert understood.train == wanted.training(arm)
-            if stage == "refine":
-                assert asdict(understood.refine) | {"train": wanted.arms[arm].train} == asdict(wanted.arms[arm])
-    assert the(objects, "RayJob", "captune-run")["spec"]["entrypoint"] == render.entrypoint(wanted, "run", "")
+    mine = render.render(recipe("sample"), "kind", "caption")
+    other = render.render(replace(recipe("sample"), seeds=[7]), "kind", "caption")
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(command_of(mine, mounted(other, tmp_path / "etc"))[1:]) == 2
+    assert "holds another recipe" in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
+
+
+def _rendered(cases: list[tuple[str, Recipe]], overlay: str) -> Iterator[tuple[str, list[Object]]]:
+    for name, wanted in cases:
+        last = list(wanted.arms)[-1]
+        steps = [*render.stages(wanted), *map(render.Step, ("run", "preflight", "cluster"))]
+        for step in [*steps, render.Step("serve", "original"), render.Step("serve", last)]:
+            yield f"{name} {step}", render.render(wanted, overlay, *step)
+
+
+@pytest.mark.parametrize("overlay", ["kind", "gpu-80gb"])
+def test_no_object_of_one_recipe_arm_or_stage_changes_anothers(overlay: str) -> None:
+    """All pairs of workloads of three recipes, two of which look alike, beside the suspended set; and no pod is of two
+    drain budgets.
+    """
+    plain = recipe("sample")
+    shelf = ("the suspended set", built(overlay))
+    cases = [("a", plain), ("b", replace(plain, run_dir="runs/b")), ("c", replace(plain, run_dir="runs/Sample"))]
+    seen: dict[tuple[str, str], tuple[str, Object]] = {}
+    for who, objects in [shelf, *_rendered(cases, overlay)]:
+        for found in objects:
+            key = (found["kind"], found["metadata"]["name"])
+            before = seen.setdefault(key, (who, found))
+            assert before[1] == found, f"{key} of {before[0]} and of {who}"
+            assert who == before[0] or found["kind"] not in (*checks.RAY, "Job", "HTTPRoute", "PodDisruptionBudget")
+
+
+@settings(max_examples=300, deadline=None)
+@given(*[st.tuples(st.text("ab-_/A", min_size=1, max_size=6), st.sampled_from(names.WORKLOADS), st.text("aA-_"))] * 2)
+def test_a_name_is_of_one_run_workload_and_arm_alone(one: tuple[str, str, str], other: tuple[str, str, str]) -> None:
+    for said in (one, other, ("x-train-y", "merge", ""), ("x", "train", "y-merge")):
+        label = names.of_work(f"runs/{said[0]}", *said[1:])
+        assert re.fullmatch(r"[a-z]([a-z0-9-]*[a-z0-9])?", label) and len(label) <= 47
+    if one != other and posixpath.normpath(one[0]) != posixpath.normpath(other[0]):
+        assert names.of_work(f"runs/{one[0]}", *one[1:]) != names.of_work(f"runs/{other[0]}", *other[1:])
+    assert names.of_work("runs/x-train-y", "merge") != names.of_work("runs/x", "train", "y-merge")
+    assert names.of_work("runs/x", "train", "y", 1) != names.of_work("runs/x", "train", "y-seed1")
 
 
 @pytest.mark.parametrize("overlay", render.OVERLAYS)
@@ -233,17 +301,10 @@ def test_a_recipe_that_does_not_fit_is_refused_by_its_key(overlay: str, changes:
 def test_a_recipes_needs_become_numbers_of_pods(changes: Object, group: str, most: int) -> None:
     options = [word for key, value in changes.items() for word in (f"--{key}", str(value))]
     wanted, _ = _options.parse(run.COMMAND, ["sample", "--train.feature_cache_mb", "512", *options])
-    job = the(render.render(wanted, "gpu-80gb"), "RayJob", "captune-run")
+    job = the(render.render(wanted, "gpu-80gb"), "RayJob", "captune-sample-run")
     found = next(entry for entry in render.cluster_spec(job)["workerGroupSpecs"] if entry["groupName"] == group)
     assert found["maxReplicas"] == most
     assert found["minReplicas"] == (1 if group == "cpu" else 0)
-
-
-def test_a_stage_of_an_arm_has_that_arms_name_and_files() -> None:
-    job = the(
-        render.render(recipe("mgm2b_30k"), "gpu-24gb", "train", arm="original"), "RayJob", "captune-train-original"
-    )
-    assert "runs/mgm2b_30k/original/dataset" in job["spec"]["entrypoint"]
 
 
 def test_an_endpoint_of_several_pods_can_be_drained_one_by_one() -> None:
@@ -251,18 +312,13 @@ def test_an_endpoint_of_several_pods_can_be_drained_one_by_one() -> None:
     wanted, count = recipe("mgm2b_1m"), 3
     wanted = replace(wanted, serve=replace(wanted.serve, replicas=count))
     objects = render.render(wanted, "gpu-80gb", "serve")
-    budget = the(objects, "PodDisruptionBudget", "captune-serve")
+    budget = the(objects, "PodDisruptionBudget", names.of_work(wanted.run_dir, "serve", list(wanted.arms)[-1]))
     assert complaints(objects) == [] and budget["spec"]["minAvailable"] == count - 1
-    (deployment,) = yaml.safe_load(the(objects, "RayService", "captune-serve")["spec"]["serveConfigV2"])[
-        "applications"
-    ][0]["deployments"]
+    service = the(objects, "RayService", budget["metadata"]["name"])
+    (deployment,) = yaml.safe_load(service["spec"]["serveConfigV2"])["applications"][0]["deployments"]
     for replicas in (3, 4):  # a changed model starts one replica first, and there is a pod for it
         assert -(-deployment["max_surge_percent"] * replicas // 100) == 1
-    (group,) = (
-        each
-        for each in render.cluster_spec(the(objects, "RayService", "captune-serve"))["workerGroupSpecs"]
-        if each["groupName"] == "serve"
-    )
+    (group,) = (each for each in render.cluster_spec(service)["workerGroupSpecs"] if each["groupName"] == "serve")
     assert group["maxReplicas"] == deployment["autoscaling_config"]["max_replicas"] + 1
     assert budget["spec"]["selector"]["matchLabels"].items() <= group["template"]["metadata"]["labels"].items()
     for name in ("sample", "mgm2b_30k"):
@@ -272,8 +328,10 @@ def test_an_endpoint_of_several_pods_can_be_drained_one_by_one() -> None:
 
 def test_captioning_needs_no_arms(tmp_path: Path) -> None:
     (tmp_path / "r.yaml").write_text("run_dir: runs/x\ndataset: pairs.jsonl\n")
-    job = the(render.render(recipe(str(tmp_path / "r.yaml")), "kind", "caption"), "RayJob", "captune-caption")
-    assert job["spec"]["entrypoint"].endswith("--output runs/x/captions")
+    bare = recipe(str(tmp_path / "r.yaml"))
+    assert render.stages(bare) == [render.Step("caption")]
+    job = the(render.render(bare, "kind", "caption"), "RayJob", "captune-x-caption")
+    assert "--stage caption" in job["spec"]["entrypoint"]
 
 
 def test_ones_own_data_juicer_recipe_travels_with_the_recipe(tmp_path: Path) -> None:
@@ -282,9 +340,15 @@ def test_ones_own_data_juicer_recipe_travels_with_the_recipe(tmp_path: Path) -> 
         f"base: sample\narms:\n  original: {{text: caption}}\n  enhanced: {{text: recaption, recipe: "
         f"{tmp_path / 'strict.yaml'}}}\n"
     )
-    files = the(render.render(recipe(str(tmp_path / "r.yaml")), "kind"), "ConfigMap", "captune-recipe")["data"]
-    assert "min_num: 9" in files["strict.yaml"]
-    assert yaml.safe_load(files["recipe.yaml"])["arms"]["enhanced"]["recipe"] == "/etc/captune/strict.yaml"
+    wanted = recipe(str(tmp_path / "r.yaml"))
+    file = mounted(render.render(wanted, "kind"), tmp_path / "etc")
+    assert "min_num: 9" in file.with_name("strict.yaml").read_text()
+    assert yaml.safe_load(file.read_text())["arms"]["enhanced"]["recipe"] == "/etc/captune/strict.yaml"
+    mark = the(render.render(wanted, "kind"), "RayJob", "captune-sample-run")["metadata"]["annotations"][render.DIGEST]
+    recipe_file.require_same(str(file), mark)
+    file.with_name("strict.yaml").write_text("process:\n  - words_num_filter: {min_num: 8}\n")
+    with pytest.raises(UserError, match="another recipe"):
+        recipe_file.require_same(str(file), mark)
 
 
 def test_the_image_is_named_by_digest_or_version_and_never_by_latest() -> None:
@@ -364,10 +428,15 @@ def test_the_readmes_commands_are_understood(
 
 
 def test_the_readme_names_what_the_manifests_and_kuberay_make() -> None:
-    objects = built("kind")
-    for kind, suffix in (("RayCluster", "head-svc"), ("RayService", "serve-svc")):
-        name = next(found for found in objects if found["kind"] == kind)["metadata"]["name"]
+    for workload, suffix in (("cluster", "head-svc"), ("serve", "serve-svc")):
+        (name,) = (
+            found["metadata"]["name"]
+            for found in render.render(recipe("sample"), "kind", workload)
+            if found["kind"] in ("RayCluster", "RayService")
+        )
         assert f"service/{name}-{suffix}" in README
+    for workload in ("run", "preflight"):
+        assert f"job/{names.of_work('runs/sample', workload)}" in README
     assert {("captune-ray-token", "auth_token"), ("captune-redis", "password")} <= SECRETS
     for overlay in render.OVERLAYS:
         assert overlay in README

@@ -46,7 +46,7 @@ def _rendered(overlay: str, wish: CaptionConfig) -> Pods:
     """Group -> its pods at most, after `render` has put a recipe's numbers in."""
     job = copy.deepcopy(_job(overlay))
     recipe = replace(_sample(), caption=wish)
-    render.fill([job], recipe, "enhanced", 1)
+    render.fill([job], recipe, 1, render.Step("run"))
     groups = render.cluster_spec(job)["workerGroupSpecs"]
     return {group["groupName"]: [needs.offered(group)] * group["maxReplicas"] for group in groups}
 
