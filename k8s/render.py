@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 from dataclasses import fields
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -73,7 +75,7 @@ def render(
     if workload not in WORKLOADS:
         raise UserError(f"--workload {workload}: must be one of {', '.join(WORKLOADS)}")
     step = _checked(recipe, Step(workload, arm, seed))
-    objects, files = kustomize.build(FOLDER / "overlays" / overlay), texts(recipe)
+    objects, files = json.loads(_built(overlay)), texts(recipe)
     serving, chosen = most_replicas(objects), _chosen(objects, workload)
     shared = [
         found for found in objects if found["kind"] not in (*_WORK, *(["HTTPRoute"] if workload != "serve" else []))
@@ -88,6 +90,12 @@ def render(
     if image:
         _set_image(objects, image)
     return objects
+
+
+@cache
+def _built(overlay: str) -> str:
+    """An overlay's objects as JSON: whoever reads it has objects of his own."""
+    return json.dumps(kustomize.build(FOLDER / "overlays" / overlay))
 
 
 def fill(objects: list[Object], recipe: Recipe, serving: int, step: Step) -> None:
