@@ -10,7 +10,7 @@ import hashlib
 import posixpath
 import re
 
-from ray_jobs._stages import STAGES
+from ray_jobs.hallway import STAGES
 
 DATA = "/data"
 """Relative paths of a recipe count from here: every container's working directory, on the shared volume."""

@@ -15,7 +15,7 @@ from k8s import kustomize, names, needs
 from k8s.names import DATA, WORKLOADS
 from pipelines.errors import UserError
 from pipelines.rundir import RECIPE, RunDir
-from ray_jobs import _stages
+from ray_jobs import hallway
 from ray_jobs.recipe import RECIPES, Recipe, paths, recipe_yaml
 from ray_jobs.recipe_file import digest
 from serve.config import ServeConfig
@@ -48,7 +48,7 @@ class Step(NamedTuple):
 
 def stages(recipe: Recipe) -> list[Step]:
     """The jobs that together do what the workload `run` does, in their order."""
-    return [Step(step.stage, step.arm, step.seed) for step in _stages.steps(recipe)]
+    return [Step(step.stage, step.arm, step.seed) for step in hallway.steps(recipe)]
 
 
 def render(
@@ -154,7 +154,7 @@ def entrypoint(step: Step, recipe: str = "") -> list[str]:
     if step.workload == "preflight":
         words.append("--preflight")
     elif step.workload != "run":
-        words += _stages.Step(step.workload, step.arm, step.seed).words
+        words += hallway.Step(step.workload, step.arm, step.seed).words
     return [*words, "--recipe-is", recipe] if recipe else words
 
 
@@ -236,9 +236,9 @@ def _checked(recipe: Recipe, step: Step) -> Step:
     if not recipe.arms and workload in ("run", "serve"):
         raise UserError(f"--workload {workload} needs a recipe with arms")
     if workload == "serve":
-        merged = _stages.steps(recipe, "merge", arm, seed)
+        merged = hallway.steps(recipe, "merge", arm, seed)
         return Step("serve", merged[-1].arm, merged[0].seed)
-    _stages.steps(recipe, workload if workload in _stages.STAGES else "", arm, seed)
+    hallway.steps(recipe, workload if workload in hallway.STAGES else "", arm, seed)
     return step
 
 

@@ -20,7 +20,7 @@ from pipelines.modelfiles import CONFIG
 from pipelines.progress import clock
 from pipelines.rundir import RunDir, Walk
 from pipelines.train.config import PhaseConfig, TrainConfig
-from ray_jobs import _stages, _start
+from ray_jobs import _start, hallway
 from ray_jobs.recipe import Recipe
 
 
@@ -47,9 +47,9 @@ class Step:
     memory: int | None = None
 
 
-def demands(recipe: Recipe, steps: Sequence[_stages.Step] = ()) -> list[Demand]:
+def demands(recipe: Recipe, steps: Sequence[hallway.Step] = ()) -> list[Demand]:
     """What the steps, or all stages, ask of the machines; captioning, which adapts to them, is asked by itself."""
-    steps = steps or _stages.steps(recipe)
+    steps = steps or hallway.steps(recipe)
     filtering = dict.fromkeys(step.arm for step in steps if step.stage == "refine" and recipe.arms[step.arm].recipe)
     found = [recipe.arms[arm].demand(f"arms.{arm}") for arm in filtering]
     for stage, section in (("train", recipe.train), ("evaluate", recipe.serve)):
@@ -58,7 +58,7 @@ def demands(recipe: Recipe, steps: Sequence[_stages.Step] = ()) -> list[Demand]:
     return found
 
 
-def problems(recipe: Recipe, steps: Sequence[_stages.Step] = (), *, here: bool = True) -> Iterator[Problem]:
+def problems(recipe: Recipe, steps: Sequence[hallway.Step] = (), *, here: bool = True) -> Iterator[Problem]:
     """Everything that stands in the way of the steps, or of a whole run. What the sample world will bring is not missed
     before it is drawn.
 
@@ -66,13 +66,13 @@ def problems(recipe: Recipe, steps: Sequence[_stages.Step] = (), *, here: bool =
         here: Ray would be started on this machine, unless there is a cluster.
     """
     place = RunDir(Path(recipe.run_dir), tuple(recipe.seeds))
-    whole, stages = not steps, {step.stage for step in steps or _stages.steps(recipe)}
+    whole, stages = not steps, {step.stage for step in steps or hallway.steps(recipe)}
     for stage in ("caption", "assemble", "train", "evaluate", "merge"):
         for problem in _of(stage, recipe, whole) if stage in stages else ():
             if not (whole and _will_be_drawn(recipe, problem.key)):
                 yield problem
     for arm, config in recipe.arms.items():
-        if any(step.stage == "refine" and step.arm == arm for step in steps or _stages.steps(recipe)):
+        if any(step.stage == "refine" and step.arm == arm for step in steps or hallway.steps(recipe)):
             done = (place.dataset(arm) / MANIFEST).is_file()
             yield from preflight.refine(config, f"arms.{arm}", done=done)
     if here:

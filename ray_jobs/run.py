@@ -16,7 +16,7 @@ from pipelines.lock import LOCK, hold, release
 from pipelines.manifest import MANIFEST, read_json
 from pipelines.progress import clock, say
 from pipelines.rundir import RunDir
-from ray_jobs import _ending, _plan, _stages, _start, cli
+from ray_jobs import _ending, _plan, _start, cli, hallway
 from ray_jobs._options import CONFIG_OPTION, RESTART, WHOLE, Command, Option, lasting, parse, required
 from ray_jobs.recipe import Recipe, absolute, recipe_yaml
 from ray_jobs.recipe_file import require_same
@@ -26,7 +26,7 @@ COMMAND = Command(
     "Walk the whole hallway for every arm of a recipe: what is complete is skipped, what is half done continues.",
     (
         CONFIG_OPTION,
-        Option("--stage", "NAME", f"do one alone, as the whole would: {', '.join(_stages.STAGES)}", default=""),
+        Option("--stage", "NAME", f"do one alone, as the whole would: {', '.join(hallway.STAGES)}", default=""),
         Option("--arm", "NAME", "with --stage: of this arm alone", default=""),
         Option("--seed", "N", "with --stage: of this seed alone", number=True),
         Option("--dry-run", about="say what stands in the way and what would run; write nothing"),
@@ -47,7 +47,7 @@ def main(argv: list[str]) -> int:
         require_same(required(options.recipes and options.recipes[-1], "a recipe", "run"), options.recipe_is)
     if not recipe.arms and not options.stage and not options.preflight:
         raise UserError("captune run needs a recipe with arms: captune run sample, or captune run my_recipe.yaml")
-    steps = _stages.steps(recipe, options.stage, options.arm, options.seed)
+    steps = hallway.steps(recipe, options.stage, options.arm, options.seed)
     lasting(recipe.run_dir, "run_dir")
     lasting(recipe.sample.out or recipe.run_dir, "sample.out")
     if recipe.assemble.wanted:
@@ -80,12 +80,12 @@ def _whole(recipe: Recipe, options: SimpleNamespace) -> int:
     return _end(recipe, options, started)
 
 
-def _part(recipe: Recipe, steps: list[_stages.Step], options: SimpleNamespace) -> int:
+def _part(recipe: Recipe, steps: list[hallway.Step], options: SimpleNamespace) -> int:
     """The steps of one stage, beside whatever else of this recipe other processes do."""
     started, place = time.monotonic(), _place(recipe)
     demands = _plan.demands(recipe, steps)
     caption = recipe.caption if options.stage == "caption" else None
-    preflight.require([*_stages.unfinished(recipe, place, steps), *_plan.problems(recipe, steps)])
+    preflight.require([*hallway.unfinished(recipe, place, steps), *_plan.problems(recipe, steps)])
     if options.stage == "compare":
         place.root.mkdir(parents=True, exist_ok=True)
         hold(place.root)
@@ -94,12 +94,12 @@ def _part(recipe: Recipe, steps: list[_stages.Step], options: SimpleNamespace) -
     recipe = _take_part(recipe, place, steps)
     with _start.ray_cluster(caption, demands):
         for step in steps:
-            _stages.perform(recipe, place, step, restart=options.restart)
-    found = {str(step): str(_stages.output(recipe, place, step)) for step in steps}
+            hallway.perform(recipe, place, step, restart=options.restart)
+    found = {str(step): str(hallway.output(recipe, place, step)) for step in steps}
     return _ending.end(options, found, f"{options.stage}: done in {clock(time.monotonic() - started)}")
 
 
-def _take_part(recipe: Recipe, place: RunDir, steps: list[_stages.Step]) -> Recipe:
+def _take_part(recipe: Recipe, place: RunDir, steps: list[hallway.Step]) -> Recipe:
     """Hold the steps' directories, and keep the recipe; the run directory is held only meanwhile, so that another arm's
     step can do the same.
 
@@ -110,7 +110,7 @@ def _take_part(recipe: Recipe, place: RunDir, steps: list[_stages.Step]) -> Reci
     hold(place.root, patience_s=30.0)
     try:
         recipe = keep(recipe, place)
-        for directory in (_stages.output(recipe, place, step) for step in steps):
+        for directory in (hallway.output(recipe, place, step) for step in steps):
             if not (directory / MANIFEST).is_file():
                 directory.mkdir(parents=True, exist_ok=True)
                 hold(directory)
@@ -149,19 +149,19 @@ def run(recipe: Recipe, *, restart: bool = False) -> None:
         UserError: another process writes to the run directory.
         WorkFailed: a stage failed; or, when all is written, so many requests that they forbid a verdict.
     """
-    place, steps = _place(recipe), _stages.steps(recipe)
+    place, steps = _place(recipe), hallway.steps(recipe)
     place.root.mkdir(parents=True, exist_ok=True)
     hold(place.root)
-    for directory in (_stages.output(recipe, place, step) for step in steps):
+    for directory in (hallway.output(recipe, place, step) for step in steps):
         if (directory / LOCK).exists():
             hold(directory)  # refused while a stage by itself is at work there
     if recipe.sample.out:
-        _stages.perform(recipe, place, steps.pop(0), restart=restart)
+        hallway.perform(recipe, place, steps.pop(0), restart=restart)
         preflight.require(_plan.problems(recipe))  # of what has just been drawn
     recipe = keep(recipe, place)
     with _start.ray_cluster(recipe.caption, _plan.demands(recipe)):
         for step in steps[:-1]:
-            _stages.perform(recipe, place, step, restart=restart)
+            hallway.perform(recipe, place, step, restart=restart)
     conclude(recipe)
 
 

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 
 from k8s import kustomize, names, needs, render
 from pipelines.errors import UserError
-from ray_jobs import _options, _stages, cli, recipe_file, run
+from ray_jobs import _options, cli, hallway, recipe_file, run
 from ray_jobs.recipe import RECIPES, Recipe
 from tests.k8s import checks, schemas
 from tests.k8s.checks import README, SECRETS, complaints
@@ -180,22 +180,22 @@ def command_of(objects: list[Object], file: Path) -> list[str]:
 def test_every_job_does_its_own_step_of_its_own_recipe(name: str, tmp_path: Path) -> None:
     """And all of them together what a whole run does."""
     wanted = replace(recipe(name), seeds=[3, -1]) if name == "sample" else recipe(name)
-    done: list[_stages.Step] = []
+    done: list[hallway.Step] = []
     for number, step in enumerate(render.stages(wanted)):
         objects = render.render(wanted, FITS[name], *step)
         words = command_of(objects, mounted(objects, tmp_path / str(number)))
         understood, options = _options.parse(run.COMMAND, words[2:])
         recipe_file.require_same(options.recipes[0], options.recipe_is)
         assert understood == wanted
-        done += _stages.steps(understood, options.stage, options.arm, options.seed)
-    assert done == _stages.steps(wanted)
+        done += hallway.steps(understood, options.stage, options.arm, options.seed)
+    assert done == hallway.steps(wanted)
     suspended = {
         found["metadata"]["name"]: found["spec"]["entrypoint"]
         for found in built(FITS[name])
         if found["kind"] == "RayJob"
     }
     assert suspended == {
-        f"captune-{each}": shlex.join(render.entrypoint(render.Step(each))) for each in ("run", *_stages.STAGES)
+        f"captune-{each}": shlex.join(render.entrypoint(render.Step(each))) for each in ("run", *hallway.STAGES)
     }
 
 
