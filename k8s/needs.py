@@ -17,9 +17,6 @@ from pipelines.errors import UserError
 from pipelines.groups import MOST, most
 from ray_jobs.recipe import Recipe
 
-_PROCESSES = 2**30
-"""Bytes for the least that runs in a pod: Ray's daemons and one Python with torch."""
-
 
 @dataclass(frozen=True)
 class Pod(Node):
@@ -38,11 +35,8 @@ def fit(cluster: dict[str, Any], recipe: Recipe, serving: int) -> None:
     """Write the recipe's numbers into a RayCluster's spec.
 
     Raises:
-        UserError: one replica or worker is larger than the pods of its group, or a group's object store than its
-            memory; the message names the key and the group.
+        UserError: one replica or worker is larger than the pods of its group; the message names the key and the group.
     """
-    for group in (cluster["headGroupSpec"] | {"groupName": "head"}, *cluster["workerGroupSpecs"]):
-        _check_memory(group)
     wanted = demands(recipe, serving)
     for group in cluster["workerGroupSpecs"]:
         pod = offered(group)
@@ -121,8 +115,8 @@ def _whole_cpus_left(demand: Demand, pod: Pod, count: int) -> int:
 
 
 def _check_cache(recipe: Recipe, train: Demand, pod: Pod) -> None:
-    """Cached features of all workers in a pod may take half of its memory, which is what they take by themselves."""
-    if pod.group not in ("cpu", "train") or recipe.train.feature_cache_mb is None:
+    """Cached features of all workers in a pod may take half of its memory."""
+    if pod.group not in ("cpu", "train"):
         return
     cached = recipe.train.feature_cache_mb * 2**20 * min(_per_pod(train, pod), train.count)
     if cached > pod.memory / 2:
@@ -130,22 +124,6 @@ def _check_cache(recipe: Recipe, train: Demand, pod: Pod) -> None:
             f"train.feature_cache_mb: {cached / 2**30:.1f} GiB in a pod of group {pod.group}, which has "
             f"{pod.memory / 2**30:g} GiB; "
             "half of it is the most"
-        )
-
-
-def _check_memory(group: dict[str, Any]) -> None:
-    """The object store lives in /dev/shm, which counts against the container's memory, and so do all processes. Ray
-    would not start, and KubeRay replaces such a pod for ever.
-    """
-    store = quantity(group["rayStartParams"]["object-store-memory"])
-    pod = group["template"]["spec"]
-    (shm,) = (quantity(volume["emptyDir"]["sizeLimit"]) for volume in pod["volumes"] if volume["name"] == "shm")
-    memory = quantity(pod["containers"][0]["resources"]["limits"]["memory"])
-    if not store <= shm <= memory - _PROCESSES:
-        raise UserError(
-            f"group {group['groupName']}: rayStartParams.object-store-memory of {store / 2**30:.2f} GiB lives in "
-            f"/dev/shm (volume shm, sizeLimit {shm / 2**30:.2f} GiB), and that in the container's limit of "
-            f"{memory / 2**30:.2f} GiB beside {_PROCESSES / 2**30:g} GiB for processes: each must fit the next"
         )
 
 

@@ -151,6 +151,8 @@ def steps(recipe: Recipe, *, restart: bool, measure: bool) -> tuple[list[Step], 
     for seed in recipe.seeds:
         for arm in recipe.arms:
             plan.walk(recipe, place.dataset(arm), place.walk(arm, seed), seed)
+    if len(recipe.arms) > 1:
+        plan.compare(recipe, place)
     return plan.steps, plan.problems
 
 
@@ -274,6 +276,20 @@ class _Plan:
         step = self._add(name, directory, wanted, rows, work)
         if step.state == "complete" and walk.evaluation(recipe.evaluate.benchmark).manifest["errors"]:
             step.state, step.work = "continues", "questions without an answer are asked again"
+
+    def compare(self, recipe: Recipe, place: RunDir) -> None:
+        """The verdict: which differences it will be able to show."""
+        from pipelines.evaluate import power
+        from pipelines.evaluate.stage import read_questions
+
+        step = Step("compare", str(place.root), "complete" if place.comparison.is_file() else "starts", None, "")
+        self.steps.append(step)
+        if step.state == "complete" or _will_be_drawn(recipe, "evaluate.annotations"):
+            return
+        questions = read_questions(recipe.evaluate)
+        step.rows, pictures = len(questions), len({question.image_id for question in questions})
+        foreseen = power.foresee(step.rows, pictures, len(recipe.arms), len(recipe.seeds), recipe.compare)
+        step.work = f"{pictures:,} pictures; {foreseen}"
 
     def _add(
         self,

@@ -46,6 +46,7 @@ PATHS = (
     "evaluate.annotations",
     "evaluate.images",
     "evaluate.ocr",
+    "compare.pilot",
 )
 """Keys that hold a path; `*` stands for every arm. A model may also be a hub id, a dataset an address or a pattern."""
 _PLACEHOLDER = re.compile(r"\$\{[^}]*\}?")

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 from pipelines import connection, preflight
 from pipelines.errors import UserError, WorkFailed
+from pipelines.evaluate.config import CompareConfig
 from pipelines.files import write_text
 from pipelines.lock import LOCK, hold, release
 from pipelines.manifest import MANIFEST, read_json
@@ -181,7 +182,7 @@ def conclude(recipe: Recipe) -> None:
             walks = {arm: place.walk(arm, seed).evaluation(recipe.evaluate.benchmark) for arm in recipe.arms}
             evaluations = {arm: evaluation.directory for arm, evaluation in walks.items()}
             comparisons[seed] = compare.run(evaluations, place.comparing(seed), recipe.compare)
-        _write_comparison(place, comparisons)
+        _write_comparison(place, comparisons, recipe.compare)
     page.run(place.root)
     reasons = [reason for found in comparisons.values() for reason in compare.withheld(found)]
     if reasons:
@@ -209,7 +210,7 @@ def keep(recipe: Recipe, place: RunDir) -> Recipe:
     return recipe
 
 
-def _write_comparison(place: RunDir, comparisons: dict[int, dict]) -> None:
+def _write_comparison(place: RunDir, comparisons: dict[int, dict], config: CompareConfig) -> None:
     """Say the result; with several seeds, `comparison.json` is the first seed's with all of them summarised in it."""
     from pipelines.evaluate import compare
     from pipelines.manifest import write_json
@@ -220,8 +221,11 @@ def _write_comparison(place: RunDir, comparisons: dict[int, dict]) -> None:
     if len(comparisons) > 1:
         first = next(iter(comparisons.values()))
         seeds = [{**found, "seed": seed} for seed, found in comparisons.items()]
-        summary = compare.summarise(list(comparisons.values()))
-        write_json(place.comparison, {**first, "summary": summary, "seeds": seeds})
+        summary = compare.summarise(list(comparisons.values()), config)
+        over_seeds = {**first, "summary": summary, "seeds": seeds}
+        for arm in summary["differences"]:
+            say(compare.summary_sentence(over_seeds, arm))
+        write_json(place.comparison, over_seeds)
 
 
 if __name__ == "__main__":

@@ -86,7 +86,7 @@ def caption_index(
             num_cpus=sizing.actor_cpus if fused else sizing.task_cpus,
             override_num_blocks=len(files),
             concurrency=None if fused else sizing.feeders,
-            label_selector=feeding,
+            ray_remote_args={"label_selector": feeding},
         )
         pool = ActorPoolStrategy(
             min_size=sizing.actors,

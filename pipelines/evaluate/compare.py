@@ -1,9 +1,10 @@
-"""Evaluations of the same questions side by side: paired intervals, a paired test, questions won and lost."""
+"""Evaluations of the same questions side by side: paired intervals, a permutation test, questions won and lost."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,49 +38,93 @@ def run(evaluations: dict[str, Path], output: Path, config: CompareConfig) -> di
 
 
 def compare(arms: dict[str, dict[str, Any]], config: CompareConfig) -> dict[str, Any]:
-    """The comparison of `scores.json` contents. All intervals come from the same resamples of questions, so they are
+    """The comparison of `scores.json` contents. All intervals come from the same resamples of pictures, so they are
     paired.
     """
-    import numpy as np
-
     baseline = config.baseline_among(arms)
-    ids = [row["question_id"] for row in arms[baseline]["questions"]]
     rows = {name: {row["question_id"]: row for row in arm["questions"]} for name, arm in arms.items()}
-    scores_AQ = np.array([[float(rows[name][key]["score"]) for key in ids] for name in arms])
-    failed_AQ = np.array([[rows[name][key]["error"] is not None for key in ids] for name in arms])
-    resampled_AR = statistics.bootstrap_means(scores_AQ, config.resamples, config.seed)
+    ids = [row["question_id"] for row in arms[baseline]["questions"]]
+    table = _Table.of(rows, ids, baseline)
+    resampled_AR = statistics.bootstrap_means(table.scores_AQ, table.pictures, config.resamples, config.seed)
     base = list(arms).index(baseline)
+    pairs = {name: [base, index] for index, name in enumerate(arms) if index != base}
+    p_values = {
+        name: statistics.sign_flips(table.scores_AQ[pair], table.pictures, config.resamples, config.seed)
+        for name, pair in pairs.items()
+    }
     result: dict[str, Any] = {
         **{key: arms[baseline].get(key) for key in ("benchmark", "count", "conditions", "ocr_tokens", "images")},
         "baseline": baseline,
+        "pictures": table.pictures.number,
         "confidence": config.confidence,
+        "margin": config.margin,
         "resamples": config.resamples,
         "seed": config.seed,
         "correct_from": statistics.CORRECT_FROM,
         "arms": {},
         "differences": {},
     }
+    together = statistics.holm(p_values)
     for index, (name, arm) in enumerate(arms.items()):
         result["arms"][name] = {
             "accuracy": arm["accuracy"],
-            "interval": statistics.interval(resampled_AR[index], config.confidence),
+            "interval": statistics.interval(resampled_AR[index], config.confidence, table.pictures.number),
             **{key: arm.get(key) for key in ("errors", "truncated", "model", "answered_by")},
         }
-        if index != base:
-            pair_2Q = scores_AQ[[base, index]]
-            ends = statistics.interval(resampled_AR[index] - resampled_AR[base], config.confidence)
-            test = statistics.mcnemar(pair_2Q)
-            shown = statistics.excludes_zero(ends, test, config.confidence)
-            failures = statistics.failures(pair_2Q, failed_AQ[[base, index]], shown, config)
+        if name in pairs:
+            resampled_R = resampled_AR[index] - resampled_AR[base]
             result["differences"][name] = {
-                "difference": statistics.difference(pair_2Q),
-                "interval": ends,
-                "mcnemar": test,
-                "failures": failures,
-                "excludes_zero": shown and not failures["forbid_a_verdict"],
+                **_difference(table.pair(pairs[name]), resampled_R, together[name], config),
+                "p_value": p_values[name],
                 **_won_and_lost(rows[baseline], rows[name], ids, config.examples),
             }
     return result
+
+
+@dataclass(frozen=True)
+class _Table:
+    """Scores [arms, questions], which of them are of failed requests, and the questions' pictures."""
+
+    scores_AQ: Any
+    failed_AQ: Any
+    pictures: statistics.Pictures
+
+    @classmethod
+    def of(cls, rows: dict[str, dict[str, Any]], ids: Sequence[str], baseline: str) -> _Table:
+        import numpy as np
+
+        scores_AQ = np.array([[float(arm[key]["score"]) for key in ids] for arm in rows.values()])
+        failed_AQ = np.array([[arm[key]["error"] is not None for key in ids] for arm in rows.values()])
+        return cls(scores_AQ, failed_AQ, statistics.Pictures.named([rows[baseline][key]["image_id"] for key in ids]))
+
+    def pair(self, arms: list[int]) -> _Table:
+        return _Table(self.scores_AQ[arms], self.failed_AQ[arms], self.pictures)
+
+
+def _difference(pair: _Table, resampled_R: Any, p_value: float, config: CompareConfig) -> dict[str, Any]:
+    """One arm against the baseline, `p_value` as it holds for all arms together."""
+    number = pair.pictures.number
+    ends = statistics.interval(resampled_R, config.confidence, number)
+    counts = statistics.right_and_wrong(pair.scores_AQ)
+    shown = statistics.excludes_zero(ends, p_value, counts, config.confidence)
+    failures = statistics.failures(pair.scores_AQ, pair.failed_AQ, pair.pictures, shown, config)
+    error = statistics.standard_error(resampled_R, number)
+    least = statistics.detectable(error, max(number - 1, 1), config.confidence)
+    return {
+        "difference": statistics.difference(pair.scores_AQ),
+        "interval": ends,
+        "p_value_together": p_value,
+        "right": counts,
+        "failures": failures,
+        "excludes_zero": shown and not failures["forbid_a_verdict"],
+        "equivalent": _equivalent(ends, number, config) and not failures["forbid_a_verdict"],
+        "detectable": least if 0 < least < math.inf else None,
+    }
+
+
+def _equivalent(ends: Sequence[float], pictures: int, config: CompareConfig) -> bool:
+    """Whether the interval lies within the margin; one picture shows nothing."""
+    return pictures > 1 and -config.margin < ends[0] and ends[1] < config.margin
 
 
 def withheld(comparison: dict[str, Any]) -> list[str]:
@@ -99,20 +144,25 @@ def _hidden(found: dict[str, Any]) -> str:
 def sentence(comparison: dict[str, Any], arm: str) -> str:
     """The result for one arm in words."""
     found, baseline = comparison["differences"][arm], comparison["baseline"]
-    test = found["mcnemar"]
+    several = len(comparison["differences"]) > 1
     text = (
         f"{arm} {100 * comparison['arms'][arm]['accuracy']:.1f} %, "
         f"{baseline} {100 * comparison['arms'][baseline]['accuracy']:.1f} %: "
         f"difference {100 * found['difference']:+.1f} points, {level(comparison['confidence'])} % interval "
-        f"{_points(found['interval'])}, McNemar p = {test['p_value']:.2g}"
+        f"{_points(found['interval'])} over {comparison['pictures']} pictures, "
+        f"p = {found['p_value_together']:.2g}{' for all arms together' if several else ''}"
     )
     if found["failures"]["forbid_a_verdict"]:
-        text += f"; no verdict, because {_hidden(found)}"
-    elif not found["excludes_zero"]:
+        return text + f"; no verdict, because {_hidden(found)}"
+    if not found["excludes_zero"]:
         text += "; does not exclude zero"
         if not found["interval"][0] <= 0 <= found["interval"][1]:
-            text += f": the exact test sees {test['only_this_arm_correct']} won and "
-            text += f"{test['only_baseline_correct']} lost"
+            text += f": {found['right']['only_this_arm_correct']} questions won and "
+            text += f"{found['right']['only_baseline_correct']} lost are too few"
+    if found["equivalent"]:
+        text += f"; equal within {100 * comparison['margin']:g} point(s)"
+    elif not found["excludes_zero"] and found["detectable"] is not None:
+        text += f"; {100 * found['detectable']:.1f} points would have been seen in 4 of 5 such runs"
     return text
 
 
@@ -125,34 +175,90 @@ def _points(ends: Sequence[float]) -> str:
     return f"{100 * ends[0]:+.1f} to {100 * ends[1]:+.1f}"
 
 
-def summarise(comparisons: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Several seeds' comparisons: per arm the difference to the baseline in each, its mean and spread, and whether its
-    sign is one.
+def summarise(comparisons: Sequence[dict[str, Any]], config: CompareConfig) -> dict[str, Any]:
+    """Several seeds' comparisons as one: per arm the difference to the baseline in each, its mean, and an interval over
+    pictures and seeds together.
 
     Raises:
-        UserError: no comparisons, or comparisons of different arms.
+        UserError: fewer than two comparisons, or comparisons of different arms or questions.
     """
-    if not comparisons:
-        raise UserError("no comparisons to summarise")
-    names = list(comparisons[0]["differences"])
+    if len(comparisons) < 2:
+        raise UserError("a summary needs the comparisons of at least two seeds")
+    first = comparisons[0]
+    names = list(first["differences"])
     for other in comparisons:
-        if list(other["differences"]) != names or other["baseline"] != comparisons[0]["baseline"]:
+        if list(other["differences"]) != names or other["baseline"] != first["baseline"]:
             raise UserError("only comparisons of the same arms with the same baseline can be summarised")
-    summary: dict[str, Any] = {"baseline": comparisons[0]["baseline"], "seeds": len(comparisons), "differences": {}}
-    for name in names:
-        found = [entry["differences"][name] for entry in comparisons]
-        differences = [entry["difference"] for entry in found]
-        mean = math.fsum(differences) / len(differences)
-        spread = math.fsum((value - mean) ** 2 for value in differences) / max(1, len(differences) - 1)
-        summary["differences"][name] = {
-            "each": differences,
-            "mean": mean,
-            "standard_deviation": math.sqrt(spread),
-            "same_sign": all(value > 0 for value in differences) or all(value < 0 for value in differences),
-            "intervals_exclude_zero": sum(entry["excludes_zero"] for entry in found),
-            "withheld": sum(entry["failures"]["forbid_a_verdict"] for entry in found),
-        }
-    return summary
+    tables = [_read(comparison) for comparison in comparisons]
+    if any(sorted(table) != sorted(tables[0]) for table in tables):
+        raise UserError("only comparisons of the same questions can be summarised")
+    summary: dict[str, Any] = {"baseline": first["baseline"], "seeds": len(comparisons), "pictures": first["pictures"]}
+    found = {name: _over_seeds(comparisons, tables, name, config) for name in names}
+    together = statistics.holm({name: entry["p_value"] for name, entry in found.items()})
+    for name, entry in found.items():
+        low, high = entry["interval"]
+        zero = not low <= 0 <= high and together[name] < 1 - config.confidence
+        entry |= {"p_value_together": together[name], "excludes_zero": zero and not entry["withheld"]}
+    return summary | {"differences": found}
+
+
+def _read(comparison: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Question -> arm -> its row, and under `""` the picture's id."""
+    table: dict[str, dict[str, Any]] = {}
+    for name, place in comparison["evaluations"].items():
+        for row in read_scores(Path(place))["questions"]:
+            table.setdefault(row["question_id"], {"": row["image_id"]})[name] = row
+    return table
+
+
+def _over_seeds(
+    comparisons: Sequence[dict[str, Any]],
+    tables: Sequence[dict[str, dict[str, Any]]],
+    name: str,
+    config: CompareConfig,
+) -> dict[str, Any]:
+    import numpy as np
+    from scipy.stats import t
+
+    baseline, ids = comparisons[0]["baseline"], sorted(tables[0])
+    differences_SQ = np.array(
+        [[float(table[key][name]["score"]) - float(table[key][baseline]["score"]) for key in ids] for table in tables]
+    )
+    pictures = statistics.Pictures.named([tables[0][key][""] for key in ids])
+    ends, error, freedom = statistics.over_seeds(differences_SQ, pictures, config)
+    each = [entry["differences"][name]["difference"] for entry in comparisons]
+    mean = math.fsum(each) / len(each)
+    least = statistics.detectable(error, freedom, config.confidence)
+    return {
+        "each": each,
+        "mean": mean,
+        "standard_deviation": float(np.std(each, ddof=1)),
+        "interval": ends,
+        "p_value": float(2 * t.sf(abs(mean) / error, freedom)) if error > 0 else float(mean == 0),
+        "equivalent": _equivalent(ends, pictures.number, config),
+        "detectable": least if 0 < least < math.inf else None,
+        "same_sign": all(value > 0 for value in each) or all(value < 0 for value in each),
+        "intervals_exclude_zero": sum(entry["differences"][name]["excludes_zero"] for entry in comparisons),
+        "withheld": sum(entry["differences"][name]["failures"]["forbid_a_verdict"] for entry in comparisons),
+    }
+
+
+def summary_sentence(comparison: dict[str, Any], arm: str) -> str:
+    """The result over all seeds for one arm in words."""
+    summary = comparison["summary"]
+    found = summary["differences"][arm]
+    text = (
+        f"{arm} over {summary['seeds']} seeds: {100 * found['mean']:+.1f} points, "
+        f"{level(comparison['confidence'])} % interval {_points(found['interval'])} over {summary['pictures']} "
+        f"pictures and the seeds, p = {found['p_value_together']:.2g}"
+    )
+    if found["withheld"]:
+        return text + "; no verdict, because of failed requests"
+    if not found["excludes_zero"]:
+        text += "; does not exclude zero"
+    if found["equivalent"]:
+        text += f"; equal within {100 * comparison['margin']:g} point(s)"
+    return text
 
 
 def _won_and_lost(base: dict[str, Any], other: dict[str, Any], ids: Sequence[str], examples: int) -> dict[str, Any]:

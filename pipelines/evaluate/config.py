@@ -61,8 +61,13 @@ class CompareConfig:
     Attributes:
         baseline: name of the arm that others are compared with; empty takes `original` where there is one, else the
             first.
-        resamples: of the paired bootstrap.
-        confidence: of the interval; a difference is shown when the exact test agrees at the same level.
+        resamples: of the paired bootstrap over pictures, and of the permutation test.
+        confidence: of the interval; a difference is shown when the permutation test agrees at the same level, for all
+            arms together (Holm).
+        margin: on the score's scale of 0 to 1; arms whose interval lies within it on both sides of zero are as good as
+            equal.
+        pilot: run directory, or `comparison.json`, of an earlier run that says how much scores differ by chance; a dry
+            run foresees from it what this one can show, else from stated assumptions.
         seed: of the bootstrap.
         examples: questions won and lost that the report shows, of each kind.
     """
@@ -70,6 +75,8 @@ class CompareConfig:
     baseline: str = ""
     resamples: int = 10_000
     confidence: float = 0.95
+    margin: float = 0.01
+    pilot: str = ""
     seed: int = 0
     examples: int = 24
 
@@ -78,6 +85,8 @@ class CompareConfig:
             raise UserError("compare.resamples must be at least 100")
         if not 0.5 <= self.confidence < 1:
             raise UserError("compare.confidence lies between 0.5 and 1")
+        if not 0 < self.margin < 1:
+            raise UserError(f"compare.margin is a part of the score's scale, between 0 and 1, not {self.margin:g}")
 
     def baseline_among(self, arms: Collection[str]) -> str:
         """The arm that the others are compared with.

@@ -74,11 +74,21 @@ def _why_open(found: dict[str, Any]) -> Markup:
             largest=numbers.points(largest),
         )
     if found["interval"][0] <= 0 <= found["interval"][1]:
-        return Markup(" The interval holds zero: this run cannot tell the two apart.")
+        return Markup(" The interval holds zero: this run cannot tell the two apart.") + _could_see(found)
     return Markup(
-        " The interval excludes zero, but the exact test does not (McNemar {p}): the questions are too few to tell the "
-        "two apart."
-    ).format(p=numbers.p_value(found["mcnemar"]["p_value"]))
+        " The interval excludes zero, but too few questions changed for the permutation test to agree ({p})."
+    ).format(p=numbers.p_value(found["p_value_together"]))
+
+
+def _could_see(found: dict[str, Any]) -> Markup:
+    """What an open result still says: as good as equal, or how large a difference would not have been missed."""
+    if found["equivalent"]:
+        return Markup(" It is narrow enough to call them equal.")
+    if found["detectable"] is None:
+        return Markup("")
+    return Markup(" A difference of {least} points would have been seen in 4 of 5 such runs.").format(
+        least=numbers.points_text(found["detectable"])
+    )
 
 
 def withheld(found: dict[str, Any]) -> bool:
@@ -89,20 +99,18 @@ def withheld(found: dict[str, Any]) -> bool:
 def _over_seeds(run: Run, arm: str) -> Answer:
     _, first = run.seeds[0]
     summary = run.comparison["summary"]["differences"][arm]
-    mean, clear, number = summary["mean"], summary["intervals_exclude_zero"], len(run.seeds)
-    if any(withheld(comparison["differences"][arm]) for _, comparison in run.seeds):
+    mean, number = summary["mean"], len(run.seeds)
+    if summary["withheld"]:
         mood, word = "open", "Withheld."
-    elif summary["same_sign"] and clear == number:
-        mood, word = ("good", f"Yes, with all {number} seeds.") if mean > 0 else ("bad", "No, a worse one.")
-    elif summary["same_sign"]:
-        mood, word = "open", "Probably." if mean > 0 else "Probably not."
+    elif summary["excludes_zero"]:
+        mood, word = ("good", "Yes.") if mean > 0 else ("bad", "No, a worse one.")
     else:
         mood, word = "open", "Not shown."
     agreement = "with the same sign every time" if summary["same_sign"] else "but not with the same sign every time"
     sentence = Markup(
         "Over {number} training seeds the <b>{arm}</b> data move the score on {count} {benchmark} questions by "
-        "<b>{mean} points</b> on average against the <b>{baseline}</b> data ({each}), {agreement}; "
-        "the {confidence} interval excludes zero for {clear} of {number} seeds."
+        "<b>{mean} points</b> on average against the <b>{baseline}</b> data ({each}), {agreement}. With other pictures "
+        "and other seeds it would lie between {low} and {high} ({confidence} interval)."
     ).format(
         number=number,
         arm=arm,
@@ -112,9 +120,12 @@ def _over_seeds(run: Run, arm: str) -> Answer:
         baseline=first["baseline"],
         each=Markup(", ").join(numbers.points(value) for value in summary["each"]),
         agreement=agreement,
+        low=numbers.points(summary["interval"][0]),
+        high=numbers.points(summary["interval"][1]),
         confidence=confidence(first),
-        clear=clear,
     )
+    if word == "Not shown.":
+        sentence += _could_see(summary)
     if word == "Withheld.":
         sentence += " With at least one seed, failed requests hide too much; evaluating again asks them again."
     return Answer(arm, mood, word, sentence)

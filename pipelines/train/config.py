@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
-from pipelines import machine
 from pipelines.demand import Demand
 from pipelines.errors import UserError
 from pipelines.mgm.templates import ALIASES, TEMPLATES
@@ -15,7 +14,6 @@ GROUPS = ("projector", "uni_modules", "language_model")
 METHODS = ("lora", "rslora", "dora", "qlora", "adalora", "prefix", "full")
 SCHEDULES = ("cosine", "linear", "constant")
 _ALIGN_RATE, _FULL_RATE, _LORA_RATE, _PREFIX_RATE = 1e-3, 2e-5, 2e-4, 1e-2
-_MOST_CACHED = 2 << 30
 DDP_ONLY = ("qlora", "adalora", "prefix")
 """Methods whose weights no ZeRO stage has been shown to shard rightly: packed ones, and those that watch gradients."""
 
@@ -213,8 +211,7 @@ class TrainConfig:
         max_length: longest token sequence, visual tokens included; longer rows are counted and cut as the original
             does.
         feature_cache_mb: memory per worker for the frozen towers' outputs, so that each image is encoded once and not
-            every epoch; a data set whose outputs do not fit is encoded afresh. null: a worker's share of half of its
-            machine's or pod's memory, 2048 at most; 0: never keep them.
+            every epoch; a data set whose outputs do not fit is encoded afresh. 0: never keep them.
         max_broken_share: largest share of a phase's rows that may turn out unusable; 1 trains on whatever is left.
         seed: order of the data, dropout and the adapter's initial values.
         max_failures: how often a dead worker group is started again.
@@ -241,7 +238,7 @@ class TrainConfig:
     held_out_every: int = 25
     tracker: str = "none"
     max_length: int = 2048
-    feature_cache_mb: int | None = None
+    feature_cache_mb: int = 2048
     max_broken_share: float = 0.5
     seed: int = 0
     max_failures: int = 3
@@ -257,7 +254,7 @@ class TrainConfig:
             if getattr(self, key) < 1:
                 raise UserError(f"train.{key} must be at least 1, not {getattr(self, key)}")
         for key in ("held_out", "feature_cache_mb", "max_failures"):
-            if (getattr(self, key) or 0) < 0:
+            if getattr(self, key) < 0:
                 raise UserError(f"train.{key} cannot be negative")
         if not 0 <= self.max_broken_share <= 1:
             raise UserError(f"train.max_broken_share is a share between 0 and 1, not {self.max_broken_share:g}")
@@ -305,12 +302,6 @@ class TrainConfig:
             default = {**dict.fromkeys(GROUPS, _FULL_RATE), "language_model": own}
         rates = {group: phase.rates.get(group, default[group]) for group in GROUPS if group in learn}
         return replace(phase, learn=list(rates), rates=rates, learning_rate=max(rates.values()))
-
-    def feature_cache(self, workers: int) -> int:
-        """Bytes that a worker may keep of the towers' outputs, on this machine among so many workers."""
-        if self.feature_cache_mb is not None:
-            return self.feature_cache_mb << 20
-        return min(_MOST_CACHED, machine.memory() // 2 // workers)
 
     def demand(self) -> Demand:
         """All workers at once: a step needs every one of them."""

@@ -210,7 +210,7 @@ class Phase:
         """Bytes of the features of so many images; 0 if that is more than the recipe gives them."""
         one = self.model_config.num_image_tokens * self.model_config.vision_config.hidden_size
         needed = images * (one + activations.detail(self.model_config)) * self.numbers.compute
-        return needed if needed <= self.config.feature_cache(self.config.workers) else 0
+        return needed if needed <= self.config.feature_cache_mb << 20 else 0
 
 
 def _stored(name: str, parameter: nn.Parameter, config: TrainConfig, numbers: Numbers) -> float:

@@ -116,7 +116,6 @@ class Run:
         self.job, self.config = job, job.config
         context = ray.train.get_context()
         self.rank, self.workers = context.get_world_rank(), context.get_world_size()
-        self.here = context.get_local_world_size()
         self.device = get_device()
         self.processor = load_processor(job.model)
         self.state = State()
@@ -357,7 +356,7 @@ class Run:
 
         From the phase's first step, also after a restart: the same images in the same groups give the same bits.
         """
-        if not (most := self.config.feature_cache(self.here)):
+        if self.config.feature_cache_mb == 0:
             return
         what = f"{self.job.what}: {name} images"
         loader.features = features.fill(
@@ -366,7 +365,7 @@ class Run:
             loader,
             max(start, 0),
             getattr(self.config, name).steps,
-            most,
+            self.config.feature_cache_mb << 20,
             autocast(self.device, self.config.precision),
             (lambda images: Progress(images, what, "images")) if self.rank == 0 else None,
         )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from itertools import product
@@ -12,7 +11,6 @@ from typing import Any
 import pytest
 
 from k8s import kustomize, needs, render
-from pipelines import machine
 from pipelines.caption.config import CaptionConfig
 from pipelines.caption.sizing import Sizing, cpus_wanted, size_pass
 from pipelines.errors import UserError
@@ -92,37 +90,6 @@ def test_every_replica_that_a_recipe_asks_for_runs_on_the_pods_that_are_rendered
         assert _placed(wish, _sized(wish, captioning), captioning), wish
         held += 1
     assert held >= 30, "wishes that fit are what this is about"
-
-
-@pytest.mark.parametrize("group", [-1, 0, 1])
-def test_an_object_store_that_does_not_fit_its_pod_is_refused(group: int) -> None:
-    """KubeRay replaced such a pod every 13 s, and nothing said why."""
-    patches: list[Callable[[dict[str, Any]], None]] = [
-        lambda spec: spec["rayStartParams"].update({"object-store-memory": str(3 << 30)}),
-        lambda spec: spec["template"]["spec"]["containers"][0]["resources"]["limits"].update(memory="900Mi"),
-        lambda spec: spec["template"]["spec"]["volumes"][-1 if group < 0 else 0]["emptyDir"].update(sizeLimit="512Mi"),
-    ]
-    for patch in patches:
-        job = copy.deepcopy(_job("kind"))
-        cluster = render.cluster_spec(job)
-        spec = cluster["headGroupSpec"] if group < 0 else cluster["workerGroupSpecs"][group]
-        if group < 0:
-            spec["template"]["spec"]["volumes"].sort(key=lambda volume: volume["name"] == "shm")
-        patch(spec)
-        with pytest.raises(UserError, match=f"group {'head' if group < 0 else spec['groupName']}: .*object-store"):
-            render.fill([job], _sample(), "enhanced", 1)
-
-
-@pytest.mark.parametrize("workers", [1, 2])
-def test_the_feature_cache_follows_the_pod(workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As many workers as a pod of `kind` has CPUs for share half of its memory, and nobody has to say so."""
-    job = copy.deepcopy(_job("kind"))
-    recipe = replace(_sample(), train=replace(_sample().train, workers=workers))
-    render.fill([job], recipe, "enhanced", 1)
-    pod = needs.offered(render.cluster_spec(job)["workerGroupSpecs"][0])
-    monkeypatch.setattr(machine, "memory", lambda: int(pod.memory))
-    assert workers * recipe.train.feature_cache(workers) <= pod.memory / 2
-    assert recipe.train.feature_cache(workers) == {1: 2048 << 20, 2: 1280 << 20}[workers]
 
 
 def test_a_larger_cluster_never_runs_fewer_replicas_and_no_more_is_wanted_than_that_takes() -> None:

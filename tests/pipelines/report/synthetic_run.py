@@ -59,7 +59,7 @@ def build(root: Path, *, rows: int = 40, questions: int = 60, seeds: Sequence[in
         output = run if len(seeds) == 1 else run / f"comparison-seed{seed}"
         comparisons[seed] = compare.run(evaluations, output, CompareConfig(resamples=400))
     if len(seeds) > 1:
-        summary = compare.summarise(list(comparisons.values()))
+        summary = compare.summarise(list(comparisons.values()), CompareConfig(resamples=400))
         entries = [{**found, "seed": seed} for seed, found in comparisons.items()]
         write_json(run / "comparison.json", {**comparisons[seeds[0]], "summary": summary, "seeds": entries})
     return run
