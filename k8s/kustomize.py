@@ -20,7 +20,7 @@ from pipelines.errors import UserError
 Object = dict[str, Any]
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
-_CLUSTER_WIDE = ("Namespace", "PriorityClass")
+CLUSTER_WIDE = ("Namespace", "PriorityClass")
 
 
 def build(root: Path) -> list[Object]:
@@ -85,7 +85,7 @@ def _config_map(root: Path, entry: Object) -> Object:
 
 def _set_namespace(objects: list[Object], name: str) -> None:
     for found in objects:
-        if found["kind"] not in _CLUSTER_WIDE:
+        if found["kind"] not in CLUSTER_WIDE:
             found["metadata"]["namespace"] = name
 
 

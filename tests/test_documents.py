@@ -99,5 +99,5 @@ def test_the_readme_names_every_command_as_it_is_taken() -> None:
     stand_ins = {"RECIPE": "sample", "my.yaml": "sample", "N": "8000", "O": "kind"}
     for _, command, *words in [words for words in commands if len(words) > 2]:  # others are mentioned, not shown
         room = importlib.import_module(cli.COMMANDS[command].room)
-        asked = [stand_ins.get(word, word) for word in (words[1:] if command == "k8s" else words)]
-        parse(room.COMMAND, asked)
+        about = room.COMMANDS[words[0]] if command == "k8s" else room.COMMAND
+        parse(about, [stand_ins.get(word, word) for word in (words[1:] if command == "k8s" else words)])

@@ -374,7 +374,7 @@ def test_the_manifests_name_the_version_that_they_come_with() -> None:
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
-        (["apply"], "captune k8s render --recipe"),
+        (["apply"], "one of render, run, doctor"),
         (["render", "--recipe", "sample"], "--overlay, one of"),
         (["render", "--recipe", "sample", "--overlay", "minikube"], "no such overlay"),
         (["render", "--recipe", "sample", "--overlay", "kind", "--workload", "serv"], "must be one of run"),
