@@ -22,6 +22,9 @@ LABEL = "captune.dev/group"
 """Of a node: the group that it belongs to."""
 MOST = "group.captune.dev/"
 """Of the head, before a group's name: `8x2cpu-1gpu` is eight nodes of two CPUs and a card at most."""
+LOCAL = "local"
+"""What a node is called that belongs to no group."""
+_HEAD = "node:__internal_head__"
 _MOST = re.compile(r"(?P<count>\d+)x(?P<cpus>[\d.]+)cpu(-(?P<gpus>[\d.]+)gpu)?")
 
 
@@ -64,6 +67,25 @@ def at_most() -> list[Node]:
 def room(found: list[Node], *groups: str) -> list[Node]:
     """Those of the nodes on which work of these groups may run: all, where nothing is asked of them."""
     return [node for node in found if node.group in groups] if selector(*groups) else found
+
+
+def in_use() -> list[tuple[str, float, float, float, float]]:
+    """Of every node now: its group (without a label of ours `head` or `local`), CPUs, cards, and how many of both are
+    held by tasks and actors.
+    """
+    import ray
+
+    free = ray._private.state.available_resources_per_node()
+    alive = _alive()
+    grouped = any(LABEL in _labels(node) for node in alive)
+    found = []
+    for node in alive:
+        group = _labels(node).get(LABEL, "head" if grouped and _HEAD in node["Resources"] else LOCAL)
+        has = [node["Resources"].get(kind, 0.0) for kind in ("CPU", "GPU")]
+        left = free.get(node["NodeID"], node["Resources"])
+        held = [count - left.get(kind, 0.0) for kind, count in zip(("CPU", "GPU"), has, strict=True)]
+        found.append((group, *has, *held))
+    return found
 
 
 @contextmanager

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines import machine
+from pipelines.cost import USED, Meter
 from pipelines.errors import UserError
 from pipelines.files import read_text, write_text
 from pipelines.lock import LOCK, command_line, hold, release
@@ -53,6 +54,7 @@ class StageOutput:
     manifest: dict[str, Any] = field(default_factory=dict)
     notes: dict[str, Any] = field(default_factory=dict)
     _started: float = field(default_factory=time.time)
+    _meter: Meter | None = field(default=None, repr=False, compare=False)
 
     @property
     def new(self) -> bool:
@@ -86,8 +88,10 @@ class StageOutput:
             "commit": _commit(),
             "command": command_line(),
             "machine": _machine(),
+            "cost": self._meter.stop() if self._meter else {},
         }
         write_json(self.directory / MANIFEST, manifest)
+        (self.directory / USED).unlink(missing_ok=True)
         self.manifest, self.complete = manifest, True
         if clear is not None:
             shutil.rmtree(clear)  # before somebody who waits for the directory begins to work in it
@@ -135,6 +139,8 @@ def open_stage(
         output.claim()
     if output.complete:
         release(directory)
+    else:
+        output._meter = Meter(directory, output.manifest.get("cost"))
     return output
 
 
