@@ -13,7 +13,7 @@ from pipelines.errors import UserError
 from pipelines.evaluate.benchmark import picture_path
 from pipelines.evaluate.registry import open_benchmark, title
 from pipelines.files import write_text
-from pipelines.report import answer, charts, data, examples, numbers, overview, training
+from pipelines.report import answer, bill, charts, data, examples, numbers, overview, training
 from pipelines.rundir import Run, RunDir, collect
 from pipelines.train.stability import RULE
 
@@ -80,6 +80,8 @@ def view(run: Run) -> dict[str, Any]:
         "scores": _scores(run),
         "questions": _questions(run, thumbnails),
         "stages": [(place, stage, overview.rows_of(stage.manifest)) for place, stage in run.stages()],
+        "bill": bill.lines(run),
+        "gains": bill.gains(run),
         "versions": versions,
         "differing": differing,
     }

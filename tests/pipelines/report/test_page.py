@@ -266,3 +266,25 @@ def test_what_is_no_run_is_refused(tmp_path: Path, name: str) -> None:
     with pytest.raises(UserError, match=name):
         page.run(tmp_path / name)
     assert not (tmp_path / name / "report").exists()
+
+
+def test_the_bill_says_what_points_cost(finished: Path, tmp_path: Path) -> None:
+    """Hours of every stage by group with their sum; points for the hours of an arm's own way; no rate where a stage on
+    it does not say what it used.
+    """
+    run = Path(shutil.copytree(finished, tmp_path / "run"))
+    card = {"node_hours": 0.5, "cpu_hours": 2.0, "gpu_hours": 0.5, "cpu_hours_worked": 1.0, "gpu_hours_worked": 0.125}
+    small = {"node_hours": 2.0, "cpu_hours": 4.0, "gpu_hours": 0.0, "cpu_hours_worked": 3.0, "gpu_hours_worked": 0.0}
+    for path in run.rglob("MANIFEST.json"):
+        manifest = json.loads(path.read_text())
+        manifest["cost"] = {"cpu": small} | ({"train": card} if manifest["stage"] == "train" else {})
+        path.write_text(json.dumps(manifest))
+    text = page.run(run).read_text()
+    found = Page(text)
+    stages = len(list(run.rglob("MANIFEST.json")))
+    assert {2.0 * stages, 1.0, 0.25, 0.75} <= set(found.values()), "node-hours, GPU-hours of two arms, shares"
+    difference = json.loads((run / "comparison.json").read_text())["differences"]["enhanced"]["difference"]
+    assert 100 * difference / 0.5 in found.values() and found.says("points per GPU-hour")
+    merged = run / "enhanced" / "merged" / "MANIFEST.json"
+    merged.write_text(json.dumps({**json.loads(merged.read_text()), "cost": {}}))
+    assert not Page(page.run(run).read_text()).says("points per GPU-hour")
