@@ -8,11 +8,12 @@ Ray.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from pipelines import preflight
+from pipelines.cost import Hours
 from pipelines.demand import Demand
 from pipelines.errors import Problem, UserError
 from pipelines.manifest import CLAIM, MANIFEST, StageOutput, identity, look, read_json
@@ -20,7 +21,7 @@ from pipelines.modelfiles import CONFIG
 from pipelines.progress import clock
 from pipelines.rundir import RunDir, Walk
 from pipelines.train.config import PhaseConfig, TrainConfig
-from ray_jobs import _start, hallway
+from ray_jobs import _hours, _start, hallway
 from ray_jobs.recipe import Recipe
 
 
@@ -36,6 +37,8 @@ class Step:
         work: what it has to do, in words; empty when it is complete.
         seconds: that it should take, where a stage can say.
         memory: bytes of the largest process, where a stage can say.
+        hours: of nodes, CPUs and cards by group, where somebody has measured such work.
+        measured: where.
     """
 
     stage: str
@@ -45,6 +48,8 @@ class Step:
     work: str = ""
     seconds: float | None = None
     memory: int | None = None
+    hours: Hours = field(default_factory=dict)
+    measured: str = ""
 
 
 def demands(recipe: Recipe, steps: Sequence[hallway.Step] = ()) -> list[Demand]:
@@ -366,6 +371,37 @@ def _estimate(step: Step, recipe: Recipe) -> None:
     most = max(recipe.caption.actors, recipe.caption.max_actors)
     step.seconds = next((3600 * row["hours"] for row in found["actors"] if row["actors"] == most), None)
     step.work = f"{most} replica(s)"
+    demand, on_card = recipe.caption.demand(), found["sample"]["device"] != "cpu"
+    if step.seconds is not None and on_card == bool(demand.gpus):
+        hours = step.seconds / 3600 * most
+        step.hours = {demand.group: {"cpu_hours": hours * demand.cpus, "gpu_hours": hours * demand.gpus}}
+        step.measured = f"{found['sample']['rows']} rows on this machine"
+
+
+def price(plan: list[Step], recipe: Recipe, measured: Path) -> None:
+    """Fill in the hours of what is to be done, at the rates of the finished stages of a run; a whole stage's, where it
+    continues.
+    """
+    rates = _hours.rates(measured, recipe)
+    for step in plan:
+        kind = step.stage.split()[0]
+        work = 1 if kind == "merge" else step.rows
+        rate = rates.get(step.stage) or rates.get(kind)
+        if step.state != "complete" and work and rate:
+            step.hours, step.measured = rate.hours_of(work), rate.where
+
+
+def bill(plan: list[Step]) -> str:
+    """What is to be done will take so many hours, by group, and what that stands on."""
+    todo = [step for step in plan if step.state != "complete"]
+    known = [step for step in todo if step.hours]
+    if not known:
+        return "hours: unknown; --measured RUN takes the rates of a finished run" if todo else ""
+    lines = [f"hours: {_hours.total(step.hours for step in known)}"]
+    lines += [f"  {step.stage}: {_hours.total([step.hours])}, as measured in {step.measured}" for step in known]
+    if unknown := [step.stage for step in todo if not step.hours]:
+        lines.append(f"  unknown: {', '.join(unknown)}")
+    return "\n".join(lines)
 
 
 def describe(plan: list[Step]) -> str:
@@ -389,7 +425,7 @@ def describe(plan: list[Step]) -> str:
         )
         for row in cells
     ]
-    return "\n".join(line.rstrip() for line in lines)
+    return "\n".join([*(line.rstrip() for line in lines), *filter(None, [bill(plan)])])
 
 
 def as_json(plan: list[Step], found: list[Problem]) -> dict[str, Any]:

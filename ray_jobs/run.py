@@ -31,6 +31,7 @@ COMMAND = Command(
         Option("--arm", "NAME", "with --stage: of this arm alone", default=""),
         Option("--seed", "N", "with --stage: of this seed alone", number=True),
         Option("--dry-run", about="say what stands in the way and what would run; write nothing"),
+        Option("--measured", "RUN", "with --dry-run: a finished run, at whose rates the hours are foretold", path=True),
         Option("--preflight", about="look at everything that a run needs, and try to write where it writes; for jobs"),
         Option("--recipe-is", "DIGEST", "end before anything begins when RECIPE is another; for jobs", default=""),
         RESTART,
@@ -134,6 +135,9 @@ def _dry_run(recipe: Recipe, options: SimpleNamespace) -> int:
     steps: list[_plan.Step] = []
     if not found:
         steps, found = _plan.steps(recipe, restart=options.restart, measure=True)
+        measured = Path(options.measured or recipe.run_dir)
+        if options.measured or _place(recipe).recipe.is_file():
+            _plan.price(steps, recipe, measured)
     if not found and _start.address():
         with _start.ray_cluster(recipe.caption, _plan.demands(recipe)):
             connection.connect()

@@ -15,10 +15,13 @@ from typing import Any
 
 import pytest
 
-from pipelines import machine
+from pipelines import cost, machine
+from pipelines.manifest import open_stage
 from pipelines.sample.config import SampleConfig
 from pipelines.sample.world import write_world
-from ray_jobs import cli
+from ray_jobs import cli, run
+from ray_jobs._options import parse
+from ray_jobs.recipe import recipe_yaml
 from tests.pipelines.tiny_parts import language_model, write_towers
 
 ROOT = Path(__file__).parents[2]
@@ -115,6 +118,40 @@ def test_a_recipe_fits_the_published_layouts(
     assert found["evaluate enhanced"]["rows"] == SMALL.questions
     assert {step["state"] for step in plan["steps"]} == {"starts"}
     assert not (brought / "runs").exists()
+
+
+def test_hours_are_those_of_a_finished_run_and_else_unknown(
+    brought: Path, large: None, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At its rates for other numbers of rows; not where another model or another kind of machine did the work."""
+    monkeypatch.chdir(brought)
+    words = ["mgm2b_30k_published", "--run_dir", str(tmp_path / "new")]
+    recipe, run_dir = parse(run.COMMAND, words)[0], tmp_path / "old"
+    run_dir.mkdir()
+    (run_dir / "recipe.yaml").write_text(recipe_yaml(recipe))
+    settings = {name: {"steps": 10, "batch": 8} for name in ("align", "instruct")}
+    card = {"node_hours": 1.0, "cpu_hours": 4.0, "gpu_hours": 2.0, "cpu_hours_worked": 2.0, "gpu_hours_worked": 1.0}
+    monkeypatch.setattr(cost.Meter, "stop", lambda self: {"train": card})
+    facts = {"rows_in": {"align": 9, "instruct": 9}, "phases": dict.fromkeys(settings, {})}
+    open_stage(run_dir / "enhanced" / "adapter", "train", {"config": settings}).finish(**facts)
+    open_stage(run_dir / "captions", "caption", {}).finish(rows_in=10 * SMALL.pairs)
+
+    _, plan = asked(capsys, *words, "--measured", str(run_dir))
+    steps = {step["stage"]: step for step in plan["steps"]}
+    train = recipe.training("enhanced", recipe.seeds[0])
+    samples = sum(phase.steps * phase.per_step(train.workers) for phase in (train.align, train.instruct))
+    assert samples == steps["train enhanced"]["rows"] > 0
+    assert steps["train enhanced"]["hours"]["train"]["gpu_hours"] == pytest.approx(2.0 * samples / 160)
+    assert steps["train enhanced"]["measured"] == "old/enhanced/adapter"
+    assert steps["caption"]["hours"]["train"]["node_hours"] == pytest.approx(0.1)
+    assert (steps["evaluate enhanced"]["hours"], steps["evaluate enhanced"]["measured"]) == ({}, "")
+    assert cli.main(["run", *words, "--dry-run", "--measured", str(run_dir)]) == 0
+    assert "unknown: refine original" in capsys.readouterr().out
+
+    other = ["--train.model", "models/mgm-2b/", "--train.method", "dora"]
+    _, plan = asked(capsys, *words, *other, "--measured", str(run_dir))
+    assert {step["stage"]: step for step in plan["steps"]}["train enhanced"]["hours"] == {}
+    assert cli.main(["run", *words, "--dry-run", "--measured", str(tmp_path / "none")]) == 2
 
 
 def test_without_the_rosetta_file_the_recipe_is_refused(
