@@ -24,6 +24,7 @@ class Question:
         text: the question as annotated.
         prompt: what the model is asked, instructions included.
         answers: what humans answered; empty in a split whose answers are withheld.
+        kind: the benchmark's own name of the kind of question; empty where it has none.
     """
 
     id: str
@@ -31,6 +32,7 @@ class Question:
     text: str
     prompt: str
     answers: tuple[str, ...]
+    kind: str = ""
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,9 @@ class Benchmark(Protocol):
         """Score of each question in [0, 1], in their order; the benchmark's score is their mean. A failed request
         scores 0 whatever its text.
         """
+
+    def figures(self, questions: Sequence[Question], predictions: dict[str, Prediction]) -> dict[str, float]:
+        """What the benchmark's authors report besides the score (name -> share in [0, 1]); empty where nothing."""
 
     def write_predictions(
         self, directory: Path, questions: Sequence[Question], predictions: dict[str, Prediction], model: str

@@ -24,6 +24,8 @@ ANSWERS = 10
 _PERIOD = re.compile(r"\.(?!\d)")
 _PERIODS_STRIPPED = 32
 _MARKS = tuple(';/[]"{}()=+\\_-><@`!')
+_VQA_MARKS = tuple(';/[]"{}()=+\\_-><@`,?!')
+_SEPARATED = re.compile(r"\d,\d")
 _ARTICLES = frozenset(("a", "an", "the"))
 _NUMBERS = {
     word: str(value)
@@ -99,3 +101,27 @@ def answer_scores(answers: Sequence[str]) -> dict[str, float]:
 def soft_score(prediction: str, answers: Sequence[str]) -> float:
     """Score of one answer in [0, 1]."""
     return answer_scores(answers).get(normalize(prediction), 0.0)
+
+
+def vqa_score(prediction: str, answers: Sequence[str]) -> float:
+    """VQAv2's score of one answer in [0, 1], equal to the official evaluator (GT-Vision-Lab/VQA, `vqaEval.py`).
+
+    Its oddities: where all humans say the same, nothing is normalized, so `Yes` is wrong where all say `yes`; question
+    marks and commas are marks as any other; a number with a thousands separator loses every mark without a space in its
+    place.
+    """
+    said, *told = (text.replace("\n", " ").replace("\t", " ").strip() for text in (prediction, *answers))
+    if len(set(told)) > 1:
+        said, *told = (_normalize_vqa(text) for text in (said, *told))
+    same = told.count(said)
+    return sum(min(1.0, (same - (other == said)) / 3) for other in told) / len(told)
+
+
+def _normalize_vqa(answer: str) -> str:
+    separated = _SEPARATED.search(answer) is not None
+    text = answer
+    for mark in _VQA_MARKS:
+        touches_space = f"{mark} " in answer or f" {mark}" in answer
+        text = text.replace(mark, "" if touches_space or separated else " ")
+    words = [_NUMBERS.get(word, word) for word in _PERIOD.sub("", text, count=_PERIODS_STRIPPED).lower().split()]
+    return " ".join(_CONTRACTIONS.get(word, word) for word in words if word not in _ARTICLES)

@@ -130,6 +130,9 @@ def sentence(scores: dict[str, Any]) -> str:
     text = f"{title(scores['benchmark'])}: {100 * scores['accuracy']:.2f} % of {scores['count']} questions"
     if "conditions" in scores:
         text += f" ({scores['conditions']})"
+    told = {kind: found["accuracy"] for kind, found in scores.get("kinds", {}).items()} | scores.get("figures", {})
+    if told:
+        text += "; " + ", ".join(f"{name} {100 * share:.2f} %" for name, share in told.items())
     if scores["errors"]:
         text += f"; without an answer, and counted as wrong: {scores['errors']}"
     if scores["truncated"]:
@@ -221,11 +224,22 @@ def _score(
     return {
         "benchmark": name,
         "accuracy": sum(values) / len(values),
+        "figures": benchmark.figures(questions, predictions),
+        "kinds": _by_kind(questions, values),
         "count": len(rows),
         "errors": sum(said.error is not None for said in predictions.values()),
         "truncated": sum(said.truncated for said in predictions.values()),
         "questions": rows,
     }
+
+
+def _by_kind(questions: Sequence[Question], values: Sequence[float]) -> dict[str, dict[str, float]]:
+    """Kind of question -> `accuracy` and `count`; empty where the benchmark knows one kind."""
+    kinds: dict[str, list[float]] = {}
+    for question, value in zip(questions, values, strict=True):
+        kinds.setdefault(question.kind, []).append(value)
+    found = {kind: {"accuracy": sum(each) / len(each), "count": len(each)} for kind, each in sorted(kinds.items())}
+    return found if len(found) > 1 else {}
 
 
 def _digest(images: dict[str, Path]) -> str:

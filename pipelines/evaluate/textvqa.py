@@ -6,7 +6,7 @@ Annotations: `TextVQA_0.5.1_*.json`, `{"data": [{"question_id", "question", "ima
 
 Predictions, three files with the same answers, each of which `read_predictions` reads back:
 
-- `predictions.jsonl`: one line per question, `{"question_id", "image_id", "prompt", "text", "error", "truncated"}`.
+- `predictions.jsonl`: captune's own.
 - `predictions_llava.jsonl`: the lines that the `eval_textvqa.py` of LLaVA and MGM reads; there `question_id` is the
   picture's id.
 - `predictions_official.json`: the challenge's submission, `[{"question_id", "answer"}]`.
@@ -14,16 +14,15 @@ Predictions, three files with the same answers, each of which `read_predictions`
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipelines.errors import UserError
+from pipelines.evaluate.answers import number, read_answers, write_answers, write_lines
 from pipelines.evaluate.benchmark import Prediction, Question
 from pipelines.evaluate.metrics import ANSWERS, soft_score
-from pipelines.files import read_text, write_text
 from pipelines.manifest import read_json, write_json
 
 if TYPE_CHECKING:
@@ -82,6 +81,11 @@ def image_path(images: Path, image_id: str) -> Path:
     return images / f"{image_id}.jpg"
 
 
+def figures(questions: Sequence[Question], predictions: dict[str, Prediction]) -> dict[str, float]:
+    """None but the score."""
+    return {}
+
+
 def score(questions: Sequence[Question], predictions: dict[str, Prediction]) -> list[float]:
     """Soft score of every question, in [0, 1].
 
@@ -103,25 +107,23 @@ def write_predictions(
     directory: Path, questions: Sequence[Question], predictions: dict[str, Prediction], model: str
 ) -> None:
     """Write the three files; each appears whole or not at all."""
-    ours, llava, official = [], [], []
+    llava, official = [], []
     for question in questions:
         said = predictions[question.id]
-        answer = {"prompt": question.prompt, "text": said.text}
         failing = {"error": said.error, "truncated": said.truncated}
-        number = _number(question.id)
-        ours.append({"question_id": number, "image_id": question.image_id, **answer, **failing})
         llava.append(
             {
                 "question_id": question.image_id,
-                **answer,
+                "prompt": question.prompt,
+                "text": said.text,
                 "answer_id": question.id,
                 "model_id": model,
                 "metadata": {key: value for key, value in failing.items() if value},
             }
         )
-        official.append({"question_id": number, "answer": said.text})
-    _write_lines(directory / "predictions.jsonl", ours)
-    _write_lines(directory / "predictions_llava.jsonl", llava)
+        official.append({"question_id": number(question.id), "answer": said.text})
+    write_answers(directory, questions, predictions)
+    write_lines(directory / "predictions_llava.jsonl", llava)
     write_json(directory / "predictions_official.json", official)
 
 
@@ -132,30 +134,10 @@ def read_predictions(path: Path | str, questions: Sequence[Question]) -> dict[st
         UserError: not such a file, an answer to no question, a question answered twice or not at all (the ids are
             named).
     """
-    path = Path(path)
-    known = {question.id for question in questions}
     by_image: dict[tuple[str, str], list[str]] = defaultdict(list)
     for question in questions:
         by_image[question.image_id, question.text.lower()].append(question.id)
-    found: dict[str, Prediction] = {}
-    for row, entry in enumerate(_prediction_rows(path)):
-        where = f"{path}: answer {row + 1}"
-        if not isinstance(entry, dict) or "question_id" not in entry or not ("text" in entry or "answer" in entry):
-            raise UserError(f"{where}: needs 'question_id' and 'text' (or 'answer')")
-        text = entry.get("text", entry.get("answer"))
-        error, truncated = (_said_of(entry, key) for key in ("error", "truncated"))
-        if not isinstance(text, str):
-            raise UserError(f"{where}: the answer must be text, not {type(text).__name__}")
-        key = _resolve(entry, by_image, found) or str(entry["question_id"])
-        if key not in known:
-            raise UserError(f"{where}: question_id {entry['question_id']} is no question of these annotations")
-        if key in found:
-            raise UserError(f"{where}: question_id {entry['question_id']} is answered twice")
-        found[key] = Prediction(key, text, str(error) if error else None, bool(truncated))
-    missing = [question.id for question in questions if question.id not in found]
-    if missing:
-        raise UserError(f"{path}: {len(missing)} of {len(questions)} questions have no answer: {_some(missing)}")
-    return found
+    return read_answers(path, questions, lambda row, found: _resolve(row, by_image, found))
 
 
 def _resolve(
@@ -208,38 +190,3 @@ def _tokens(entry: dict[str, Any], rosetta: dict[str, list[str]], path: Path, qu
             "or set evaluate.ocr_tokens to false"
         )
     return [str(token) for token in tokens]
-
-
-def _prediction_rows(path: Path) -> Iterable[Any]:
-    if not path.is_file():
-        raise UserError(f"{path}: no such prediction file")
-    text = read_text(path)
-    if text.lstrip().startswith("["):
-        return list(read_json(path))
-    rows = []
-    for number, line in enumerate(text.split("\n"), 1):  # not splitlines: an answer may hold U+2028
-        if line.strip():
-            try:
-                rows.append(json.loads(line))
-            except (ValueError, RecursionError) as error:
-                raise UserError(f"{path}: line {number} is not valid JSON ({error})") from error
-    return rows
-
-
-def _said_of(entry: dict[str, Any], key: str) -> Any:
-    """`error` or `truncated`: in a line of ours as it is, in a LLaVA line among its metadata."""
-    metadata = entry.get("metadata")
-    return entry.get(key) or (metadata.get(key) if isinstance(metadata, dict) else None)
-
-
-def _write_lines(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-
-
-def _number(key: str) -> int | str:
-    """The challenge's ids are numbers; an id that is none stays text."""
-    return int(key) if key.isdecimal() and str(int(key)) == key else key
-
-
-def _some(ids: Sequence[str], limit: int = 10) -> str:
-    return ", ".join(ids[:limit]) + (f" and {len(ids) - limit} more" if len(ids) > limit else "")

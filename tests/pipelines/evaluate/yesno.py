@@ -36,6 +36,10 @@ def score(questions: Sequence[Question], predictions: dict[str, Prediction]) -> 
     return [float(not it.error and it.text.lower().split(" ")[0] == question.answers[0]) for question, it in pairs]
 
 
+def figures(questions: Sequence[Question], predictions: dict[str, Prediction]) -> dict[str, float]:
+    return {}
+
+
 def write_predictions(
     directory: Path, questions: Sequence[Question], predictions: dict[str, Prediction], model: str
 ) -> None:
