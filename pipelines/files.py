@@ -35,14 +35,15 @@ def refusal(error: OSError, path: Path | str | None = None) -> str:
     place = _standing(Path(os.fsdecode(named)).absolute())
     if error.errno in FULL:
         volume, size = _volume(place)
-        return f"{named}: {what} on the volume {volume} ({size}); make room or enlarge it, and the same command goes on"
+        todo = "make room or enlarge it, and the same command continues"
+        return f"{named}: {what}: the volume {volume} holds {size}; {todo}"
     if error.errno == errno.EROFS:
-        return f"{named}: the volume {_volume(place)[0]} is read-only; mount it for writing, or write elsewhere"
+        return f"{named}: {what}: so is the volume {_volume(place)[0]}; mount it for writing, or write elsewhere"
     if error.errno in FORBIDDEN:
         facts = place.stat()
         return (
             f"{named}: {what}: this is user {os.geteuid()}, group {os.getegid()}, and {place} belongs to user "
-            f"{facts.st_uid}, group {facts.st_gid} (mode {facts.st_mode & 0o7777:o}); give it to this one"
+            f"{facts.st_uid}, group {facts.st_gid} (mode {facts.st_mode & 0o7777:o})"
         )
     return f"{named}: {what}"
 
@@ -63,7 +64,8 @@ def _volume(place: Path) -> tuple[Path, str]:
     space = os.statvfs(place)
     while place != place.parent and not os.path.ismount(place):
         place = place.parent
-    return place, f"{space.f_blocks * space.f_frsize / 1e9:.1f} GB"
+    size = space.f_blocks * space.f_frsize
+    return place, f"{size / 1e9:.1f} GB" if size > 1e8 else f"{size / 1e6:.1f} MB"
 
 
 @contextmanager

@@ -36,6 +36,10 @@ _lost: list[str] = []
 _beating = threading.Event()
 
 
+class Busy(UserError):
+    """Another process writes there; that passes."""
+
+
 def hold(directory: Path, patience_s: float = 0.0) -> None:
     """Keep other processes from writing to `directory` until `release` or the end of this one. Twice is once.
 
@@ -43,7 +47,7 @@ def hold(directory: Path, patience_s: float = 0.0) -> None:
         patience_s: seconds to wait for one that writes there.
 
     Raises:
-        UserError: another process writes there (host, process and command are named).
+        Busy: another process writes there (host, process and command are named).
         OSError: the directory cannot be written to.
     """
     directory = directory.resolve()
@@ -55,7 +59,7 @@ def hold(directory: Path, patience_s: float = 0.0) -> None:
         beat = _last_beat(directory)
         lives = holder["place"] == _place() or (first_beat is not None and beat not in (None, first_beat))
         if lives and time.monotonic() >= give_up:
-            raise UserError(_refusal(directory, holder))
+            raise Busy(_refusal(directory, holder))
         if first_beat is None:
             first_beat = beat
             if not lives:
@@ -91,17 +95,22 @@ def lost() -> str:
 
 def _try(directory: Path) -> dict[str, Any] | None:
     """Take the place if it is free or its holder is dead; else say who has it."""
-    path, mine = directory / LOCK, json.dumps(_me())
-    while not _created(path, mine):
-        text = _text(directory)
-        if text is None:
-            continue  # let go this very moment
-        holder = _parsed(text)
-        if not _dead(holder, directory) or not _replaced(directory, text, mine):
-            return holder
-        say(f"{directory}: process {holder['pid']} on {holder['host']} wrote here and is gone; taking over")
-        break
-    _held[directory] = mine
+    mine = json.dumps(_me())
+    try:
+        while not _created(directory / LOCK, mine):
+            text = _text(directory)
+            if text is None:
+                continue  # let go this very moment
+            holder = _parsed(text)
+            if not _dead(holder, directory) or not _replaced(directory, text, mine):
+                return holder
+            say(f"{directory}: process {holder['pid']} on {holder['host']} wrote here and is gone; taking over")
+            break
+        _held[directory] = mine
+    except BaseException:  # Ctrl-C just now
+        if _text(directory) == mine:
+            (directory / LOCK).unlink()
+        raise
     if not _beating.is_set():
         _beating.set()
         threading.Thread(target=_beat, daemon=True, name="captune-lock").start()
@@ -115,10 +124,14 @@ def _created(path: Path, text: str) -> bool:
         handle = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
     except FileExistsError:
         return False
-    with open(handle, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(handle)
+    try:
+        with open(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(handle)
+    except BaseException:
+        path.unlink()
+        raise
     return True
 
 

@@ -105,6 +105,11 @@ class RunDir:
         """The resolved recipe."""
         return self.root / RECIPE
 
+    @property
+    def refused(self) -> Path:
+        """What jobs of a cluster were refused here, a file each."""
+        return self.root / ".refused"
+
     def filters(self, arm: str) -> Path:
         """The copy of the Data-Juicer recipe that refines an arm."""
         return self.root / FILTERS / f"{arm}.yaml"

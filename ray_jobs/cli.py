@@ -94,6 +94,11 @@ def guarded(work: Callable[[list[str]], int | None], argv: list[str] | None = No
         return 141
     except OSError as error:
         return _refused_by_the_system(error)
+    except Exception as error:  # Ray's errors among them: a worker's, wrapped
+        if (known := _of_a_worker(error)) is None:
+            raise
+        print(f"captune: {'error' if isinstance(known, UserError) else 'failed'}: {known}", file=sys.stderr)
+        return 2 if isinstance(known, UserError) else 1
     except KeyboardInterrupt as end:
         if why := lock.lost():
             print(f"captune: failed: {why}", file=sys.stderr)
@@ -114,12 +119,23 @@ def _terminate(number: int, frame: object) -> None:
 
 def _refused_by_the_system(error: OSError) -> int:
     """A disk that is full or read-only, a path that is none, a missing permission: one line that names the path."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    what = error.strerror or (lines[-1] if lines else type(error).__name__)
-    places = [str(error.filename)] if error.filename else [str(directory) for directory in lock.held()]
+    from pipelines.files import refusal
+
     asked = error.errno in _ASKED
-    print(f"captune: {'error' if asked else 'failed'}: {': '.join([*places[-1:], what])}", file=sys.stderr)
+    print(f"captune: {'error' if asked else 'failed'}: {refusal(error, _place())}", file=sys.stderr)
     return 2 if asked else 1
+
+
+def _of_a_worker(error: Exception) -> UserError | WorkFailed | None:
+    """What Ray says that has a sentence of its own."""
+    from pipelines.failures import explained
+
+    return explained(error, _place())
+
+
+def _place() -> str | None:
+    """Where this process writes, for errors that name no path."""
+    return next((str(directory) for directory in reversed(lock.held())), None)
 
 
 def _usage() -> str:

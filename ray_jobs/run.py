@@ -17,7 +17,7 @@ from pipelines.lock import LOCK, hold, release
 from pipelines.manifest import MANIFEST, read_json
 from pipelines.progress import clock, say
 from pipelines.rundir import RunDir
-from ray_jobs import _ending, _plan, _start, cli, hallway
+from ray_jobs import _ending, _plan, _refusals, _start, cli, hallway
 from ray_jobs._options import CONFIG_OPTION, RESTART, WHOLE, Command, Option, lasting, parse, required
 from ray_jobs.recipe import Recipe, absolute, recipe_yaml
 from ray_jobs.recipe_file import require_same
@@ -42,6 +42,10 @@ COMMAND = Command(
 )
 
 
+PATIENCE_S = 30.0
+"""While another stage's job notes down the recipe."""
+
+
 def main(argv: list[str]) -> int:
     """`captune run RECIPE`, or `--config RECIPE`."""
     recipe, options = parse(COMMAND, argv)
@@ -58,14 +62,17 @@ def main(argv: list[str]) -> int:
         return _preflight(recipe, options)
     if options.dry_run:
         return _dry_run(recipe, options)
-    return _part(recipe, steps, options) if options.stage else _whole(recipe, options)
+    what = str(hallway.Step(options.stage or "run", options.arm, options.seed))
+    with _refusals.kept(_place(recipe), what, options.recipe_is):
+        return _part(recipe, steps, options) if options.stage else _whole(recipe, options)
 
 
 def _preflight(recipe: Recipe, options: SimpleNamespace) -> int:
     """Everything but what this machine has: a cluster that is yet to come will do the work."""
-    problems = list(_plan.problems(recipe, here=False))
+    preflight.require(_plan.problems(recipe, here=False))
     steps, others = _plan.steps(recipe, restart=options.restart, measure=False) if recipe.arms else ([], [])
-    preflight.require([*problems, *others] or _plan.unwritable(recipe))
+    preflight.require(others or _plan.unwritable(recipe))
+    _refusals.forget(_place(recipe))
     found = {"stages": {step.stage: step.state for step in steps}}
     return _ending.end(options, found, f"preflight: nothing stands in the way of {recipe.run_dir}")
 
@@ -109,7 +116,7 @@ def _take_part(recipe: Recipe, place: RunDir, steps: list[hallway.Step]) -> Reci
         UserError: a whole run, or another process with one of these steps, is at work there.
     """
     place.root.mkdir(parents=True, exist_ok=True)
-    hold(place.root, patience_s=30.0)
+    hold(place.root, patience_s=PATIENCE_S)
     try:
         recipe = keep(recipe, place)
         for directory in (hallway.output(recipe, place, step) for step in steps):

@@ -24,6 +24,7 @@ from pipelines.caption.tally import Tally
 from pipelines.caption.watch import Watch
 from pipelines.demand import CPU
 from pipelines.errors import WorkFailed
+from pipelines.failures import explained
 from pipelines.progress import Progress
 
 if TYPE_CHECKING:
@@ -117,6 +118,8 @@ def caption_index(
             )
         except ray.exceptions.RayError as error:
             if not watch.stopped():
+                if known := explained(error, index.parent, "caption.batch_size"):
+                    raise known from error
                 raise WorkFailed(
                     f"captioning into {index.parent} broke off: {_cause(error)}. What is done is kept; the "
                     f"same command continues"

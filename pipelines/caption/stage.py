@@ -13,7 +13,6 @@ already.
 
 from __future__ import annotations
 
-import errno
 import shutil
 import time
 from collections.abc import Iterator
@@ -31,6 +30,7 @@ from pipelines.caption.results import Results, count_work
 from pipelines.caption.watch import SHEET
 from pipelines.connection import connect
 from pipelines.errors import UserError, WorkFailed
+from pipelines.failures import explained
 from pipelines.formats import Dataset, open_dataset
 from pipelines.lock import hold, release
 from pipelines.manifest import MANIFEST, StageOutput, fingerprint, open_stage
@@ -74,7 +74,7 @@ def run(input: str, output: Path, config: CaptionConfig, *, restart: bool = Fals
         return stage.manifest
     results = Results(work, fingerprint({key: value for key, value in wanted.items() if key not in GROWS}))
     connect()
-    with _naming_full_disks(output):
+    with _naming_the_output(output):
         if stage.grown:
             _take_over(stage, results)
         return _caption(dataset, work / f"index-{wanted['input']}", results, model, config, stage)
@@ -161,12 +161,11 @@ def _take_over(stage: StageOutput, results: Results) -> None:
 
 
 @contextmanager
-def _naming_full_disks(output: Path) -> Iterator[None]:
+def _naming_the_output(output: Path) -> Iterator[None]:
+    """A volume's refusal without a path is of the output."""
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO):
-            raise
-        raise WorkFailed(
-            f"cannot write to {output}: {error}. What is done is kept; make room and the same command continues"
-        ) from error
+        if known := explained(error, output):
+            raise known from error
+        raise

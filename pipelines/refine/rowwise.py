@@ -5,7 +5,7 @@ else.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from pipelines import groups
 from pipelines.demand import CPU
 from pipelines.errors import UserError, WorkFailed
+from pipelines.failures import explained
 from pipelines.progress import Progress
 from pipelines.refine.apply import Outcome, Row, run_operators
 from pipelines.refine.config import RefineConfig
@@ -75,7 +76,7 @@ def run_stretch(
     rejected = 0
     with Progress(len(alive), f"{what}: {_names(stretch)}") as progress:
         batch: pa.Table
-        for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):  # type: ignore[assignment]
+        for batch in _explaining(dataset, shards[0].parent):
             for row in batch.to_pylist():
                 if row["sample_id"] == _PROBLEM:
                     raise _RAISED[row["step"]](row["reason"])
@@ -85,6 +86,18 @@ def run_stretch(
                     outcome.stats |= json.loads(row["stats"])
                     rejected += outcome.step is not None
             progress.update(batch.num_rows, f"{rejected} rejected")
+
+
+def _explaining(dataset: ray.data.Dataset, input: Path) -> Iterator[pa.Table]:
+    """Its batches; what Ray says of a worker's end becomes a sentence."""
+    import ray
+
+    try:
+        yield from dataset.iter_batches(batch_size=None, batch_format="pyarrow")  # type: ignore[misc]
+    except ray.exceptions.RayError as error:
+        if known := explained(error, input, "refine.batch_size (arms.NAME.batch_size)"):
+            raise known from error
+        raise
 
 
 def _names(stretch: Sequence[tuple[int, Operator]]) -> str:

@@ -15,6 +15,7 @@ from typing import Any
 from pipelines import groups
 from pipelines.connection import connect
 from pipelines.errors import UserError, WorkFailed
+from pipelines.failures import explained
 from pipelines.formats import open_dataset
 from pipelines.manifest import MANIFEST, claim_of, look, open_stage
 from pipelines.mgm.directory import check_plain_directory
@@ -237,6 +238,8 @@ def _fit(
         try:
             facts: dict[str, Any] | None = _beside(trainer.fit).return_value
         except TrainingFailedError as error:
+            if known := explained(error, output, "train.align.micro_batch, train.instruct.micro_batch"):
+                raise known from error
             raise WorkFailed(f"{what}: the workers failed {config.max_failures + 1} time(s): {error}") from error
     if facts is None:
         raise WorkFailed(f"{what}: the first worker returned nothing")

@@ -19,6 +19,7 @@ from ray.train.torch import get_device
 from ray.train.v2._internal.execution import context as ray_train_context
 
 from pipelines.errors import UserError, WorkFailed
+from pipelines.failures import explained
 from pipelines.mgm.adapter import write_adapter
 from pipelines.mgm.configuration import MGMConfig
 from pipelines.mgm.load import load_config, load_model, load_processor, load_skeleton, quiet
@@ -103,6 +104,11 @@ def train_worker(settings: dict[str, Any]) -> dict[str, Any]:
         return run.train()
     except (UserError, WorkFailed) as error:
         return {"error": type(error).__name__, "message": str(error)}
+    except OSError as error:
+        known = explained(error, job.output)
+        if known is None or (run is not None and run.workers > 1):
+            raise  # the others wait for this one: Ray ends them
+        return {"error": "WorkFailed" if isinstance(known, WorkFailed) else "UserError", "message": str(known)}
     except torch.OutOfMemoryError:
         if run is not None and (run.leave_smaller() or run.workers > 1):
             raise  # Ray ends all workers and starts them again: nobody waits for this one
