@@ -5,11 +5,12 @@ from __future__ import annotations
 if __name__ == "__main__":
     import _from_path  # noqa: F401
 
+from collections.abc import Iterator
 from pathlib import Path
 
 from pipelines.errors import UserError
 from pipelines.progress import say
-from pipelines.rundir import arm_of
+from pipelines.rundir import RunDir, arm_of, collect
 from ray_jobs import _ending, cli
 from ray_jobs._options import Command, Option, parse, writing
 
@@ -17,7 +18,7 @@ COMMAND = Command(
     "compare",
     "Hold evaluations against each other; the baseline is compare.baseline, else `original`, else the first.",
     (
-        Option("--evaluations", "[NAME=]DIR", "what captune evaluate wrote, two or more", needed=True, many=True),
+        Option("--evaluations", "[NAME=]DIR", "what captune evaluate wrote, or runs", needed=True, many=True),
         writing("directory for comparison.json"),
     ),
     reads=("compare",),
@@ -47,11 +48,24 @@ def _named(arguments: list[str]) -> dict[str, Path]:
         if not given or "/" in name or Path(argument).exists():  # a directory that has such a character itself
             name, directory = "", argument
         place = Path(directory).expanduser()
-        name = name or arm_of(place)
-        if name in named:
-            raise UserError(f"two evaluations are named '{name}'; give them names of their own: NAME=DIR")
-        named[name] = place
+        for own, evaluation in _evaluations(place, name):
+            if own in named:
+                raise UserError(f"two evaluations are named '{own}'; give them names of their own: NAME=DIR")
+            named[own] = evaluation
     return named
+
+
+def _evaluations(place: Path, name: str) -> Iterator[tuple[str, Path]]:
+    """An evaluation, or all of a run, named after it and their arms."""
+    if not RunDir(place).recipe.is_file():
+        yield name or arm_of(place), place
+        return
+    run = collect(place)
+    for walk in run.walks:
+        if len(walk.evaluations) > 1:
+            raise UserError(f"{place}: {walk.name} was asked several benchmarks; name directories below it instead")
+        for evaluation in walk.evaluations.values():
+            yield f"{name or run.directory.name}/{walk.name}", evaluation.directory
 
 
 if __name__ == "__main__":
