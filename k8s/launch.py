@@ -174,7 +174,7 @@ def _let_go(kubectl: Kubectl, job: Object, title: str, state: str) -> None:
 def _log(kubectl: Kubectl, place: Path, job: Object) -> Iterator[follow.Log]:
     """The log of a job in a file; Ctrl-C leaves the job at work and says so."""
     name, kind = job["metadata"]["name"], job["kind"].lower()
-    file = place / "logs" / f"{name}.log"
+    file = RunDir(place).log(name)
     file.parent.mkdir(parents=True, exist_ok=True)
     log = follow.Log(kubectl, file)
     try:

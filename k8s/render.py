@@ -148,14 +148,15 @@ def texts(recipe: Recipe) -> dict[str, str]:
     return {RECIPE: yaml.safe_dump(shipped, sort_keys=False, allow_unicode=True), **files}
 
 
-def entrypoint(step: Step, recipe: str = "") -> list[str]:
-    """The command of a job, which refuses a recipe of another digest."""
+def entrypoint(step: Step, recipe: str = "", log: Path | None = None) -> list[str]:
+    """The command of a job, which refuses a recipe of another digest and keeps its log where no pod's end reaches."""
     words = ["captune", "run", RECIPE_FILE]
     if step.workload == "preflight":
         words.append("--preflight")
     elif step.workload != "run":
         words += hallway.Step(step.workload, step.arm, step.seed).words
-    return [*words, "--recipe-is", recipe] if recipe else words
+    words += ["--recipe-is", recipe] if recipe else []
+    return [*words, "--log", str(log)] if log else words
 
 
 def serve_config(recipe: Recipe, arm: str, seed: int | None, serving: int) -> Object:
@@ -289,7 +290,8 @@ def _call(shared: list[Object], chosen: Object, recipe: Recipe, step: Step, mark
             if volume.get("configMap", {}).get("name") == "captune-recipe":
                 volume["configMap"]["name"] = names.of_recipe(mark)
     if chosen["kind"] == "RayJob":
-        chosen["spec"]["entrypoint"] = shlex.join(entrypoint(step, mark))
+        log = RunDir(Path(recipe.run_dir)).log(name)
+        chosen["spec"]["entrypoint"] = shlex.join(entrypoint(step, mark, log))
     if chosen["kind"] == "Job":
         chosen["spec"]["template"]["spec"]["containers"][0]["command"] = entrypoint(step, mark)
     else:

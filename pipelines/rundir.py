@@ -18,6 +18,7 @@ from pipelines.manifest import CLAIM, MANIFEST, read_json
 
 RECIPE, FILTERS, CAPTIONS, COMPARISON = "recipe.yaml", "filters", "captions", "comparison.json"
 REPORT = Path("report") / "index.html"
+LOGS = "logs"
 _DATASET, _ADAPTER, _MERGED, _PREDICTIONS = _STAGE_FOLDERS = ("dataset", "adapter", "merged", "predictions")
 _SEEDED = re.compile(r"(?P<arm>.+)-seed(?P<seed>-?\d+)")
 
@@ -128,6 +129,10 @@ class RunDir:
     def report(self) -> Path:
         """The page that a person opens."""
         return self.root / REPORT
+
+    def log(self, job: str) -> Path:
+        """What a job of a cluster printed, all its attempts."""
+        return self.root / LOGS / f"{job}.log"
 
     def dataset(self, arm: str) -> Path:
         """An arm's refined data: the same for all seeds."""

@@ -17,7 +17,7 @@ from pipelines.lock import LOCK, hold, release
 from pipelines.manifest import MANIFEST, read_json
 from pipelines.progress import clock, say
 from pipelines.rundir import RunDir
-from ray_jobs import _ending, _plan, _refusals, _start, cli, hallway
+from ray_jobs import _ending, _log, _plan, _refusals, _start, cli, hallway
 from ray_jobs._options import CONFIG_OPTION, RESTART, WHOLE, Command, Option, lasting, parse, required
 from ray_jobs.recipe import Recipe, absolute, recipe_yaml
 from ray_jobs.recipe_file import require_same
@@ -33,6 +33,7 @@ COMMAND = Command(
         Option("--dry-run", about="say what stands in the way and what would run; write nothing"),
         Option("--measured", "RUN", "with --dry-run: a finished run, at whose rates the hours are foretold", path=True),
         Option("--preflight", about="look at everything that a run needs, and try to write where it writes; for jobs"),
+        Option("--log", "FILE", "append what is printed to it, too; for jobs", path=True, default=""),
         Option("--recipe-is", "DIGEST", "end before anything begins when RECIPE is another; for jobs", default=""),
         RESTART,
     ),
@@ -51,6 +52,8 @@ def main(argv: list[str]) -> int:
     recipe, options = parse(COMMAND, argv)
     if options.recipe_is:
         require_same(required(options.recipes and options.recipes[-1], "a recipe", "run"), options.recipe_is)
+    if options.log:
+        _log.keep(Path(options.log))
     if not recipe.arms and not options.stage and not options.preflight:
         raise UserError("captune run needs a recipe with arms: captune run sample, or captune run my_recipe.yaml")
     steps = hallway.steps(recipe, options.stage, options.arm, options.seed)
