@@ -32,6 +32,8 @@ def refusal(error: OSError, path: Path | str | None = None) -> str:
     what = error.strerror or (lines[-1] if lines else type(error).__name__)
     if named is None or isinstance(named, int):
         return what
+    if error.errno in (*FULL, errno.EROFS, *FORBIDDEN):
+        what = os.strerror(error.errno)  # pyarrow has words of its own
     place = _standing(Path(os.fsdecode(named)).absolute())
     if error.errno in FULL:
         volume, size = _volume(place)
