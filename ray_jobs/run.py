@@ -63,6 +63,8 @@ def main(argv: list[str]) -> int:
         lasting(recipe.train.model, "train.model")
     if options.preflight:
         return _preflight(recipe, options)
+    if options.dry_run and options.stage:
+        raise UserError("--dry-run is of a whole run; leave --stage out")
     if options.dry_run:
         return _dry_run(recipe, options)
     what = str(hallway.Step(options.stage or "run", options.arm, options.seed))
