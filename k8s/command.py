@@ -97,8 +97,9 @@ def _run(recipe: Recipe, options: SimpleNamespace) -> int:
     kubectl = Kubectl(wanted.namespace, options.context)
     report = launch.run(recipe, wanted, kubectl, place, 60.0 * options.patience)
     if options.json:
-        print(json.dumps({"run_dir": recipe.run_dir, "report": str(report)}))
-    say(f"k8s: done: open {report}; the run directory {recipe.run_dir} stays on the cluster's volume")
+        print(json.dumps({"run_dir": recipe.run_dir, "report": report and str(report)}))
+    found = f"open {report}; " if report else ""
+    say(f"k8s: done: {found}the run directory {recipe.run_dir} stays on the cluster's volume")
     return 0
 
 

@@ -263,7 +263,8 @@ def _rights(kubectl: Kubectl, objects: list[Object]) -> Iterator[Finding]:
     """What `captune k8s run` does in the namespace."""
     work = sorted({(_group(f), f"{f['kind'].lower()}s") for f in objects if f["kind"] in ("RayJob", "Job")})
     wanted = [(verb, *kind) for kind in work for verb in ("create", "get", "list", "patch", "delete")]
-    wanted += [("get", "", "pods/log"), ("create", "", "pods/exec"), ("list", "", "pods"), ("list", "", "events")]
+    wanted += [("get", "", "pods/log"), ("create", "", "pods/exec"), ("list", "", "events")]
+    wanted += [(verb, "", "pods") for verb in ("list", "create", "delete")]
     told = kubectl.rules()
     refused = [f"{verb} {kind}" for verb, group, kind in wanted if not _allowed(told, verb, group, kind)]
     if not refused:

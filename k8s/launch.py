@@ -68,8 +68,8 @@ def plan(recipe: Recipe, overlay: str, image: str = "", whole: bool = False) -> 
     return Plan(shared, preflight, jobs, titles)
 
 
-def run(recipe: Recipe, wanted: Plan, kubectl: Kubectl, place: Path, patience_s: float) -> Path:
-    """Everything, to the report below `place`; returns its page.
+def run(recipe: Recipe, wanted: Plan, kubectl: Kubectl, place: Path, patience_s: float) -> Path | None:
+    """Everything, to the report below `place`; returns its page, which a recipe without arms does not have.
 
     Raises:
         UserError: the cluster lacks something, the preflight refuses, or a job of another recipe is at work.
@@ -91,7 +91,7 @@ def run(recipe: Recipe, wanted: Plan, kubectl: Kubectl, place: Path, patience_s:
         _let_go(kubectl, job, title, state)
         with _log(kubectl, place, job) as log:
             follow.until_over(kubectl, "rayjobs", job["metadata"]["name"], title, log, patience_s)
-    return fetch(recipe, wanted, kubectl, place)
+    return fetch(recipe, wanted, kubectl, place) if recipe.arms else None
 
 
 def require(findings: list[doctor.Finding]) -> None:

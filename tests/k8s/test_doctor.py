@@ -54,7 +54,10 @@ def test_everything_that_is_missing_is_said_at_once(stage: Stage, capsys: pytest
     assert "lacks the key password" in found["secret captune-redis"]
     assert "no default storage class (there is none at all)" in found["volume captune-data"]
     assert "kubectl -n kuberay-system describe deployment" in found["KubeRay's operator"]
-    assert "you may not create rayjobs, patch rayjobs, delete rayjobs, create pods/exec" in found["your rights"]
+    assert (
+        "you may not create rayjobs, patch rayjobs, delete rayjobs, create pods/exec, create pods"
+        in found["your rights"]
+    )
 
 
 def test_kuberay_and_other_projects_by_the_kinds_that_they_bring(

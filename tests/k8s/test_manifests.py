@@ -393,7 +393,8 @@ def test_the_command_refuses_the_impossible(argv: list[str], words: str, capsys:
 def test_the_command_prints_manifests(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["k8s", "render", "--recipe", "sample", "--overlay", "kind", "--caption.batch_size", "7"]) == 0
     objects = list(yaml.load_all(capsys.readouterr().out, yaml.CSafeLoader))
-    assert "batch_size: 7" in the(objects, "ConfigMap", "captune-recipe")["data"]["recipe.yaml"]
+    (file,) = [found["data"]["recipe.yaml"] for found in objects if found["kind"] == "ConfigMap"]
+    assert "batch_size: 7" in file
 
 
 def commands() -> list[list[str]]:

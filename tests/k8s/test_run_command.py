@@ -242,7 +242,9 @@ def test_a_run_is_a_job_for_each_stage_which_ctrl_c_leaves_at_work_and_the_same_
     assert Path("runs/mine/report/index.html").read_text() == "report of runs/mine"
     assert f"{names[-1]}: 980/980 rows" in told.out and "open runs/mine/report/index.html" in told.err
     assert Path(f"runs/mine/logs/{names[-1]}.log").read_text() == f"{names[-1]}: 980/980 rows\n"
-    assert stage.objects("Pod") == [], "the reader is gone"
+    applied = [each for call in stage.told() if call["given"] for each in json.loads(call["given"]).get("items", [])]
+    (reader,) = [each for each in applied if each["kind"] == "Pod"]
+    assert schemas.errors(reader) == [] and stage.objects("Pod") == [], "the pod that read the report is gone"
 
 
 def _interrupted(until: Path) -> str:
