@@ -405,8 +405,7 @@ def commands() -> list[list[str]]:
 
 def test_a_newcomer_needs_fewer_than_ten_commands() -> None:
     first = commands()[0]
-    assert any("captune k8s render" in line for line in first)
-    assert "cp" in first[-1].split()
+    assert first[-1].startswith("captune k8s run ")
     assert len(first) < 10
 
 
@@ -422,8 +421,11 @@ def test_the_readmes_commands_are_understood(
     assert len(ours) >= 3
     for line in ours:
         words = shlex.split(line)
-        if words[1] == "k8s":
+        if words[1:3] == ["k8s", "render"]:
             assert cli.main(words[1:]) == 0
+        elif words[1] == "k8s":  # which would look for a cluster
+            with pytest.raises(SystemExit, match="0"):
+                cli.main([*words[1:], "--help"])
         else:
             parse_command(words, monkeypatch)
 
@@ -436,8 +438,7 @@ def test_the_readme_names_what_the_manifests_and_kuberay_make() -> None:
             if found["kind"] in ("RayCluster", "RayService")
         )
         assert f"service/{name}-{suffix}" in README
-    for workload in ("run", "preflight"):
-        assert f"job/{names.of_work('runs/sample', workload)}" in README
+    assert f"job/{names.of_work('runs/sample', 'run')}" in README
     assert {("captune-ray-token", "auth_token"), ("captune-redis", "password")} <= SECRETS
     for overlay in render.OVERLAYS:
         assert overlay in README
