@@ -99,6 +99,7 @@ def data_context(*groups: str, cpus: float = 0.0) -> Iterator[DataContext]:
     context = DataContext.get_current().copy()
     if asked := selector(*groups):
         context.execution_options.label_selector = asked
+        context.use_datasource_v2 = False  # its readers of footers heed no selector: they run anywhere
         limit = sum(node.cpus for node in room(at_most(), groups[0])) + cpus
         context.execution_options.resource_limits = ExecutionResources(cpu=limit)
     with DataContext.current(context):

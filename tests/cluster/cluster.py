@@ -170,7 +170,7 @@ class Cluster:
         ]
         words += ["--dashboard-host=127.0.0.1", f"--ray-client-server-port={next(self._ports)}"]
         node = self._start("head", words, cpus, 0, resources, labels)
-        self._await(lambda: self._http_answers(), "the head's dashboard", node)
+        self._await(lambda: self._joined(node) and self._http_answers(), "the head", node)
         return node
 
     def add_node(
@@ -178,8 +178,7 @@ class Cluster:
     ) -> Node:
         """A worker node; it is part of the cluster when this returns."""
         node = self._start(name, [f"--address=127.0.0.1:{self.gcs_port}"], cpus, gpus, resources, labels)
-        started = self.place / f"{name}.log"
-        self._await(lambda: "Ray runtime started" in started.read_text(), f"node {name}", node)
+        self._await(lambda: self._joined(node), f"node {name}", node)
         return node
 
     def submit(self, *entrypoint: str, job: str, working_dir: Path | None = None, **settings: str) -> None:
@@ -289,6 +288,9 @@ class Cluster:
             env={**os.environ, MARK: f"{self.mark}/redis"},
         )
         self._await(lambda: not port_is_free(self.redis_port), "Redis", None)
+
+    def _joined(self, node: Node) -> bool:
+        return "Ray runtime started" in (self.place / f"{node.name}.log").read_text()
 
     def _http_answers(self) -> bool:
         import httpx
