@@ -117,8 +117,7 @@ def main() -> int:
             record.say(f"killed: node {name}, {cluster.nodes[name].kill()} processes")
             wait("a replica", 240, lambda: at_rest(cluster, 1))
             time.sleep(3)
-            lost = [outcome for outcome, _ in clients.since(began) if outcome != "ok"]
-            record.check(not lost, f"with preStop: {clients.told(began)}")
+            record.check(not clients.lost(began), f"with preStop: {clients.told(began)}")
 
             cluster.add_node(f"{name}-again", cpus=1)
             name, _ = node_of_a_replica(cluster)
@@ -136,8 +135,7 @@ def main() -> int:
                 time.sleep(3)
                 wait("the other model", 240, lambda: at_rest(cluster, 1))
                 record.say(f"another model in place, {words}: {clients.told(began)}")
-            lost = [outcome for outcome, _ in clients.since(began) if outcome != "ok"]
-            record.check(not lost, "the new replica first: no request is lost")
+            record.check(not clients.lost(began), "the new replica first: no request is lost")
 
             deploy(cluster, config(other, port, 1, 2, 100))
             began = time.monotonic()
@@ -145,11 +143,12 @@ def main() -> int:
                 wait("a second replica under load", 240, lambda: len(replicas(cluster)) == 2)
                 record.say(f"eight more clients: two replicas after {time.monotonic() - began:.0f} s")
                 wait("fifty answers by two", 240, lambda: len(load.seen) >= 50)
+                under_load = load.told(began)
             ended = time.monotonic()
             wait("one replica again", 240, lambda: at_rest(cluster, 1))
             record.say(f"they leave: one replica after {time.monotonic() - ended:.0f} s")
-            lost = [outcome for outcome, _ in clients.since(began) + load.since(began) if outcome != "ok"]
-            record.check(not lost, f"up and down: {clients.told(began)}; of the load {load.told(began)}")
+            lost = clients.lost(began) + load.lost(began)
+            record.check(not lost, f"up and down: {clients.told(began)}; of the load {under_load}")
     return 0
 
 

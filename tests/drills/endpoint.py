@@ -46,6 +46,12 @@ class Clients:
         """Outcomes of requests that ended after `moment`."""
         return [(outcome, answer) for when, outcome, answer in list(self.seen) if when >= moment]
 
+    def lost(self, moment: float) -> list[str]:
+        """Failures after `moment`, but for 404: a proxy on a new node answers so before it knows a route. Its health
+        check says so, and a Service sends it nothing; here all proxies share one port.
+        """
+        return [outcome for outcome, _ in self.since(moment) if outcome not in ("ok", "status 404")]
+
     def told(self, moment: float) -> str:
         """The requests after `moment` in words: how many, what failed, the longest time without an answer."""
         failed = Counter(outcome for outcome, _ in self.since(moment) if outcome != "ok")
