@@ -6,7 +6,6 @@ import re
 import subprocess
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -42,6 +41,7 @@ class Log:
         name = newest["metadata"]["name"]
         if name != self._pod:
             self._pod, self._last = name, ""
+            self._error, self.mends = [], False  # what an earlier attempt ended with is no reason for this one's end
         elif newest["status"]["phase"] != "Running":
             return  # it is over, and was read to its end
         self._read()
@@ -104,7 +104,7 @@ def until_over(kubectl: Kubectl, kind: str, name: str, title: str, log: Log, pat
             it holds nothing.
     """
     said: dict[str, str] = {}
-    waiting = time.monotonic()
+    waiting, failed = time.monotonic(), 0
 
     def tell(about: str, what: str) -> None:
         if said.get(about) != what:
@@ -120,7 +120,10 @@ def until_over(kubectl: Kubectl, kind: str, name: str, title: str, log: Log, pat
             continue
         said.pop("api", None)
         state = _state(look)
-        _attempts(look, log, tell)
+        if failed < look.status.get("failed", 0) and state != "over" and look.job["kind"] == "RayJob":
+            failed = look.status["failed"]
+            log.finish()
+            tell("attempt", _attempt(look, log))
         if state != "over":
             tell("state", _SAID[state])
         log.of([pod for pod in look.pods if _prints(pod)])
@@ -188,12 +191,11 @@ def _ended(look: Look, kind: str) -> Object | None:
     return next((each for each in every if each["type"] == kind and each["status"] == "True"), None)
 
 
-def _attempts(look: Look, log: Log, tell: Callable[[str, str], None]) -> None:
+def _attempt(look: Look, log: Log) -> str:
     """Between attempts KubeRay deletes the submitter with its log, and says nothing of why."""
-    failed, most = look.status.get("failed", 0), look.job["spec"].get("backoffLimit", 0) + 1
-    if failed and failed < most and look.job["kind"] == "RayJob":
-        why = log.sentence or look.status.get("message") or look.status.get("reason") or "no reason was written down"
-        tell("attempt", f"attempt {failed} of {most} failed: {why}")
+    failed, most = look.status["failed"], look.job["spec"].get("backoffLimit", 0) + 1
+    why = log.sentence or look.status.get("message") or look.status.get("reason") or "its log is in the run directory"
+    return f"attempt {failed} of {most} failed: {why}"
 
 
 def _end(look: Look, log: Log, name: str) -> None:
