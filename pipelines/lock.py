@@ -129,8 +129,10 @@ def _created(path: Path, text: str) -> bool:
             file.write(text)
             file.flush()
             os.fsync(handle)
-    except BaseException:
+    except BaseException as error:
         path.unlink()
+        if isinstance(error, OSError):
+            error.filename = str(path)  # a full volume names none
         raise
     return True
 

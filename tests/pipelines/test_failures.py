@@ -61,6 +61,8 @@ def test_a_full_volume_is_named_with_what_to_do(tmp_path: Path, capsys: pytest.C
             file.write(b"0" * 2**20)
         assert cli.main([*words, "--preflight"]) == 2
         assert "run_dir: " in capsys.readouterr().err
+        assert cli.main([*words, "--stage", "sample"]) == 1
+        assert f"failed: {place}" in capsys.readouterr().err, "not even a lock can be written"
 
 
 @pytest.mark.skipif(os.geteuid() != 0 or shutil.which("setpriv") is None, reason="only root can give up a right")
