@@ -1,7 +1,7 @@
 """Build the image and run a cluster of containers from it, as KubeRay's operator would: a worker is killed, the recipe
 ends well.
 
-    python tests/drills/drill_image.py [--base IMAGE] [--keep]
+    python tests/drills/drill_image.py [--base IMAGE] [--preflight] [--keep]
 
 Runs as root; on Debian: apt-get install buildah podman netavark iptables runc, and debootstrap where there is no
 registry.
@@ -25,6 +25,7 @@ import sys
 import tempfile
 import time
 import uuid
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
@@ -35,6 +36,7 @@ sys.path[:0] = [str(ROOT)]
 from k8s import render  # noqa: E402
 from ray_jobs import run as whole_run  # noqa: E402
 from ray_jobs._options import parse  # noqa: E402
+from ray_jobs.recipe import Recipe  # noqa: E402
 from tests.drills.record import Record  # noqa: E402
 
 IMAGE = "localhost/captune:drill"
@@ -157,6 +159,14 @@ class Pods:
         words = {**group["rayStartParams"], "address": f"{self.head}:6379"}
         return self._start(f"worker-{number}", group, "ray start", words, self.head)
 
+    def preflight(self, job: dict[str, Any], name: str) -> subprocess.CompletedProcess[str]:
+        """The preflight Job's pod, to its end; no cluster is there."""
+        pod = job["spec"]["template"]["spec"]
+        (container,) = pod["containers"]
+        told = {entry["name"]: entry["value"] for entry in container["env"]}
+        words = [*LIMITS, *self._confined(name, pod, told), "--rm", container["image"], *container["command"]]
+        return run(*PODMAN, "run", "--network", "none", *words, check=False)
+
     def client(self, *words: str, token: str | None = None, check: bool = True) -> subprocess.CompletedProcess[str]:
         """A command in a container of its own, as the operator's submitter runs `ray job submit`."""
         secret = [
@@ -200,7 +210,17 @@ class Pods:
             "RAY_worker_niceness": "0",
             "RAY_raylet_start_wait_time_s": "300",
         }  # fmt: skip
-        secure, user = container["securityContext"], pod["securityContext"]
+        words = self._confined(name, pod, environment)
+        full = f"{self.name}-{name}"
+        self.started.append(full)
+        run(*PODMAN, "run", "--detach", "--name", full, "--hostname", name, "--network", self.name, *LIMITS, *words,
+            container["image"], "/bin/bash", "-c", "--", f"ulimit -n 20000; {start}")  # fmt: skip
+        return full
+
+    def _confined(self, name: str, pod: dict[str, Any], environment: dict[str, str]) -> list[str]:
+        """Podman's words for what a pod's only container may do, sees and is told."""
+        (container,), user = pod["containers"], pod["securityContext"]
+        secure = container["securityContext"]
         words = ["--user", f"{user['runAsUser']}:{user['runAsGroup']}", "--workdir", container["workingDir"]]
         words += ["--cap-drop", ",".join(secure["capabilities"]["drop"])]
         words += ["--read-only", "--read-only-tmpfs=false"] if secure["readOnlyRootFilesystem"] else []
@@ -208,12 +228,7 @@ class Pods:
         volumes = {volume["name"]: volume for volume in pod["volumes"]}
         for mount in container["volumeMounts"]:
             words += self._mount(name, mount, volumes[mount["name"]], user["fsGroup"])
-        words += [word for key, value in environment.items() for word in ("--env", f"{key}={value}")]
-        full = f"{self.name}-{name}"
-        self.started.append(full)
-        run(*PODMAN, "run", "--detach", "--name", full, "--hostname", name, "--network", self.name, *LIMITS, *words,
-            container["image"], "/bin/bash", "-c", "--", f"ulimit -n 20000; {start}")  # fmt: skip
-        return full
+        return words + [word for key, value in environment.items() for word in ("--env", f"{key}={value}")]
 
     def _mount(self, pod: str, mount: dict[str, Any], volume: dict[str, Any], group: int) -> list[str]:
         """A volume's mount: a directory of this machine, or shared memory; an emptyDir is the pod's own and its group's
@@ -261,6 +276,28 @@ def check_image(pods: Pods, head: str, record: Record) -> None:
     for port, path in ((52365, "api/local_raylet_healthz"), (8265, "api/gcs_healthz")):
         probe = f"wget --tries 1 -T 10 -q -O- http://localhost:{port}/{path} | grep success"
         record.check(pods.inside(head, probe).returncode == 0, f"KubeRay's probe of {path} succeeds")
+
+
+def drill_preflight(pods: Pods, recipe: Recipe, record: Record) -> None:
+    """Before any cluster: the recipe as it is passes; one with a model that is not there ends with the sentence."""
+    wrong = replace(recipe, caption=replace(recipe.caption, model="/models/nonesuch"))
+    for name, wanted, status in (("preflight", recipe, 0), ("preflight-wrong", wrong, 2)):
+        job = fill_recipe(render.render(wanted, "kind", "preflight", image=IMAGE), pods.volumes["recipe"], "Job")
+        began = time.monotonic()
+        done = pods.preflight(job, name)
+        said = done.stderr.strip().splitlines()[-1:]
+        record.check(done.returncode == status, f"{name}: status {done.returncode}, {time.monotonic() - began:.0f} s")
+        for line in said:
+            print(f"           | {line}")
+    record.check("/models/nonesuch" in done.stderr, "it names the model that is not there")
+
+
+def fill_recipe(objects: list[dict[str, Any]], place: Path, kind: str) -> dict[str, Any]:
+    """Put the files of the recipe's ConfigMap where they are mounted; returns the object of a kind."""
+    files = next(found for found in objects if found["kind"] == "ConfigMap" and "recipe.yaml" in found["data"])
+    for name, text in files["data"].items():
+        (place / name).write_text(text)
+    return next(found for found in objects if found["kind"] == kind)
 
 
 def drill(pods: Pods, entrypoint: str, run_dir: Path, record: Record) -> None:
@@ -340,6 +377,7 @@ def main() -> int:
         "--base", default=DEBIAN, help=f"base image; {DEBIAN} is made with debootstrap when it is not there"
     )
     parser.add_argument("--torch-cpu-index", help="index of PyTorch's CPU build; '' when pip is set up for one already")
+    parser.add_argument("--preflight", action="store_true", help="end after the preflight, before there is a cluster")
     parser.add_argument("--keep", action="store_true", help="keep the run directory")
     options = parser.parse_args()
     for tool in ("buildah", "podman"):
@@ -348,8 +386,6 @@ def main() -> int:
     record = Record("drill: the image, and a cluster of containers that loses one")
     recipe, _ = parse(whole_run.COMMAND, ["sample", *(f"--{key}={value}" for key, value in SMALL.items())])
     objects = render.render(recipe, "kind", "run", image=IMAGE)
-    job = next(found for found in objects if found["kind"] == "RayJob")
-    files = next(found for found in objects if found["kind"] == "ConfigMap" and "recipe.yaml" in found["data"])
     scratch = Path(tempfile.mkdtemp(prefix="captune-drill-"))
     try:
         if options.base == DEBIAN:
@@ -359,9 +395,12 @@ def main() -> int:
         for place in volumes.values():
             place.mkdir()
             os.chown(place, 1000, 1000)
-        for name, text in files["data"].items():
-            (volumes["recipe"] / name).write_text(text)
-        with Pods(render.cluster_spec(job), scratch, volumes) as pods:
+        cluster = render.cluster_spec(next(found for found in objects if found["kind"] == "RayJob"))
+        with Pods(cluster, scratch, volumes) as pods:
+            drill_preflight(pods, recipe, record)
+            if options.preflight:
+                return 0
+            job = fill_recipe(objects, volumes["recipe"], "RayJob")
             drill(pods, job["spec"]["entrypoint"], volumes["data"] / recipe.run_dir, record)
     finally:
         if not options.keep:
