@@ -75,7 +75,7 @@ def examine(kubectl: Kubectl, objects: list[Object]) -> list[Finding]:
 
 
 def _server(kubectl: Kubectl) -> Iterator[Finding]:
-    version = kubectl.raw("/version")
+    version = kubectl.raw("/version", "gitVersion")
     told = f"Kubernetes {version['gitVersion'].removeprefix('v')}"
     new = _version(version["gitVersion"]) >= KUBERNETES
     yield Finding("API server", OK if new else MISSING, told if new else f"{told}; 1.30 is the oldest that will do")
@@ -83,14 +83,14 @@ def _server(kubectl: Kubectl) -> Iterator[Finding]:
 
 def _kinds(kubectl: Kubectl, objects: list[Object]) -> Iterator[Finding]:
     """Every kind is served, in the version that the manifests are written in."""
-    groups = kubectl.raw("/apis")["groups"]
+    groups = kubectl.raw("/apis", "groups")["groups"]
     served = {version["groupVersion"] for group in groups for version in group["versions"]} | {"v1"}
     for version in sorted({found["apiVersion"] for found in objects} - served):
         kinds = ", ".join(sorted({found["kind"] for found in objects if found["apiVersion"] == version}))
         project = _PROJECTS.get(version.partition("/")[0], "what brings it")
         yield Finding(kinds, MISSING, f"the cluster does not know {version}; install {project}")
     if "ray.io/v1" in served:
-        there = {each["kind"] for each in kubectl.raw("/apis/ray.io/v1")["resources"]}
+        there = {each["kind"] for each in kubectl.raw("/apis/ray.io/v1", "resources")["resources"]}
         wanted = {found["kind"] for found in objects if found["apiVersion"] == "ray.io/v1"}
         for kind in sorted(wanted - there):
             yield Finding(kind, MISSING, f"KubeRay's CRD for it is not there; {_HELM}")
@@ -251,7 +251,7 @@ def _room(kubectl: Kubectl, objects: list[Object]) -> Iterator[Finding]:
         pods = kubectl.every("pods", "--all-namespaces", "--field-selector", alive)
     except Forbidden:
         pods = []
-    buys = any(group["name"].startswith("karpenter.") for group in kubectl.raw("/apis")["groups"])
+    buys = any(group["name"].startswith("karpenter.") for group in kubectl.raw("/apis", "groups")["groups"])
     words = ("get", "configmap", "cluster-autoscaler-status", "--namespace", "kube-system", "--ignore-not-found")
     buys = buys or bool(kubectl.call(*words, "--output", "name"))
     for group in room.groups(objects):

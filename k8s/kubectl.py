@@ -12,6 +12,8 @@ from typing import Any
 from pipelines.errors import UserError, WorkFailed
 
 Object = dict[str, Any]
+_PATIENCE_S = 150.0
+"""Longer than any call of these takes; a deletion may wait two minutes."""
 _AWAY = re.compile(
     r"Unable to connect to the server|connection to the server .* was refused|i/o timeout|TLS handshake timeout"
     r"|connection refused|no such host|couldn't get current server API group list|unexpected EOF|etcdserver"
@@ -61,7 +63,11 @@ class Kubectl:
     def bytes(self, *words: str, given: str = "") -> bytes:
         """What a command prints, untouched."""
         try:
-            done = subprocess.run(self.words(*words), input=given.encode(), capture_output=True, check=False)
+            done = subprocess.run(
+                self.words(*words), input=given.encode(), capture_output=True, check=False, timeout=_PATIENCE_S
+            )
+        except subprocess.TimeoutExpired as error:
+            raise Unreachable(f"kubectl {_plain(words)} has not answered in {_PATIENCE_S:g} s") from error
         except FileNotFoundError as error:
             raise UserError(
                 "kubectl is not on the PATH; captune calls it as you do (kubernetes.io/docs/tasks/tools says how to "
@@ -73,24 +79,22 @@ class Kubectl:
 
     def get(self, kind: str, name: str) -> Object | None:
         """One object, or None where there is none."""
-        text = self.call("get", kind, name, "--ignore-not-found", "--output", "json")
-        return dict(json.loads(text)) if text.strip() else None
+        return self._json("get", kind, name, "--ignore-not-found", "--output", "json") or None
 
     def named(self, kind: str, names: Iterable[str]) -> dict[str, Object]:
         """Those of several objects that are there, by name."""
         if not (wanted := sorted(set(names))):
             return {}
-        text = self.call("get", kind, *wanted, "--ignore-not-found", "--output", "json")
-        found = json.loads(text) if text.strip() else {"items": []}
+        found = self._json("get", kind, *wanted, "--ignore-not-found", "--output", "json") or {"items": []}
         return {each["metadata"]["name"]: each for each in found.get("items", [found])}
 
     def every(self, kinds: str, *words: str) -> list[Object]:
         """Objects of a kind, or of several with commas between them."""
-        return list(json.loads(self.call("get", kinds, "--output", "json", *words))["items"])
+        return list(self._json("get", kinds, "--output", "json", *words, needs="items")["items"])
 
-    def raw(self, path: str) -> Object:
-        """What the API server says at a path of its own."""
-        return dict(json.loads(self.call("get", "--raw", path)))
+    def raw(self, path: str, needs: str) -> Object:
+        """What the API server says at a path of its own: an object that has the key `needs`."""
+        return self._json("get", "--raw", path, needs=needs)
 
     def apply(self, objects: Iterable[Object], *words: str) -> str:
         """Create or change objects; an unknown field is an error."""
@@ -101,7 +105,25 @@ class Kubectl:
         """What this user may do in the namespace: a SelfSubjectRulesReview's status."""
         asked = {"apiVersion": "authorization.k8s.io/v1", "kind": "SelfSubjectRulesReview"}
         asked_of = json.dumps({**asked, "spec": {"namespace": self.namespace}})
-        return dict(json.loads(self.call("create", "--filename", "-", "--output", "json", given=asked_of))["status"])
+        return dict(
+            self._json("create", "--filename", "-", "--output", "json", given=asked_of, needs="status")["status"]
+        )
+
+    def _json(self, *words: str, given: str = "", needs: str = "") -> Object:
+        """An answer that is a JSON object with the key `needs`; an empty one where none is needed.
+
+        Raises:
+            UserError: it is something else, as of a wrapper or a proxy that answers in kubectl's place.
+        """
+        text = self.call(*words, given=given)
+        try:
+            found = json.loads(text) if text.strip() or needs else {}
+        except ValueError as error:
+            raise UserError(f"kubectl {_plain(words)} answers with no JSON, but {text[:80]!r}") from error
+        if not isinstance(found, dict) or (needs and needs not in found):
+            lacks = f"an object with '{needs}'" if needs else "an object"
+            raise UserError(f"kubectl {_plain(words)} answers with {text[:80]!r}, where {lacks} was to come")
+        return found
 
 
 def _refusal(words: Iterable[str], stderr: str) -> UserError | Unreachable:
@@ -111,8 +133,13 @@ def _refusal(words: Iterable[str], stderr: str) -> UserError | Unreachable:
     sentence = next((line for line in told if _NAMED.match(line)), (told or lines or ["no reason given"])[-1])
     if _AWAY.search(stderr):
         return Unreachable(f"the API server does not answer: {sentence} (`kubectl config current-context` names it)")
-    command = " ".join(word for word in words if not word.startswith("-"))
+    command = _plain(words)
     sentence = _NAMED.sub("", sentence)
     if "(Forbidden)" in stderr:
         return Forbidden(f"kubectl {command}: {sentence}")
     return UserError(f"kubectl {command}: {sentence}")
+
+
+def _plain(words: Iterable[str]) -> str:
+    """A command as a sentence names it; how its answer is printed is nobody's business."""
+    return " ".join(words).replace(" --output json", "").replace(" --ignore-not-found", "").replace(" --filename -", "")

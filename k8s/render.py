@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import shlex
 from dataclasses import fields
 from functools import cache
@@ -15,6 +17,7 @@ from k8s import kustomize, names, needs
 from k8s.names import DATA, WORKLOADS
 from pipelines.errors import UserError
 from pipelines.rundir import RECIPE, RunDir
+from pipelines.storage import is_remote
 from ray_jobs import hallway
 from ray_jobs.recipe import RECIPES, Recipe, paths, recipe_yaml
 from ray_jobs.recipe_file import digest
@@ -127,11 +130,14 @@ def texts(recipe: Recipe) -> dict[str, str]:
     for key, path in paths(recipe).items():
         if key.endswith(".recipe"):
             continue  # a Data-Juicer recipe travels with this one
-        if path.startswith("/") and not path.startswith(tuple(f"{place}/" for place in MOUNTED)):
+        where = os.path.normpath(_absolute(path))
+        if not is_remote(path) and not where.startswith(tuple(f"{place}/" for place in MOUNTED)):
             raise UserError(
-                f"{key}: {path} is on this machine, not in the cluster. Pods see {DATA} (relative paths count "
-                f"from there) and /models"
+                f"{key}: {path} is on this machine, not in the cluster. Pods see what lies below {DATA} (relative "
+                f"paths count from there) and /models"
             )
+    if is_remote(recipe.run_dir):
+        raise UserError(f"run_dir: {recipe.run_dir}: a run appends and renames, which object stores cannot")
     files: dict[str, str] = {}
     shipped = yaml.safe_load(recipe_yaml(recipe))
     for config in (shipped["refine"], *shipped["arms"].values()):
@@ -308,11 +314,16 @@ def _pod_templates(found: Object) -> list[Object]:
     return [*(group["template"] for group in groups), *submitter]
 
 
+_IMAGE = re.compile(r"[\w.-]+(:\d+)?(/[\w.-]+)*(:[\w.-]{1,128})?(@sha256:[0-9a-f]{64})?")
+
+
 def _set_image(objects: list[Object], image: str) -> None:
     name, _, digest = image.partition("@")
     repository, colon, tag = name.rpartition(":")
     if not colon or "/" in tag:  # no tag, but perhaps a registry's port
         repository, tag = name, ""
+    if not _IMAGE.fullmatch(image):
+        raise UserError(f"--image {image}: is not REPOSITORY:TAG or REPOSITORY@sha256:DIGEST")
     if not digest and tag in ("", "latest"):
         raise UserError(f"--image {image}: name a version or, better, a digest; `latest` is another image tomorrow")
     kustomize.set_image(objects, "captune", newName=repository, newTag=tag, digest=digest)
@@ -320,6 +331,12 @@ def _set_image(objects: list[Object], image: str) -> None:
 
 def _absolute(path: str) -> str:
     return path if path.startswith("/") else f"{DATA}/{path}"
+
+
+_NO_TEXT_ELSEWHERE = re.compile(r"[-+.]?\d[\w.+-]*|[yn]|yes|no|on|off|true|false|null|~", re.IGNORECASE)
+"""What Kubernetes' reader of YAML may take for a number or a truth value where Python's takes it for text: 1e5, 0o17,
+y.
+"""
 
 
 class _Dumper(getattr(yaml, "CSafeDumper", yaml.SafeDumper)):  # type: ignore[misc]
@@ -331,7 +348,8 @@ class _Dumper(getattr(yaml, "CSafeDumper", yaml.SafeDumper)):  # type: ignore[mi
 
 
 def _text(dumper: yaml.SafeDumper, text: str) -> yaml.Node:
-    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style="|" if "\n" in text else None)
+    style = "|" if "\n" in text else "'" if _NO_TEXT_ELSEWHERE.fullmatch(text) else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
 
 
 _Dumper.add_representer(str, _text)

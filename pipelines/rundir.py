@@ -193,6 +193,12 @@ class Run:
                 yield str(stage.directory.relative_to(self.directory)), stage
 
 
+def holds_a_run(directory: Path) -> bool:
+    """Whether something of a run lies there, sound or not."""
+    places = RunDir(directory)
+    return places.recipe.is_file() or places.comparison.is_file() or (places.captions / CLAIM).is_file()
+
+
 def collect(run_dir: Path | str) -> Run:
     """Look at a run directory.
 

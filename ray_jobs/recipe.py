@@ -108,6 +108,8 @@ class Recipe:
     def __post_init__(self) -> None:
         if "${" in self.run_dir:
             raise UserError(f"run_dir: '{self.run_dir}' cannot refer to anything")
+        if not self.run_dir.strip() or "\n" in self.run_dir:
+            raise UserError(f"run_dir: {self.run_dir!r} is no directory's name")
         self.run_dir = os.path.expanduser(self.run_dir)
         _change_texts(self, lambda key, text: expanded(key, text, self.run_dir))
         for config in (self.refine, *self.arms.values()):

@@ -61,6 +61,8 @@ def main(argv: list[str]) -> int:
     lasting(recipe.sample.out or recipe.run_dir, "sample.out")
     if recipe.assemble.wanted:
         lasting(recipe.train.model, "train.model")
+    if options.preflight and options.dry_run:
+        raise UserError("--preflight tries to write where the run writes, and --dry-run writes nothing; choose one")
     if options.preflight:
         return _preflight(recipe, options)
     if options.dry_run and options.stage:

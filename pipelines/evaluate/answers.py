@@ -44,17 +44,20 @@ def read_answers(
     found: dict[str, Prediction] = {}
     for row, entry in enumerate(_rows(path)):
         where = f"{path}: answer {row + 1}"
-        if not isinstance(entry, dict) or "question_id" not in entry or not ("text" in entry or "answer" in entry):
+        if not isinstance(entry, dict) or not ("text" in entry or "answer" in entry):
             raise UserError(f"{where}: needs 'question_id' and 'text' (or 'answer')")
         text = entry.get("text", entry.get("answer"))
         error, truncated = (_said_of(entry, key) for key in ("error", "truncated"))
         if not isinstance(text, str):
-            raise UserError(f"{where}: the answer must be text, not {type(text).__name__}")
-        key = resolve(entry, found) or str(entry["question_id"])
+            raise UserError(f"{where}: the answer must be text, not {'null' if text is None else type(text).__name__}")
+        named = entry.get("question_id")
+        key = resolve(entry, found) or ("" if named is None else str(named))
+        if not key:
+            raise UserError(f"{where}: needs 'question_id' and 'text' (or 'answer')")
         if key not in known:
-            raise UserError(f"{where}: question_id {entry['question_id']} is no question of these annotations")
+            raise UserError(f"{where}: question_id {named} is no question of these annotations")
         if key in found:
-            raise UserError(f"{where}: question_id {entry['question_id']} is answered twice")
+            raise UserError(f"{where}: question_id {named or key} is answered twice")
         found[key] = Prediction(key, text, str(error) if error else None, bool(truncated))
     missing = [question.id for question in questions if question.id not in found]
     if missing:

@@ -14,7 +14,8 @@ class EvaluateConfig:
 
     Attributes:
         benchmark: its name, one of those that `captune evaluate --help` lists.
-        annotations: the benchmark's own annotation file.
+        annotations: the benchmark's own annotation file; of VQAv2 the questions, whose answers lie beside them under
+            their published name; of POPE a file of questions, or a folder of several.
         images: directory of its pictures.
         ocr_tokens: put the reference OCR tokens into the prompt, as the published TextVQA scores do (about 13 points
             there).

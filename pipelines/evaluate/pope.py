@@ -86,8 +86,13 @@ def write_predictions(
 
 
 def read_predictions(path: Path, questions: Sequence[Question]) -> dict[str, Prediction]:
-    """From captune's file."""
-    return read_answers(path, questions)
+    """From captune's file, or from the authors' answers to one kind: in the order of its questions, without ids."""
+    given = iter(questions)
+
+    def resolve(row: dict[str, object], found: dict[str, Prediction]) -> str | None:
+        return next(given, questions[-1]).id if "question_id" not in row else None
+
+    return read_answers(path, questions, resolve)
 
 
 def _figures(questions: Sequence[Question], predictions: dict[str, Prediction]) -> dict[str, float]:
@@ -114,6 +119,8 @@ def _of_file(path: Path, several: bool) -> list[Question]:
         key = f"{kind}/{entry['question_id']}" if several else str(entry["question_id"])
         prompt = f"{entry['text']}\n{INSTRUCTION}"
         found.append(Question(key, entry["image"], entry["text"], prompt, (entry["label"],), kind))
+    if not found:
+        raise UserError(f"{path}: holds no questions")
     ids = [question.id for question in found]
     if twice := next((key for key in ids if ids.count(key) > 1), None) if len(set(ids)) < len(ids) else None:
         raise UserError(f"{path}: question_id {twice} occurs twice")

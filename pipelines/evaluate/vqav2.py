@@ -41,6 +41,8 @@ def questions(config: EvaluateConfig) -> list[Question]:
     content = read_json(path)
     split = content.get("data_subtype") if isinstance(content, dict) else None
     entries = content.get("questions") if isinstance(content, dict) else None
+    if isinstance(content, dict) and "annotations" in content and entries is None:
+        raise UserError(f"{path}: holds answers; name the file of questions beside it (v2_OpenEnded_...)")
     if not isinstance(entries, list) or not entries or not isinstance(split, str):
         raise UserError(f"{path}: not in VQA's layout (an object with 'data_subtype' and a list 'questions')")
     answers, found = _answers(answers_of(path)), {}
@@ -77,7 +79,16 @@ def image_path(images: Path, image_id: str) -> Path:
 
 
 def score(questions: Sequence[Question], predictions: dict[str, Prediction]) -> list[float]:
-    """The official score of every question, in [0, 1]."""
+    """The official score of every question, in [0, 1].
+
+    Raises:
+        UserError: a question without answers: the split withholds them, or their file is not there.
+    """
+    if bare := next((question.id for question in questions if not question.answers), None):
+        raise UserError(
+            f"question_id {bare} has no answers: the split withholds them, or v2_mscoco_..._annotations.json is not "
+            "beside the file of questions"
+        )
     said = [predictions[question.id] for question in questions]
     return [0.0 if it.error else vqa_score(it.text, q.answers) for q, it in zip(questions, said, strict=True)]
 
@@ -115,5 +126,5 @@ def _answers(path: Path) -> dict[str, tuple[str, tuple[str, ...]]]:
             said = tuple(str(answer["answer"]) for answer in entry["answers"])
             found[str(entry["question_id"])] = (str(entry["answer_type"]), said)
         except (KeyError, TypeError) as error:
-            raise UserError(f"{path}: annotations[{row}]: lacks {error}") from error
+            raise UserError(f"{path}: annotations[{row}]: needs question_id, answer_type, answers ({error})") from error
     return found

@@ -10,8 +10,9 @@ from typing import Any
 from pipelines import cost
 from pipelines.errors import UserError
 from pipelines.evaluate.registry import title
+from pipelines.progress import say
 from pipelines.report import numbers
-from pipelines.rundir import Run, collect
+from pipelines.rundir import Run, collect, holds_a_run
 
 
 @dataclass(frozen=True)
@@ -45,12 +46,13 @@ class Row:
 
 
 def rows(places: Sequence[Path]) -> list[Row]:
-    """Of every run directory among `places` and directly below them, the latest first.
+    """Of every run directory among `places` and directly below them, the latest first; one that cannot be read is said
+    and left out.
 
     Raises:
         UserError: there is no run.
     """
-    found = [_row(run) for run in _runs(places)]
+    found = list(_readable(places))
     if not found:
         raise UserError(f"no run in {', '.join(map(str, places))}; captune run RECIPE makes one")
     return sorted(found, key=lambda row: row.finished, reverse=True)
@@ -88,20 +90,20 @@ def as_json(found: Sequence[Row]) -> list[dict[str, Any]]:
     return [asdict(row) for row in found]
 
 
-def _runs(places: Sequence[Path]) -> Iterator[Run]:
-    seen = set()
-    for place in places:
-        if not place.is_dir():
-            raise UserError(f"{place}: no such directory")
-        for folder in (place, *sorted(each for each in place.iterdir() if each.is_dir())):
-            if folder.resolve() in seen:
-                continue
-            try:
-                run = collect(folder)
-            except UserError:  # a directory that holds no run
-                continue
-            seen.add(folder.resolve())
-            yield run
+def _readable(places: Sequence[Path]) -> Iterator[Row]:
+    for folder in dict.fromkeys(folder.resolve() for place in places for folder in _folders(place)):
+        if not holds_a_run(folder):
+            continue
+        try:
+            yield _row(collect(folder))
+        except (UserError, TypeError, KeyError, AttributeError) as error:  # damaged, or of another version
+            say(f"runs: {folder} cannot be read: {error}")
+
+
+def _folders(place: Path) -> list[Path]:
+    if not place.is_dir():
+        raise UserError(f"{place}: no such directory")
+    return [place, *sorted(each for each in place.iterdir() if each.is_dir())]
 
 
 def _row(run: Run) -> Row:

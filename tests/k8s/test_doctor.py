@@ -147,7 +147,7 @@ def test_what_one_may_not_look_at_is_said_and_stops_nothing(
     )
     kubectl.chmod(0o755)
     state, says = examined(capsys, code=0)["room"]
-    assert state == "unknown" and 'you may not look: kubectl get nodes json: nodes is forbidden: User "u"' in says
+    assert state == "unknown" and 'you may not look: kubectl get nodes: nodes is forbidden: User "u"' in says
 
 
 @pytest.mark.parametrize(
@@ -164,3 +164,17 @@ def test_what_one_may_not_look_at_is_said_and_stops_nothing(
 )
 def test_requirements_of_labels(requirement: Object, labels: Object, met: bool) -> None:
     assert nodes.matches(requirement, labels) is met
+
+
+@pytest.mark.parametrize("says", ["echo hello", "true", "echo null", "echo '[]'", "echo '{}'", "sleep 9"])
+def test_a_kubectl_that_answers_oddly_is_named_in_one_sentence(
+    says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As a wrapper, a proxy or a login page does; or one that does not answer at all."""
+    (tmp_path / "kubectl").write_text(f"#!/bin/sh\n{says}\n")
+    (tmp_path / "kubectl").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    monkeypatch.setattr("k8s.kubectl._PATIENCE_S", 1.0)
+    assert cli.main(["k8s", "doctor", "--overlay", "kind"]) == 1
+    said = capsys.readouterr()
+    assert "kubectl get --raw /version " in said.out + said.err

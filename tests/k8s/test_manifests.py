@@ -535,3 +535,19 @@ def test_the_renderer_refuses_what_it_does_not_know(tmp_path: Path) -> None:
 
 def test_quantities() -> None:
     assert [needs.quantity(text) for text in ("500m", "2", "16Gi", "1Ki", 3)] == [0.5, 2, 16 * 2**30, 1024, 3]
+
+
+@pytest.mark.parametrize("name", ["1e5", "0o17", "y", "No", "26408881640129e9"])
+def test_a_text_that_kubernetes_would_read_as_a_number_is_quoted(name: str) -> None:
+    """Its reader of YAML knows numbers and truth values that Python's does not, and refuses a label that is one."""
+    wanted, _ = _options.parse(run.COMMAND, ["sample", "--run_dir", f"runs/{name}"])
+    text = render.to_yaml(render.render(wanted, "kind"))
+    assert f"captune.dev/run: '{name.lower()}'" in text or f"captune.dev/run: {name.lower()}-" in text
+    assert f"captune.dev/run: {name.lower()}\n" not in text
+
+
+@pytest.mark.parametrize("run_dir", ["../sample", "/data/../etc/x", "/data", "s3://bucket/run", "/home/me/run"])
+def test_a_run_directory_that_is_not_on_the_volume_is_refused(run_dir: str) -> None:
+    wanted, _ = _options.parse(run.COMMAND, ["sample", "--run_dir", run_dir, "--sample.out", "/data/world"])
+    with pytest.raises(UserError, match="run_dir: "):
+        render.render(wanted, "kind")

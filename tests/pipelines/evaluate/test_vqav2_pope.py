@@ -13,7 +13,7 @@ from pipelines.evaluate.metrics import vqa_score
 from ray_jobs import cli
 
 RECORDED = json.loads((Path(__file__).parent / "reference_vqav2_pope.json").read_text())
-VQA = "v2_OpenEnded_mscoco_val2014_questions.json"
+VQA, ANSWERS = "v2_OpenEnded_mscoco_val2014_questions.json", "v2_mscoco_val2014_annotations.json"
 
 
 def test_vqas_official_scores_are_met_on_its_oddities() -> None:
@@ -61,6 +61,10 @@ def test_pope_is_asked_and_has_its_authors_figures(tmp_path: Path, endpoint: Any
     found = json.loads(capsys.readouterr().out)
     theirs = RECORDED["pope"]["figures"]
     assert found["accuracy"] == pytest.approx(theirs["Accuracy"], abs=1e-12)
+    theirs_in_order = [{"question": "?", "answer": text} for text, _ in rows]
+    (tmp_path / "theirs.json").write_text("".join(json.dumps(line) + "\n" for line in theirs_in_order))
+    assert cli.main([*map(str, argv), "--predictions", str(tmp_path / "theirs.json")]) == 0
+    assert json.loads(capsys.readouterr().out)["figures"] == found["figures"]
     names = {"precision": "Precision", "recall": "Recall", "F1": "F1 score", "yes": "Yes ratio"}
     assert found["figures"] == pytest.approx({ours: theirs[name] for ours, name in names.items()}, abs=1e-12)
 
@@ -81,7 +85,7 @@ def vqa_files(folder: Path, answered: bool = True) -> Path:
                 zip(kinds, (["yes"] * 10, ["2"] * 10, ["cat"] * 5 + ["dog"] * 5), strict=True)
             )
         ]
-        (folder / "v2_mscoco_val2014_annotations.json").write_text(json.dumps({"annotations": rows}))
+        (folder / ANSWERS).write_text(json.dumps({"annotations": rows}))
     return folder / VQA
 
 
@@ -101,7 +105,11 @@ def test_vqav2_is_asked_with_its_files_as_published(tmp_path: Path, endpoint: An
     argv = ["score", "--benchmark", "vqav2", "--annotations", str(annotations), "--predictions", str(results)]
     assert cli.main(argv) == 0 and "VQAv2: 33.33 % of 3 questions" in capsys.readouterr().out
 
+    assert cli.main([*argv[:3], "--annotations", str(annotations.with_name(ANSWERS)), *argv[5:]]) == 2
+    assert "holds answers; name the file of questions beside it" in capsys.readouterr().err
     withheld = vqa_files(tmp_path / "test", answered=False)
+    assert cli.main([*argv[:3], "--annotations", str(withheld), *argv[5:]]) == 2
+    assert "question_id 0 has no answers: the split withholds them, or" in capsys.readouterr().err
     argv = ["evaluate", "--benchmark", "vqav2", "--images", str(images), "--endpoint", endpoint.url, "--output", "no"]
     assert cli.main([*argv, "--annotations", str(withheld)]) == 2
     assert "question_id 0 has no answers; this split cannot be scored" in capsys.readouterr().err
@@ -113,6 +121,7 @@ def test_vqav2_is_asked_with_its_files_as_published(tmp_path: Path, endpoint: An
 def test_pope_refuses_what_is_not_its_layout(tmp_path: Path, capsys: Any) -> None:
     argv = ["score", "--benchmark", "pope", "--predictions", "x", "--annotations"]
     for text, words in (
+        ("", "holds no questions"),
         ('{"question_id": 1, "image": "a.jpg", "text": "?"}', "line 1: lacks 'label'"),
         ('{"question_id": 1, "image": "a.jpg", "text": "?", "label": "maybe"}', "label is 'maybe', not yes or no"),
         ("[not json", "line 1 is not valid JSON"),

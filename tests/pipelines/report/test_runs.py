@@ -49,6 +49,13 @@ def test_runs_are_listed_with_result_and_cost(
     assert cli.main(["runs", str(several), "--page", str(several / "index.html")]) == 0
     html = (several / "index.html").read_text()
     assert '<a href="first/report/index.html">first</a>' in html and "<script" not in html
+    (several / "half" / "recipe.yaml").write_text("a: [")
+    (several / "seeds" / "comparison.json").write_text("null")
+    capsys.readouterr()
+    assert cli.main(["runs", "--json"]) == 0
+    told = capsys.readouterr()
+    assert [Path(row["run"]).name for row in json.loads(told.out)] == ["first"]
+    assert "half cannot be read: " in told.err and "seeds cannot be read: " in told.err
     assert cli.main(["runs", str(several / "notes")]) == 2
     assert "no run in" in capsys.readouterr().err
 
