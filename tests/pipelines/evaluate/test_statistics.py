@@ -82,7 +82,7 @@ def test_intervals_over_seeds_hold_the_truth() -> None:
         held += low <= expected <= high
         alone = interval(bootstrap_means(differences_SQ[:1], pictures, 200, seed=0)[0], 0.95, pictures.number)
         first += alone[0] <= expected <= alone[1]
-    assert held / runs >= 0.94, held / runs
+    assert 0.93 <= held / runs <= 0.97, held / runs
     assert first / runs < 0.85
 
 
