@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pipelines import preflight
 from pipelines.cost import Hours
@@ -23,6 +23,9 @@ from pipelines.rundir import RunDir, Walk
 from pipelines.train.config import PhaseConfig, TrainConfig
 from ray_jobs import _hours, _start, hallway
 from ray_jobs.recipe import Recipe
+
+if TYPE_CHECKING:
+    from pipelines.evaluate.benchmark import Question
 
 
 @dataclass
@@ -142,7 +145,8 @@ def steps(recipe: Recipe, *, restart: bool, measure: bool) -> tuple[list[Step], 
 
     Args:
         restart: what lies there is thrown away.
-        measure: load the captioner and measure it, if there is something to caption; foresee training's memory.
+        measure: load the captioner and measure it, if there is something to caption; foresee training's memory, and
+            what the comparison can show.
     """
     plan = _Plan(restart, measure)
     place = RunDir(Path(recipe.run_dir).resolve(), tuple(recipe.seeds))
@@ -156,7 +160,7 @@ def steps(recipe: Recipe, *, restart: bool, measure: bool) -> tuple[list[Step], 
     for seed in recipe.seeds:
         for arm in recipe.arms:
             plan.walk(recipe, place.dataset(arm), place.walk(arm, seed), seed)
-    if len(recipe.arms) > 1:
+    if measure and len(recipe.arms) > 1:
         plan.compare(recipe, place)
     return plan.steps, plan.problems
 
@@ -170,6 +174,7 @@ class _Plan:
         self.problems: list[Problem] = []
         self.identities: dict[Path, str] = {}
         self.forecasts: dict[str, list[Any]] = {}
+        self.questions: list[Question] | None = None
 
     def sample(self, recipe: Recipe) -> None:
         """The sample world."""
@@ -261,13 +266,12 @@ class _Plan:
 
     def _evaluate(self, recipe: Recipe, walk: Walk) -> None:
         """Questions to a merged model; whose answers lie there is known once there is one."""
-        from pipelines.evaluate.stage import find_images, inputs, read_questions
+        from pipelines.evaluate.stage import find_images, inputs
         from pipelines.modelfiles import model_identity
 
         name, directory = f"evaluate {walk.name}", walk.evaluation(recipe.evaluate.benchmark).directory
-        drawn = not _will_be_drawn(recipe, "evaluate.annotations")
-        questions = read_questions(recipe.evaluate) if drawn else []
-        rows = len(questions) if drawn else recipe.sample.questions
+        questions = self._questions(recipe)
+        rows = recipe.sample.questions if questions is None else len(questions)
         work = f"{recipe.evaluate.benchmark} through {recipe.serve.replicas} replica(s)"
         if self.steps[-1].state != "complete":
             state = "continues" if directory.exists() and not self.restart else "starts"
@@ -275,8 +279,9 @@ class _Plan:
             return
 
         def wanted() -> dict[str, Any]:
-            images = find_images(recipe.evaluate, questions)
-            return inputs(recipe.evaluate, questions, images, model_identity(walk.merged.directory))
+            asked = questions or []
+            images = find_images(recipe.evaluate, asked)
+            return inputs(recipe.evaluate, asked, images, model_identity(walk.merged.directory))
 
         step = self._add(name, directory, wanted, rows, work)
         if step.state == "complete" and walk.evaluation(recipe.evaluate.benchmark).manifest["errors"]:
@@ -285,16 +290,23 @@ class _Plan:
     def compare(self, recipe: Recipe, place: RunDir) -> None:
         """The verdict: which differences it will be able to show."""
         from pipelines.evaluate import power
-        from pipelines.evaluate.stage import read_questions
 
         step = Step("compare", str(place.root), "complete" if place.comparison.is_file() else "starts", None, "")
         self.steps.append(step)
-        if step.state == "complete" or _will_be_drawn(recipe, "evaluate.annotations"):
+        questions = self._questions(recipe)
+        if step.state == "complete" or questions is None:
             return
-        questions = read_questions(recipe.evaluate)
         step.rows, pictures = len(questions), len({question.image_id for question in questions})
         foreseen = power.foresee(step.rows, pictures, len(recipe.arms), len(recipe.seeds), recipe.compare)
         step.work = f"{pictures:,} pictures; {foreseen}"
+
+    def _questions(self, recipe: Recipe) -> list[Question] | None:
+        """The benchmark's, read once for all models; None while the sample world is to be drawn."""
+        from pipelines.evaluate.stage import read_questions
+
+        if self.questions is None and not _will_be_drawn(recipe, "evaluate.annotations"):
+            self.questions = read_questions(recipe.evaluate)
+        return self.questions
 
     def _add(
         self,
