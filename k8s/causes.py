@@ -15,10 +15,11 @@ from typing import Any
 
 from k8s import doctor, nodes, room
 from k8s.kubectl import Kubectl
+from pipelines.groups import LABEL
 
 Object = dict[str, Any]
 QUEUE = "kueue.x-k8s.io/queue-name"
-_GROUP, _COMPONENT = "captune.dev/group", "app.kubernetes.io/component"
+_COMPONENT = "app.kubernetes.io/component"
 _IMAGE = ("ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull", "ImageInspectError")
 _SECRET = re.compile(r'secret "([^"]+)" not found')
 _KEY = re.compile(r"couldn't find key (\S+) in Secret (?:[^/\s]+/)?(\S+)")
@@ -157,7 +158,7 @@ def _of_container(who: str, reason: str, message: str, look: Look, kubectl: Kube
 
 def _who(pod: Object) -> str:
     labels = pod["metadata"].get("labels", {})
-    group = labels.get(_GROUP) or labels.get("ray.io/group")
+    group = labels.get(LABEL) or labels.get("ray.io/group")
     if labels.get("ray.io/node-type") == "head" or group == "head":
         return "the head"
     return f"group {group}" if group else f"the {labels.get(_COMPONENT, 'pod')}"

@@ -16,6 +16,7 @@ import yaml
 from k8s import kustomize, names, needs
 from k8s.names import DATA, WORKLOADS
 from pipelines.errors import UserError
+from pipelines.groups import LABEL
 from pipelines.rundir import RECIPE, RunDir
 from pipelines.storage import is_remote
 from ray_jobs import hallway
@@ -221,7 +222,7 @@ def budget(service: Object, recipe: Recipe) -> list[Object]:
     if least < 2:
         return []
     about = {key: service["metadata"][key] for key in ("name", "namespace", "labels") if key in service["metadata"]}
-    spec = {"minAvailable": least - 1, "selector": {"matchLabels": {"captune.dev/group": "serve", WORK: about["name"]}}}
+    spec = {"minAvailable": least - 1, "selector": {"matchLabels": {LABEL: "serve", WORK: about["name"]}}}
     return [{"apiVersion": "policy/v1", "kind": "PodDisruptionBudget", "metadata": about, "spec": spec}]
 
 
@@ -268,7 +269,7 @@ def _on_one_pod(cluster: Object) -> Object:
     container["volumeMounts"] = [mount for mount in container["volumeMounts"] if mount["name"] != "shm"]
     pod["volumes"] = [volume for volume in pod["volumes"] if volume["name"] != "shm"]
     pod["restartPolicy"] = "Never"
-    template["metadata"]["labels"]["captune.dev/group"] = "preflight"
+    template["metadata"]["labels"][LABEL] = "preflight"
     # What it finds would be found again; it goes with its log after a day.
     spec = {"backoffLimit": 0, "activeDeadlineSeconds": 3600, "ttlSecondsAfterFinished": 86400, "template": template}
     return {"apiVersion": "batch/v1", "kind": "Job", "metadata": cluster["metadata"], "spec": spec}

@@ -17,6 +17,7 @@ import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from pipelines import groups, machine
 from pipelines.errors import UserError
@@ -92,6 +93,11 @@ class Meter:
         seen |= {"cpu_hours_worked": node.cpus_held, "gpu_hours_worked": node.gpus_held}
         for key, count in {"node_hours": 1.0, **seen}.items():
             used[key] = used.get(key, 0.0) + count * hours
+
+
+def of(manifest: dict[str, Any]) -> Hours:
+    """What a finished stage used; empty where it did not count."""
+    return manifest.get("cost") or {}
 
 
 def worked(used: dict[str, float]) -> float | None:

@@ -37,7 +37,7 @@ def rates(measured: Path, recipe: Recipe) -> dict[str, Rate]:
     found: dict[str, Rate] = {}
     for place, stage in run.stages():
         manifest = stage.manifest
-        kind, work, hours = manifest.get("stage", ""), _work(manifest), manifest.get("cost")
+        kind, work, hours = manifest.get("stage", ""), _work(manifest), cost.of(manifest)
         if not (work and hours) or _basis(run.recipe, kind) != _basis_of(recipe, kind):
             continue
         for key in (kind, f"{kind} {Path(place).parts[0]}"):  # filters differ from arm to arm

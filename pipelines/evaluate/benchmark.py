@@ -14,6 +14,10 @@ if TYPE_CHECKING:
     from pipelines.evaluate.config import EvaluateConfig
 
 
+INSTRUCTION = "Answer the question using a single word or phrase."
+"""LLaVA's words for benchmarks with short answers, with which their published scores were measured."""
+
+
 @dataclass(frozen=True)
 class Question:
     """One question of a benchmark.

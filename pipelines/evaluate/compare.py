@@ -109,7 +109,6 @@ def _difference(pair: _Table, resampled_R: Any, p_value: float, config: CompareC
     shown = statistics.excludes_zero(ends, p_value, counts, config.confidence)
     failures = statistics.failures(pair.scores_AQ, pair.failed_AQ, pair.pictures, shown, config)
     error = statistics.standard_error(resampled_R, number)
-    least = statistics.detectable(error, max(number - 1, 1), config.confidence)
     return {
         "difference": statistics.difference(pair.scores_AQ),
         "interval": ends,
@@ -118,13 +117,19 @@ def _difference(pair: _Table, resampled_R: Any, p_value: float, config: CompareC
         "failures": failures,
         "excludes_zero": shown and not failures["forbid_a_verdict"],
         "equivalent": _equivalent(ends, number, config) and not failures["forbid_a_verdict"],
-        "detectable": least if 0 < least < math.inf else None,
+        "detectable": _detectable(error, max(number - 1, 1), config),
     }
 
 
 def _equivalent(ends: Sequence[float], pictures: int, config: CompareConfig) -> bool:
     """Whether the interval lies within the margin; one picture shows nothing."""
     return pictures > 1 and -config.margin < ends[0] and ends[1] < config.margin
+
+
+def _detectable(error: float, freedom: float, config: CompareConfig) -> float | None:
+    """`statistics.detectable` where there is such a difference: not where nothing varies, nor of one picture."""
+    least = statistics.detectable(error, freedom, config.confidence)
+    return least if 0 < least < math.inf else None
 
 
 def withheld(comparison: dict[str, Any]) -> list[str]:
@@ -228,7 +233,6 @@ def _over_seeds(
     ends, error, freedom = statistics.over_seeds(differences_SQ, pictures, config)
     each = [entry["differences"][name]["difference"] for entry in comparisons]
     mean = math.fsum(each) / len(each)
-    least = statistics.detectable(error, freedom, config.confidence)
     return {
         "each": each,
         "mean": mean,
@@ -236,7 +240,7 @@ def _over_seeds(
         "interval": ends,
         "p_value": float(2 * t.sf(abs(mean) / error, freedom)) if error > 0 else float(mean == 0),
         "equivalent": _equivalent(ends, pictures.number, config),
-        "detectable": least if 0 < least < math.inf else None,
+        "detectable": _detectable(error, freedom, config),
         "same_sign": all(value > 0 for value in each) or all(value < 0 for value in each),
         "intervals_exclude_zero": sum(entry["differences"][name]["excludes_zero"] for entry in comparisons),
         "withheld": sum(entry["differences"][name]["failures"]["forbid_a_verdict"] for entry in comparisons),

@@ -67,17 +67,20 @@ def normalize(answer: str) -> str:
     """The answer as it is compared: lower case, no articles, digits for words, apostrophes where English has them."""
     text = answer.lower().replace(",", "").replace("?", "").replace("'s", " 's").strip()
     text = text.replace("\n", " ").replace("\t", " ").strip()
-    words = _strip_marks(text).lower().split()
-    words = [_NUMBERS.get(word, word) for word in words]
-    return " ".join(_CONTRACTIONS.get(word, word) for word in words if word not in _ARTICLES)
+    return _in_words(_strip_marks(text, _MARKS))
 
 
-def _strip_marks(text: str) -> str:
+def _strip_marks(text: str, marks: Sequence[str], leave_no_space: bool = False) -> str:
     stripped = text
-    for mark in _MARKS:
+    for mark in marks:
         touches_space = f"{mark} " in text or f" {mark}" in text
-        stripped = stripped.replace(mark, "" if touches_space else " ")
+        stripped = stripped.replace(mark, "" if touches_space or leave_no_space else " ")
     return _PERIOD.sub("", stripped, count=_PERIODS_STRIPPED)
+
+
+def _in_words(text: str) -> str:
+    words = [_NUMBERS.get(word, word) for word in text.lower().split()]
+    return " ".join(_CONTRACTIONS.get(word, word) for word in words if word not in _ARTICLES)
 
 
 def answer_scores(answers: Sequence[str]) -> dict[str, float]:
@@ -118,10 +121,4 @@ def vqa_score(prediction: str, answers: Sequence[str]) -> float:
 
 
 def _normalize_vqa(answer: str) -> str:
-    separated = _SEPARATED.search(answer) is not None
-    text = answer
-    for mark in _VQA_MARKS:
-        touches_space = f"{mark} " in answer or f" {mark}" in answer
-        text = text.replace(mark, "" if touches_space or separated else " ")
-    words = [_NUMBERS.get(word, word) for word in _PERIOD.sub("", text, count=_PERIODS_STRIPPED).lower().split()]
-    return " ".join(_CONTRACTIONS.get(word, word) for word in words if word not in _ARTICLES)
+    return _in_words(_strip_marks(answer, _VQA_MARKS, leave_no_space=_SEPARATED.search(answer) is not None))

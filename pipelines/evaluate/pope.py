@@ -16,14 +16,12 @@ from typing import TYPE_CHECKING, Any
 
 from pipelines.errors import UserError
 from pipelines.evaluate.answers import read_answers, read_lines, write_answers, write_lines
-from pipelines.evaluate.benchmark import Prediction, Question
+from pipelines.evaluate.benchmark import INSTRUCTION, Prediction, Question
 
 if TYPE_CHECKING:
     from pipelines.evaluate.config import EvaluateConfig
 
 TITLE = "POPE"
-INSTRUCTION = "Answer the question using a single word or phrase."
-"""As LLaVA asks it (`llava_pope_test.jsonl`)."""
 _KEYS = ("question_id", "image", "text", "label")
 
 
@@ -113,18 +111,17 @@ def _right(question: Question, said: Prediction) -> bool:
 
 def _of_file(path: Path, several: bool) -> list[Question]:
     kind = path.stem.rpartition("_")[2]
-    rows, found = read_lines(path), []
-    for row, entry in enumerate(rows):
+    found: dict[str, Question] = {}
+    for row, entry in enumerate(read_lines(path)):
         _require(entry, f"{path}: line {row + 1}")
         key = f"{kind}/{entry['question_id']}" if several else str(entry["question_id"])
+        if key in found:
+            raise UserError(f"{path}: question_id {key} occurs twice")
         prompt = f"{entry['text']}\n{INSTRUCTION}"
-        found.append(Question(key, entry["image"], entry["text"], prompt, (entry["label"],), kind))
+        found[key] = Question(key, entry["image"], entry["text"], prompt, (entry["label"],), kind)
     if not found:
         raise UserError(f"{path}: holds no questions")
-    ids = [question.id for question in found]
-    if twice := next((key for key in ids if ids.count(key) > 1), None) if len(set(ids)) < len(ids) else None:
-        raise UserError(f"{path}: question_id {twice} occurs twice")
-    return found
+    return list(found.values())
 
 
 def _require(entry: Any, where: str) -> None:

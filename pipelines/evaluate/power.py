@@ -48,16 +48,15 @@ def foresee(questions: int, pictures: int, arms: int, seeds: int, config: Compar
         crowded = 1 + (questions / pictures - 1) * ALIKE
         of_pictures, spread = SPREAD**2 / questions * crowded, SEEDS
         basis = f"assumed: standard deviation {SPREAD:g} a question, correlation {ALIKE:g} on a picture"
-    freedom, variance = float(max(pictures - 1, 1)), of_pictures
+    parts = [(of_pictures, max(pictures - 1, 1))]
     if seeds > 1:
-        of_seeds = spread**2 / seeds
-        variance += of_seeds
-        freedom = variance**2 / (of_pictures**2 / freedom + of_seeds**2 / (seeds - 1)) if of_seeds else freedom
+        parts.append((spread**2 / seeds, seeds - 1))
         basis += f", {100 * spread:.1f} points over seeds"
     else:
         basis += "; one seed, whose luck it does not see"
+    error = math.sqrt(sum(variance for variance, _ in parts))
     confidence = 1 - (1 - config.confidence) / max(arms - 1, 1)  # Holm's first step
-    return Foreseen(statistics.detectable(math.sqrt(variance), freedom, confidence), basis)
+    return Foreseen(statistics.detectable(error, statistics.satterthwaite(parts), confidence), basis)
 
 
 def _of_pilot(place: str, pictures: int) -> tuple[float, float, str]:

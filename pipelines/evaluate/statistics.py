@@ -144,6 +144,14 @@ def holm(p_values: dict[str, float]) -> dict[str, float]:
     return {name: adjusted[name] for name in p_values}
 
 
+def satterthwaite(parts: Sequence[tuple[float, float]]) -> float:
+    """Degrees of freedom of a sum of variances, each given with its own; the first's where nothing varies (1946,
+    Biometrics Bulletin 2:110).
+    """
+    squares = sum(variance**2 / freedom for variance, freedom in parts)
+    return sum(variance for variance, _ in parts) ** 2 / squares if squares > 0 else float(parts[0][1])
+
+
 def over_seeds(
     differences_SQ: np.ndarray, pictures: Pictures, config: CompareConfig
 ) -> tuple[list[float], float, float]:
@@ -151,7 +159,7 @@ def over_seeds(
     would have given another.
 
     The two variances are added, that of the pictures from a bootstrap of the seeds' mean difference, that of the seeds
-    from their spread; degrees of freedom after Satterthwaite (1946, Biometrics Bulletin 2:110).
+    from their spread; degrees of freedom are `satterthwaite`'s.
 
     Args:
         differences_SQ: float [seeds, questions], at least two seeds.
@@ -168,8 +176,7 @@ def over_seeds(
     variance = of_pictures + of_seeds
     if not math.isfinite(variance):
         return [-1.0, 1.0], math.inf, 1.0
-    squares = of_pictures**2 / (number - 1) + of_seeds**2 / (seeds - 1)
-    freedom = variance**2 / squares if squares > 0 else float(number - 1)
+    freedom = satterthwaite([(of_pictures, number - 1), (of_seeds, seeds - 1)])
     mean, wide = float(each_S.mean()), float(t.isf((1 - config.confidence) / 2, freedom) * math.sqrt(variance))
     return [mean - wide, mean + wide], math.sqrt(variance), freedom
 

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipelines.errors import UserError
 from pipelines.evaluate.answers import number, read_answers, write_answers, write_lines
-from pipelines.evaluate.benchmark import Prediction, Question
+from pipelines.evaluate.benchmark import INSTRUCTION, Prediction, Question
 from pipelines.evaluate.metrics import ANSWERS, soft_score
 from pipelines.manifest import read_json, write_json
 
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from pipelines.evaluate.config import EvaluateConfig
 
 TITLE = "TextVQA"
-INSTRUCTION = "Answer the question using a single word or phrase."
 OCR_HINT = "Reference OCR token: "
 
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipelines.errors import UserError
 from pipelines.evaluate.answers import number, read_answers, write_answers
-from pipelines.evaluate.benchmark import Prediction, Question
+from pipelines.evaluate.benchmark import INSTRUCTION, Prediction, Question
 from pipelines.evaluate.metrics import vqa_score
 from pipelines.manifest import read_json, write_json
 
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from pipelines.evaluate.config import EvaluateConfig
 
 TITLE = "VQAv2"
-INSTRUCTION = "Answer the question using a single word or phrase."
 
 
 def questions(config: EvaluateConfig) -> list[Question]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 from pipelines import cost
 from pipelines.rundir import Run, Walk
@@ -40,7 +39,7 @@ class Gain:
 
 def lines(run: Run) -> list[Line]:
     """Every stage that says what it used, and the sum of each group where there are several stages."""
-    said = [(place, _cost(stage.manifest)) for place, stage in run.stages() if _cost(stage.manifest)]
+    said = [(place, cost.of(stage.manifest)) for place, stage in run.stages() if cost.of(stage.manifest)]
     if len(said) > 1:
         said.append(("all stages", cost.added(hours for _, hours in said)))
     return [
@@ -76,10 +75,6 @@ def _way(walk: Walk, run: Run) -> Iterator[cost.Hours]:
     """What each stage from the dataset to this model's score used; the captions only where the arm trains on them."""
     dataset = run.datasets[walk.arm]
     if dataset.manifest.get("text") == "recaption":
-        yield _cost(run.captions.manifest)
+        yield cost.of(run.captions.manifest)
     for stage in (dataset, walk.adapter, walk.merged, *walk.evaluations.values()):
-        yield _cost(stage.manifest)
-
-
-def _cost(manifest: dict[str, Any]) -> cost.Hours:
-    return manifest.get("cost") or {}
+        yield cost.of(stage.manifest)

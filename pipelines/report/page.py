@@ -13,7 +13,7 @@ from pipelines.errors import UserError
 from pipelines.evaluate.benchmark import picture_path
 from pipelines.evaluate.registry import open_benchmark, title
 from pipelines.files import write_text
-from pipelines.report import answer, bill, charts, data, examples, numbers, overview, training
+from pipelines.report import answer, bill, charts, data, examples, overview, templates, training
 from pipelines.rundir import Run, RunDir, collect
 from pipelines.train.stability import RULE
 
@@ -35,18 +35,7 @@ def run(run_dir: Path | str) -> Path:
 
 def render(run: Run) -> str:
     """The page as text; the same run gives the same page."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    for name in ("percent", "points", "count", "figure", "p_value", "clock"):
-        environment.filters[name] = getattr(numbers, name)
-    return environment.get_template("page.html.j2").render(view(run))
+    return templates.render("page.html.j2", view(run))
 
 
 def view(run: Run) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,8 +12,8 @@ from pipelines import cost
 from pipelines.errors import UserError
 from pipelines.evaluate.registry import title
 from pipelines.progress import say
-from pipelines.report import numbers
-from pipelines.rundir import Run, collect, holds_a_run
+from pipelines.report import templates
+from pipelines.rundir import Run, RunDir, collect, holds_a_run
 
 
 @dataclass(frozen=True)
@@ -70,19 +71,8 @@ def table(found: Sequence[Row]) -> str:
 
 def page(found: Sequence[Row], folder: Path) -> str:
     """The same as a page in `folder`, whose rows lead to the runs' reports; it loads nothing."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    for name in ("percent", "points", "count", "figure"):
-        environment.filters[name] = getattr(numbers, name)
     reports = {row.run: _report(row, folder) for row in found}
-    return environment.get_template("runs.html.j2").render(rows=found, reports=reports, title=title)
+    return templates.render("runs.html.j2", {"rows": found, "reports": reports, "title": title})
 
 
 def as_json(found: Sequence[Row]) -> list[dict[str, Any]]:
@@ -108,7 +98,7 @@ def _folders(place: Path) -> list[Path]:
 
 def _row(run: Run) -> Row:
     manifests = [stage.manifest for _, stage in run.stages() if stage.manifest]
-    used = cost.added(manifest.get("cost") or {} for manifest in manifests)
+    used = cost.added(cost.of(manifest) for manifest in manifests)
     hours = {kind: round(sum(each[kind] for each in used.values()), 3) for kind in ("gpu_hours", "node_hours")}
     wanted = 1 + len(run.datasets) + 3 * len(run.walks)
     found = run.comparison
@@ -157,9 +147,5 @@ def _cells(row: Row) -> tuple[str, ...]:
 
 def _report(row: Row, folder: Path) -> str:
     """Where the run's own page is, from `folder`; empty while there is none."""
-    import os
-
-    from pipelines.rundir import REPORT
-
-    path = Path(row.run) / REPORT
+    path = RunDir(Path(row.run)).report
     return Path(os.path.relpath(path, folder.resolve())).as_posix() if path.is_file() else ""
