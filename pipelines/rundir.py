@@ -18,6 +18,7 @@ from pipelines.manifest import CLAIM, MANIFEST, read_json
 
 RECIPE, FILTERS, CAPTIONS, COMPARISON = "recipe.yaml", "filters", "captions", "comparison.json"
 REPORT = Path("report") / "index.html"
+EXPLAIN, EXPLANATION = "explain", "explanation.json"
 LOGS = "logs"
 _DATASET, _ADAPTER, _MERGED, _PREDICTIONS = _STAGE_FOLDERS = ("dataset", "adapter", "merged", "predictions")
 _SEEDED = re.compile(r"(?P<arm>.+)-seed(?P<seed>-?\d+)")
@@ -129,6 +130,14 @@ class RunDir:
     def report(self) -> Path:
         """The page that a person opens."""
         return self.root / REPORT
+
+    def explaining(self, arm: str) -> Path:
+        """The directory of the runs that split an arm's gain over its causes."""
+        return self.root / EXPLAIN / arm
+
+    def explanation(self, arm: str) -> Path:
+        """The result of that."""
+        return self.explaining(arm) / EXPLANATION
 
     def log(self, job: str) -> Path:
         """What a job of a cluster printed, all its attempts."""

@@ -1,0 +1,163 @@
+"""What an arm does to its data that its baseline does not, and which rows that leaves.
+
+Whether an operator changes anything, and whether two coalitions make the same data, is known before any training: every
+operator is tried alone, on each text, and a filter keeps or drops a row whatever other filters do. So the rows that a
+coalition of filters keeps are those that each of them keeps. Mappers change the text that operators after them see, and
+a deduplicator keeps what others have dropped the like of: coalitions with one of these are what they are.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pipelines.attribution.shapley import Coalition
+from pipelines.errors import UserError
+from pipelines.manifest import require_finished
+from pipelines.records import read_shards
+from pipelines.refine.operators import Process, build
+
+if TYPE_CHECKING:
+    import numpy as np
+
+CAPTIONS = "captions"
+"""The cause that is no operator, and its kind."""
+
+
+@dataclass(frozen=True)
+class Cause:
+    """One thing that an arm does.
+
+    Attributes:
+        name: `captions`, or the operator's name (its second use is `#2`).
+        kind: `captions`, `filter`, `mapper` or `global`.
+        position: of the operator in the arm's Data-Juicer recipe; None for captions.
+    """
+
+    name: str
+    kind: str
+    position: int | None = None
+
+
+def find(text: tuple[str, str], process: tuple[Process, Process], arms: tuple[str, str]) -> list[Cause]:
+    """The causes, captions first, then operators in their order.
+
+    Args:
+        text: the baseline's and the arm's column that trains.
+        process: the operators of both.
+        arms: the names of both, for messages.
+
+    Raises:
+        UserError: the baseline filters in a way that the arm does not, or the two make the same data.
+    """
+    shared, own = process
+    if lacking := [name for entry in shared if entry not in own for name in entry]:
+        raise UserError(
+            f"arms.{arms[1]}.recipe: lacks the operator {lacking[0]} of the baseline {arms[0]}; what an arm leaves out "
+            "cannot be told from what it does"
+        )
+    causes = [Cause(CAPTIONS, CAPTIONS)] if text[0] != text[1] else []
+    causes += [
+        Cause(operator.label, operator.kind, position)
+        for position, (entry, operator) in enumerate(zip(own, build(own), strict=True))
+        if entry not in shared
+    ]
+    if not causes:
+        raise UserError(f"arms.{arms[1]}: makes the same data as the baseline {arms[0]}; there is nothing to explain")
+    return causes
+
+
+def process_of(coalition: Coalition, causes: Sequence[Cause], own: Process) -> Process:
+    """The operators of a coalition: the arm's without those of the causes that are not in it."""
+    left_out = {cause.position for number, cause in enumerate(causes) if number not in coalition}
+    return [entry for position, entry in enumerate(own) if position not in left_out]
+
+
+class Ledger:
+    """Which rows each operator keeps when it is alone.
+
+    Args:
+        causes: all of them.
+        rows: uint64 [rows], as `rows_of` gives them, of every coalition of `alone`.
+    """
+
+    def __init__(self, causes: Sequence[Cause], rows: dict[Coalition, np.ndarray]) -> None:
+        self.causes, self._rows = causes, rows
+        self._captions = next(iter(alone_of_captions(causes)), frozenset[int]())
+        self.live = self._live()
+
+    def changed(self, number: int) -> dict[str, int]:
+        """Rows that a cause alone drops or changes, among the captions as found and, where there are any, among the new
+        ones; captions are held against themselves.
+        """
+        if self.causes[number].kind == CAPTIONS:
+            return {"found": self._apart(frozenset(), self._captions)}
+        each = {"found": frozenset[int](), "new": self._captions} if self._captions else {"found": frozenset[int]()}
+        return {name: self._apart(texts, texts | {number}) for name, texts in each.items()}
+
+    def data_of(self, coalition: Coalition) -> Hashable:
+        """Equal for coalitions whose data are equal; causes that change nothing do not count."""
+        coalition &= frozenset(self.live)
+        if any(self.causes[number].kind not in (CAPTIONS, "filter") for number in coalition):
+            return coalition
+        kept = self.kept(coalition)
+        return (bool(coalition & self._captions), hashlib.blake2b(kept.tobytes(), digest_size=16).hexdigest())
+
+    def kept(self, coalition: Coalition) -> np.ndarray:
+        """The rows of a coalition of captions and filters."""
+        import numpy as np
+
+        texts = coalition & self._captions
+        rows = self._rows[texts]
+        for number in coalition - texts:
+            rows = np.intersect1d(rows, self._rows[texts | {number}], assume_unique=True)
+        return rows
+
+    def _live(self) -> list[int]:
+        """Causes that change a row. What a mapper that does so may let operators behind it see, nobody knows here."""
+        live: list[int] = []
+        behind_a_mapper = False
+        for number, cause in enumerate(self.causes):
+            if behind_a_mapper or any(self.changed(number).values()):
+                live.append(number)
+                behind_a_mapper |= cause.kind == "mapper"
+        return live
+
+    def _apart(self, one: Coalition, other: Coalition) -> int:
+        """Rows of one that the other lacks; a changed text is another row."""
+        import numpy as np
+
+        return len(np.setdiff1d(self._rows[one], self._rows[other], assume_unique=True))
+
+
+def alone_of_captions(causes: Sequence[Cause]) -> list[Coalition]:
+    """Captions alone, where they are a cause."""
+    return [frozenset([number]) for number, cause in enumerate(causes) if cause.kind == CAPTIONS]
+
+
+def alone(causes: Sequence[Cause]) -> list[Coalition]:
+    """Coalitions whose data say what every cause does: each operator alone, and nothing, on each text."""
+    operators = [number for number, cause in enumerate(causes) if cause.kind != CAPTIONS]
+    texts = [frozenset[int](), *alone_of_captions(causes)]
+    return [each | more for each in texts for more in (frozenset[int](), *(frozenset([n]) for n in operators))]
+
+
+def rows_of(dataset: Path) -> np.ndarray:
+    """uint64 [rows], sorted: a digest of the id and the training text of every kept row of a refined directory.
+
+    Raises:
+        UserError: it is not finished.
+    """
+    import numpy as np
+
+    from pipelines.manifest import training_text
+
+    require_finished(dataset)
+    text = training_text(dataset)
+    table = read_shards(dataset, columns=["sample_id", text])
+    pairs = zip(table["sample_id"].to_pylist(), table[text].to_pylist(), strict=True)
+    digests = [hashlib.blake2b(f"{key}\0{said}".encode(), digest_size=8).digest() for key, said in pairs]
+    return np.unique(np.frombuffer(b"".join(digests), dtype=np.uint64))
