@@ -156,15 +156,21 @@ def adapter(directory: str, key: str = "--adapter") -> Iterator[Problem]:
     yield from found(key, lambda: has_lora(Path(directory)))
 
 
-def evaluate(config: EvaluateConfig) -> Iterator[Problem]:
-    """Annotations, with OCR tokens if they are asked for, and the picture of every question."""
-    from pipelines.evaluate.stage import find_images, read_questions
+def evaluate(config: EvaluateConfig, *, scored: bool = False) -> Iterator[Problem]:
+    """Annotations, with OCR tokens if they are asked for, and the picture of every question.
+
+    Args:
+        scored: scores are wanted, so that a split whose answers are withheld will not do.
+    """
+    from pipelines.evaluate.stage import find_images, read_questions, withheld
 
     if config.ocr_tokens and config.ocr and not Path(config.ocr).is_file():
         yield Problem("evaluate.ocr", f"{config.ocr}: no such file")
         config = replace(config, ocr_tokens=False)  # the questions themselves can be looked at all the same
     questions: list[Question] = []
     yield from found("evaluate.annotations", lambda: questions.extend(read_questions(config)))
+    if questions and scored and withheld(questions):
+        yield Problem("evaluate.annotations", f"{config.annotations}: the answers of this split are withheld: no score")
     yield from found("evaluate.images", lambda: find_images(config, questions))
 
 

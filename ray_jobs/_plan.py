@@ -105,7 +105,7 @@ def _of(stage: str, recipe: Recipe, whole: bool) -> Iterator[Problem]:
     elif stage == "merge":
         yield from preflight.base_model(recipe.train.model) if not whole else ()
     elif stage == "evaluate":
-        yield from preflight.evaluate(recipe.evaluate)
+        yield from preflight.evaluate(recipe.evaluate, scored=True)
 
 
 def unwritable(recipe: Recipe) -> Iterator[Problem]:

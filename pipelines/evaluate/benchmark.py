@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from pipelines.errors import UserError
 
@@ -29,6 +29,9 @@ class Question:
         prompt: what the model is asked, instructions included.
         answers: what humans answered; empty in a split whose answers are withheld.
         kind: the benchmark's own name of the kind of question; empty where it has none.
+        family: its name of the larger kind that this kind belongs to.
+        options: what can be chosen, in the order of their letters; empty where anything may be said.
+        copy_of: id of the question that this one asks again in another form. Its answer counts with that one's.
     """
 
     id: str
@@ -37,6 +40,9 @@ class Question:
     prompt: str
     answers: tuple[str, ...]
     kind: str = ""
+    family: str = ""
+    options: tuple[str, ...] = ()
+    copy_of: str = ""
 
 
 @dataclass(frozen=True)
@@ -64,6 +70,8 @@ class Benchmark(Protocol):
 
     TITLE: str
     """As its authors write it."""
+    SUBMISSION: str
+    """Of its files of answers the one that its own server takes; empty where all scoring is done at home."""
 
     def questions(self, config: EvaluateConfig) -> list[Question]:
         """Questions in the order of `config.annotations`.
@@ -79,15 +87,20 @@ class Benchmark(Protocol):
         """Where a picture lies (see `picture_path`, which asks this)."""
 
     def score(self, questions: Sequence[Question], predictions: dict[str, Prediction]) -> list[float]:
-        """Score of each question in [0, 1], in their order; the benchmark's score is their mean. A failed request
-        scores 0 whatever its text.
+        """Score of each question that is no copy in [0, 1], in their order; the benchmark's score is their mean. A
+        failed request scores 0 whatever its text.
         """
 
     def figures(self, questions: Sequence[Question], predictions: dict[str, Prediction]) -> dict[str, float]:
         """What the benchmark's authors report besides the score (name -> share in [0, 1]); empty where nothing."""
 
     def write_predictions(
-        self, directory: Path, questions: Sequence[Question], predictions: dict[str, Prediction], model: str
+        self,
+        directory: Path,
+        config: EvaluateConfig,
+        questions: Sequence[Question],
+        predictions: dict[str, Prediction],
+        model: str,
     ) -> None:
         """Write the answers in the benchmark's own formats, each file whole or not at all."""
 
@@ -97,6 +110,14 @@ class Benchmark(Protocol):
         Raises:
             UserError: not such a file, or not one answer to every question.
         """
+
+
+@runtime_checkable
+class CarriesPictures(Protocol):
+    """What a benchmark has besides, whose annotations hold the pictures themselves."""
+
+    def unpack(self, config: EvaluateConfig, folder: Path) -> None:
+        """Write them there, each whole or not at all, where `image_path` looks for them."""
 
 
 def picture_path(benchmark: Benchmark, images: Path | str, image_id: str) -> Path:

@@ -16,7 +16,7 @@ class EvaluateConfig:
         benchmark: its name, one of those that `captune evaluate --help` lists.
         annotations: the benchmark's own annotation file; of VQAv2 the questions, whose answers lie beside them under
             their published name; of POPE a file of questions, or a folder of several.
-        images: directory of its pictures.
+        images: directory of its pictures; MMBench's lie in its annotation file.
         ocr_tokens: put the reference OCR tokens into the prompt, as the published TextVQA scores do (about 13 points
             there).
         ocr: file of OCR tokens (for TextVQA, TextVQA_Rosetta_OCR_v0.2_*.json), when the annotations hold none.

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from pipelines.evaluate.config import EvaluateConfig
 
 TITLE = "POPE"
+SUBMISSION = ""
 _KEYS = ("question_id", "image", "text", "label")
 
 
@@ -74,7 +75,11 @@ def figures(questions: Sequence[Question], predictions: dict[str, Prediction]) -
 
 
 def write_predictions(
-    directory: Path, questions: Sequence[Question], predictions: dict[str, Prediction], model: str
+    directory: Path,
+    config: EvaluateConfig,
+    questions: Sequence[Question],
+    predictions: dict[str, Prediction],
+    model: str,
 ) -> None:
     """Captune's file, and one for each kind."""
     write_answers(directory, questions, predictions)

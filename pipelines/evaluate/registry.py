@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pipelines.errors import UserError
-from pipelines.evaluate import pope, textvqa, vqav2
+from pipelines.evaluate import mmbench, pope, textvqa, vqav2
 from pipelines.evaluate.benchmark import Benchmark
 
 BENCHMARKS: dict[str, Benchmark] = {
     "textvqa": textvqa,
     "vqav2": vqav2,
+    "mmbench": mmbench,
     "pope": pope,
 }
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipelines.errors import UserError, WorkFailed
-from pipelines.evaluate.benchmark import Benchmark, Prediction, Question, picture_path
+from pipelines.evaluate.benchmark import Benchmark, CarriesPictures, Prediction, Question, picture_path
 from pipelines.evaluate.config import EvaluateConfig
 from pipelines.evaluate.registry import open_benchmark, title
 from pipelines.manifest import CLAIM, MANIFEST, fingerprint, identity, open_stage, read_json, write_json
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 JOURNAL = "journal.jsonl"
 SCORES = "scores.json"
+PICTURES = "pictures"
+"""Where those lie that a benchmark's annotations carry."""
 _NOT_RESULTS = (  # where things lie, how fast the answers come and when to give up; not what the answers are
     "annotations",
     "images",
@@ -33,6 +35,8 @@ _NOT_RESULTS = (  # where things lie, how fast the answers come and when to give
     "retries",
     "max_error_share",
 )
+_SAID_KINDS = 8
+"""A benchmark of more kinds of questions has them in `scores.json` alone."""
 NOT_FACTS = ("questions", "prompts", "annotations", "images")
 """Of the scores, what their manifest does without."""
 
@@ -64,6 +68,7 @@ def run(output: Path, config: EvaluateConfig, endpoint: str | Served, *, restart
     benchmark = open_benchmark(config.benchmark)
     questions = read_questions(config)
     images = find_images(config, questions)
+    carried = isinstance(benchmark, CarriesPictures)
     model = who_answers(endpoint, config).model() if isinstance(endpoint, str) else model_identity(endpoint.model)
     wanted = inputs(config, questions, images, model)
     stage = open_stage(output, "evaluate", wanted, restart=restart)
@@ -71,6 +76,9 @@ def run(output: Path, config: EvaluateConfig, endpoint: str | Served, *, restart
         return stage.manifest
     if stage.complete:
         stage.accept()  # unfinished again, until the questions without an answer have been asked once more
+    if isinstance(benchmark, CarriesPictures):
+        benchmark.unpack(config, stage.directory / PICTURES)
+        images = _paths(benchmark, stage.directory / PICTURES, questions)
     with nullcontext(endpoint) if isinstance(endpoint, str) else endpoint.service as base:
         answerer = who_answers(base, config)
         if answerer.identity not in (None, model):
@@ -84,12 +92,12 @@ def run(output: Path, config: EvaluateConfig, endpoint: str | Served, *, restart
         "max_new_tokens": config.max_new_tokens,
         "prompts": wanted["prompts"],
         "annotations": {"path": str(Path(config.annotations).resolve()), "identity": wanted["annotations"]},
-        "images": str(Path(config.images).resolve()),
+        "images": str((stage.directory / PICTURES if carried else Path(config.images)).resolve()),
         "model": model if isinstance(model, str) else fingerprint(model),
         "answered_by": _answered_by(endpoint, answerer, model, predictions),
         "questions_per_second": round(asked / seconds, 3) if asked else None,
     }
-    benchmark.write_predictions(stage.directory, questions, predictions, scores["model"])
+    benchmark.write_predictions(stage.directory, config, questions, predictions, scores["model"])
     write_json(stage.directory / SCORES, scores)
     facts = {key: value for key, value in scores.items() if key not in NOT_FACTS}
     return stage.finish(rows_in=len(questions), rows_out=len(predictions), **facts)
@@ -118,19 +126,27 @@ def score(benchmark: str, annotations: Path | str, predictions: Path | str) -> d
     Returns:
         `scores.json` without what only an evaluation knows: benchmark, accuracy in [0, 1], count, errors, truncated,
         questions.
+
+    Raises:
+        UserError: annotations or answers unusable, or the split's answers are withheld.
     """
     module = open_benchmark(benchmark)
     questions = module.questions(EvaluateConfig(benchmark=benchmark, annotations=str(annotations)))
+    if withheld(questions):
+        raise UserError(f"{annotations}: {_no_score(module)}")
     scores = _score(module, benchmark, questions, module.read_predictions(Path(predictions), questions))
     return {**scores, "annotations": {"path": str(Path(annotations).resolve()), "identity": identity(annotations)}}
 
 
 def sentence(scores: dict[str, Any]) -> str:
     """Scores, or the manifest of an evaluation, in words."""
+    if scores["accuracy"] is None:
+        return f"{title(scores['benchmark'])}: {scores['count']} questions asked; {scores['withheld']}"
     text = f"{title(scores['benchmark'])}: {100 * scores['accuracy']:.2f} % of {scores['count']} questions"
     if "conditions" in scores:
         text += f" ({scores['conditions']})"
-    told = {kind: found["accuracy"] for kind, found in scores.get("kinds", {}).items()} | scores.get("figures", {})
+    kinds = scores.get("kinds", {}) if len(scores.get("kinds", {})) <= _SAID_KINDS else {}
+    told = {kind: found["accuracy"] for kind, found in kinds.items()} | scores.get("figures", {})
     if told:
         text += "; " + ", ".join(f"{name} {100 * share:.2f} %" for name, share in told.items())
     if scores["errors"]:
@@ -155,6 +171,8 @@ def read_scores(directory: Path | str) -> dict[str, Any]:
     scores = read_json(path)
     if not isinstance(scores, dict) or not scores.keys() >= {"benchmark", "accuracy", "count", "errors", "annotations"}:
         raise UserError(f"{path}: not the scores of an evaluation")
+    if scores["accuracy"] is None:
+        raise UserError(f"{path}: holds no scores: {scores.get('withheld')}")
     rows = scores.get("questions")
     if not isinstance(rows, list) or not rows:
         raise UserError(f"{path}: holds no questions")
@@ -170,30 +188,36 @@ def read_questions(config: EvaluateConfig) -> list[Question]:
     """The questions that `config` asks.
 
     Raises:
-        UserError: no such annotations, or a question without answers.
+        UserError: no such annotations; or some questions have answers and others none.
     """
     if not config.annotations:
         raise UserError("evaluate.annotations: name the benchmark's annotation file")
     questions = open_benchmark(config.benchmark).questions(config)
     unanswered = [question.id for question in questions if not question.answers]
-    if unanswered:
-        raise UserError(
-            f"{config.annotations}: question_id {unanswered[0]} has no answers; this split cannot be scored"
-        )
-    return questions[: config.limit]
+    if unanswered and len(unanswered) < len(questions):
+        raise UserError(f"{config.annotations}: question_id {unanswered[0]} has no answers, and others have some")
+    first = {question.id for question in [each for each in questions if not each.copy_of][: config.limit]}
+    return [question for question in questions if (question.copy_of or question.id) in first]
+
+
+def withheld(questions: Sequence[Question]) -> bool:
+    """The split's answers are its authors' secret: it can be asked, and not scored here."""
+    return not any(question.answers for question in questions)
 
 
 def find_images(config: EvaluateConfig, questions: Sequence[Question]) -> dict[str, Path]:
-    """Picture of every question, by the question's id.
+    """Picture of every question, by the question's id; none where the annotations carry them.
 
     Raises:
         UserError: no such directory, or a picture that is not there (a score without it would look like the model's
             fault) or not in it.
     """
+    benchmark = open_benchmark(config.benchmark)
+    if isinstance(benchmark, CarriesPictures):
+        return {}
     if not Path(config.images).is_dir() or not config.images:
         raise UserError(f"evaluate.images: '{config.images}' is no directory")
-    benchmark = open_benchmark(config.benchmark)
-    found = {question.id: picture_path(benchmark, config.images, question.image_id) for question in questions}
+    found = _paths(benchmark, Path(config.images), questions)
     missing = sorted({path.name for path in found.values() if not path.is_file()})
     if missing:
         some = ", ".join(missing[:5]) + (" ..." if len(missing) > 5 else "")
@@ -201,36 +225,60 @@ def find_images(config: EvaluateConfig, questions: Sequence[Question]) -> dict[s
     return found
 
 
+def _paths(benchmark: Benchmark, folder: Path, questions: Sequence[Question]) -> dict[str, Path]:
+    return {question.id: picture_path(benchmark, folder, question.image_id) for question in questions}
+
+
 def _score(
     benchmark: Benchmark, name: str, questions: Sequence[Question], predictions: dict[str, Prediction]
 ) -> dict[str, Any]:
     if len(predictions) != len(questions):
         raise WorkFailed(f"{len(predictions)} answers to {len(questions)} questions")
-    rows, values = [], benchmark.score(questions, predictions)
-    for question, value in zip(questions, values, strict=True):
-        said = predictions[question.id]
-        rows.append(
-            {
-                "question_id": question.id,
-                "image_id": question.image_id,
-                "question": question.text,
-                "prediction": said.text,
-                "answers": list(question.answers),
-                "score": value,
-                "error": said.error,
-                "truncated": said.truncated,
-            }
-        )
+    counted = [question for question in questions if not question.copy_of]
+    secret = withheld(questions)
+    values = [None] * len(counted) if secret else benchmark.score(questions, predictions)
+    scored = [value for value in values if value is not None]
     return {
         "benchmark": name,
-        "accuracy": sum(values) / len(values),
-        "figures": benchmark.figures(questions, predictions),
-        "kinds": _by_kind(questions, values),
-        "count": len(rows),
+        "accuracy": None if secret else sum(scored) / len(scored),
+        **({"withheld": _no_score(benchmark)} if secret else {}),
+        "figures": {} if secret else benchmark.figures(questions, predictions),
+        "kinds": {} if secret else _by_kind(counted, scored),
+        "count": len(counted),
         "errors": sum(said.error is not None for said in predictions.values()),
         "truncated": sum(said.truncated for said in predictions.values()),
-        "questions": rows,
+        "questions": _rows(questions, predictions, values),
     }
+
+
+def _rows(
+    questions: Sequence[Question], predictions: dict[str, Prediction], values: Sequence[float | None]
+) -> list[dict[str, Any]]:
+    """One for each question that is no copy; what was said to its copies stands beside its own answer."""
+    copies: dict[str, list[Prediction]] = {}
+    for question in questions:
+        copies.setdefault(question.copy_of or question.id, []).append(predictions[question.id])
+    counted = [question for question in questions if not question.copy_of]
+    return [
+        {
+            "question_id": question.id,
+            "image_id": question.image_id,
+            "question": question.text,
+            "kind": question.kind,
+            "prediction": " | ".join(said.text for said in copies[question.id]),
+            "answers": list(question.answers),
+            "score": value,
+            "error": next((said.error for said in copies[question.id] if said.error is not None), None),
+            "truncated": any(said.truncated for said in copies[question.id]),
+        }
+        for question, value in zip(counted, values, strict=True)
+    ]
+
+
+def _no_score(benchmark: Benchmark) -> str:
+    """Why there is none, and what to do."""
+    todo = f"; {benchmark.SUBMISSION} is for the benchmark's own server" if benchmark.SUBMISSION else ""
+    return f"no score: the answers of this split are withheld{todo}"
 
 
 def _by_kind(questions: Sequence[Question], values: Sequence[float]) -> dict[str, dict[str, float]]:

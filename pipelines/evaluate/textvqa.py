@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from pipelines.evaluate.config import EvaluateConfig
 
 TITLE = "TextVQA"
+SUBMISSION = "predictions_official.json"
 OCR_HINT = "Reference OCR token: "
 
 
@@ -103,7 +104,11 @@ def score(questions: Sequence[Question], predictions: dict[str, Prediction]) -> 
 
 
 def write_predictions(
-    directory: Path, questions: Sequence[Question], predictions: dict[str, Prediction], model: str
+    directory: Path,
+    config: EvaluateConfig,
+    questions: Sequence[Question],
+    predictions: dict[str, Prediction],
+    model: str,
 ) -> None:
     """Write the three files; each appears whole or not at all."""
     llava, official = [], []
@@ -123,7 +128,7 @@ def write_predictions(
         official.append({"question_id": number(question.id), "answer": said.text})
     write_answers(directory, questions, predictions)
     write_lines(directory / "predictions_llava.jsonl", llava)
-    write_json(directory / "predictions_official.json", official)
+    write_json(directory / SUBMISSION, official)
 
 
 def read_predictions(path: Path | str, questions: Sequence[Question]) -> dict[str, Prediction]:

@@ -2,10 +2,12 @@
 
 Annotations: the file of questions, `v2_OpenEnded_mscoco_val2014_questions.json`; the answers of ten people lie beside
 it in `v2_mscoco_val2014_annotations.json`. Pictures: `COCO_val2014_000000000042.jpg`, after the split that the file of
-questions names (`data_subtype`).
+questions names (`data_subtype`); those of test-dev are of test2015.
 
-Answers: `predictions.jsonl`, captune's own, and `vqav2_results.json`, `[{"question_id", "answer"}]`, which the official
-evaluation and its server take.
+Answers: `predictions.jsonl`, captune's own; `vqav2_results.json`, `[{"question_id", "answer"}]`, which the official
+evaluation takes; and of a split whose answers are withheld `vqav2_submission.json`, made as LLaVA's
+`convert_vqav2_for_submission.py` makes it for the server: answers normalized, and where the file of questions of
+test2015 lies beside that of test-dev, its other questions answered with nothing.
 """
 
 from __future__ import annotations
@@ -17,20 +19,23 @@ from typing import TYPE_CHECKING, Any
 from pipelines.errors import UserError
 from pipelines.evaluate.answers import number, read_answers, write_answers
 from pipelines.evaluate.benchmark import INSTRUCTION, Prediction, Question
-from pipelines.evaluate.metrics import vqa_score
+from pipelines.evaluate.metrics import normalize, vqa_score
 from pipelines.manifest import read_json, write_json
 
 if TYPE_CHECKING:
     from pipelines.evaluate.config import EvaluateConfig
 
 TITLE = "VQAv2"
+SUBMISSION = "vqav2_submission.json"
+_TEST, _TEST_DEV = "test2015", "test-dev2015"
 
 
 def questions(config: EvaluateConfig) -> list[Question]:
     """In the order of the file of questions; those of a split whose answers are withheld have none.
 
     Raises:
-        UserError: no such files, not this layout, a question without its answers, an id twice, or `ocr_tokens`.
+        UserError: no such files, not this layout, a question without its answers (but of a test split, where all are
+            withheld), an id twice, or `ocr_tokens`.
     """
     if config.ocr_tokens:
         raise UserError("evaluate.ocr_tokens: VQAv2 has no OCR tokens")
@@ -45,6 +50,8 @@ def questions(config: EvaluateConfig) -> list[Question]:
     if not isinstance(entries, list) or not entries or not isinstance(split, str):
         raise UserError(f"{path}: not in VQA's layout (an object with 'data_subtype' and a list 'questions')")
     answers, found = _answers(answers_of(path)), {}
+    if not answers and not split.startswith("test"):
+        raise UserError(f"{answers_of(path)}: the answers to the questions of {split} belong there, beside {path.name}")
     for row, entry in enumerate(entries):
         where = f"{path}: questions[{row}]"
         if not isinstance(entry, dict) or not entry.keys() >= {"question_id", "image_id", "question"}:
@@ -57,7 +64,7 @@ def questions(config: EvaluateConfig) -> list[Question]:
         if answers and key not in answers:
             raise UserError(f"{answers_of(path)}: question_id {key} has no answers")
         kind, said = answers.get(key, ("", ()))
-        picture = f"COCO_{split}_{entry['image_id']:012d}.jpg"
+        picture = f"COCO_{_TEST if split == _TEST_DEV else split}_{entry['image_id']:012d}.jpg"
         found[key] = Question(key, picture, text, f"{text}\n{INSTRUCTION}", said, kind)
     return list(found.values())
 
@@ -78,16 +85,7 @@ def image_path(images: Path, image_id: str) -> Path:
 
 
 def score(questions: Sequence[Question], predictions: dict[str, Prediction]) -> list[float]:
-    """The official score of every question, in [0, 1].
-
-    Raises:
-        UserError: a question without answers: the split withholds them, or their file is not there.
-    """
-    if bare := next((question.id for question in questions if not question.answers), None):
-        raise UserError(
-            f"question_id {bare} has no answers: the split withholds them, or v2_mscoco_..._annotations.json is not "
-            "beside the file of questions"
-        )
+    """The official score of every question, in [0, 1]."""
     said = [predictions[question.id] for question in questions]
     return [0.0 if it.error else vqa_score(it.text, q.answers) for q, it in zip(questions, said, strict=True)]
 
@@ -98,17 +96,33 @@ def figures(questions: Sequence[Question], predictions: dict[str, Prediction]) -
 
 
 def write_predictions(
-    directory: Path, questions: Sequence[Question], predictions: dict[str, Prediction], model: str
+    directory: Path,
+    config: EvaluateConfig,
+    questions: Sequence[Question],
+    predictions: dict[str, Prediction],
+    model: str,
 ) -> None:
-    """Captune's file, and the official one."""
+    """Captune's file, and the official one or two."""
     write_answers(directory, questions, predictions)
     results = [{"question_id": number(q.id), "answer": predictions[q.id].text} for q in questions]
     write_json(directory / "vqav2_results.json", results)
+    if not any(question.answers for question in questions):
+        said = {str(entry["question_id"]): normalize(str(entry["answer"])) for entry in results}
+        ids = dict.fromkeys([*_whole_test(Path(config.annotations)), *said])
+        write_json(directory / SUBMISSION, [{"question_id": number(key), "answer": said.get(key, "")} for key in ids])
 
 
 def read_predictions(path: Path, questions: Sequence[Question]) -> dict[str, Prediction]:
     """From either file."""
     return read_answers(path, questions)
+
+
+def _whole_test(path: Path) -> list[str]:
+    """Ids of all questions of test2015, where `path` is of test-dev and theirs lies beside it: the server wants all."""
+    whole = path.with_name(path.name.replace(_TEST_DEV, _TEST))
+    if whole == path or not whole.is_file():
+        return []
+    return [str(entry["question_id"]) for entry in read_json(whole)["questions"]]
 
 
 def _answers(path: Path) -> dict[str, tuple[str, tuple[str, ...]]]:

@@ -190,7 +190,8 @@ def _evaluate(run: Run, walk: Walk) -> list[Card]:
             facts.append(f"{manifest['count']:,} questions")
             counts = (("errors", "failed"), ("truncated", "cut off at the token limit"))
             facts += [f"{manifest[key]:,} {what}" for key, what in counts if manifest.get(key)]
-        figure = numbers.percent_text(manifest["accuracy"]) if manifest else ""
+            facts += ["answers withheld: no score"] if manifest["accuracy"] is None else []
+        figure = "" if manifest.get("accuracy") is None else numbers.percent_text(manifest["accuracy"])
         cards.append(_card("evaluate", stage, figure, facts))
     return cards
 

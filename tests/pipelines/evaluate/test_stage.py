@@ -57,6 +57,7 @@ def test_all_questions_are_asked_many_at_once_and_scored(tmp_path: Path, benchma
         "question_id": "103",
         "image_id": "pic3",
         "question": "What is 3?",
+        "kind": "",
         "prediction": "Word3.",
         "answers": ["word3"] * 10,
         "score": 1.0,

@@ -14,6 +14,7 @@ import pytest
 
 from pipelines.errors import UserError
 from pipelines.evaluate.benchmark import Prediction
+from pipelines.evaluate.config import EvaluateConfig
 from pipelines.evaluate.stage import score
 from pipelines.evaluate.textvqa import load, prompt, write_predictions
 from ray_jobs import cli
@@ -113,7 +114,7 @@ def test_a_failed_answer_scores_nothing_even_if_its_empty_text_would(tmp_path: P
     questions = load(annotations)
     predictions = {question.id: Prediction(question.id, "", None) for question in questions}
     predictions["101"] = Prediction("101", "", "HTTP 500")
-    write_predictions(tmp_path, questions, predictions, "m")
+    write_predictions(tmp_path, EvaluateConfig(), questions, predictions, "m")
     for file in ("predictions.jsonl", "predictions_llava.jsonl"):
         scores = score("textvqa", annotations, tmp_path / file)
         assert [row["score"] for row in scores["questions"]] == [1.0, 0.0] and scores["errors"] == 1
@@ -131,7 +132,9 @@ def test_the_original_evaluation_script_reads_our_file(tmp_path: Path, benchmark
         entry["answers"] = ["Stop"] * (number % 11) + ["go, now"] * (10 - number % 11)
     annotations.write_text(json.dumps(data))
     questions = load(annotations, ocr_tokens=ocr_tokens)
-    write_predictions(tmp_path, questions, {q.id: Prediction(q.id, "the stop.") for q in questions}, "m")
+    write_predictions(
+        tmp_path, EvaluateConfig(), questions, {q.id: Prediction(q.id, "the stop.") for q in questions}, "m"
+    )
     package = tmp_path / "reference" / "mgm" / "eval"
     package.mkdir(parents=True)
     for file in ("m4c_evaluator.py", "eval_textvqa.py"):

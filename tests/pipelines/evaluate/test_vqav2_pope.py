@@ -107,15 +107,34 @@ def test_vqav2_is_asked_with_its_files_as_published(tmp_path: Path, endpoint: An
 
     assert cli.main([*argv[:3], "--annotations", str(annotations.with_name(ANSWERS)), *argv[5:]]) == 2
     assert "holds answers; name the file of questions beside it" in capsys.readouterr().err
-    withheld = vqa_files(tmp_path / "test", answered=False)
-    assert cli.main([*argv[:3], "--annotations", str(withheld), *argv[5:]]) == 2
-    assert "question_id 0 has no answers: the split withholds them, or" in capsys.readouterr().err
+    bare = vqa_files(tmp_path / "bare", answered=False)
     argv = ["evaluate", "--benchmark", "vqav2", "--images", str(images), "--endpoint", endpoint.url, "--output", "no"]
-    assert cli.main([*argv, "--annotations", str(withheld)]) == 2
-    assert "question_id 0 has no answers; this split cannot be scored" in capsys.readouterr().err
-    withheld.write_text(json.dumps({"data_subtype": "val2014", "questions": [{"question_id": 7, "question": "?"}]}))
-    assert cli.main([*argv, "--annotations", str(withheld)]) == 2
+    assert cli.main([*argv, "--annotations", str(bare)]) == 2
+    assert f"{ANSWERS}: the answers to the questions of val2014 belong there" in capsys.readouterr().err
+    bare.write_text(json.dumps({"data_subtype": "test2015", "questions": [{"question_id": 7, "question": "?"}]}))
+    assert cli.main([*argv, "--annotations", str(bare)]) == 2
     assert "questions[0]: needs 'question_id', 'image_id' and 'question'" in capsys.readouterr().err
+
+
+def test_vqav2_test_dev_has_a_submission_and_no_score(tmp_path: Path, endpoint: Any, capsys: Any) -> None:
+    """Pictures of test2015, answers normalized as LLaVA's script does, the other questions of test2015 with nothing."""
+    images = pictures(tmp_path / "pictures", "COCO_test2015_000000000042.jpg")
+    name = "v2_OpenEnded_mscoco_test-dev2015_questions.json"
+    asked = [{"question_id": 7, "image_id": 42, "question": "What?"}]
+    (tmp_path / name).write_text(json.dumps({"data_subtype": "test-dev2015", "questions": asked}))
+    whole = {"data_subtype": "test2015", "questions": [{"question_id": 6}, *asked]}
+    (tmp_path / name.replace("-dev", "")).write_text(json.dumps(whole))
+    endpoint.says = "The Cats, two of them."
+    scores = evaluate("vqav2", tmp_path / name, images, endpoint, tmp_path / "out")
+    assert scores["accuracy"] is None and scores["count"] == 1 and "answers of this split are" in scores["withheld"]
+    assert "VQAv2: 1 questions asked; no score" in capsys.readouterr().out
+    submission = json.loads((tmp_path / "out" / "vqav2_submission.json").read_text())
+    assert submission == [{"question_id": 6, "answer": ""}, {"question_id": 7, "answer": "cats 2 of them"}]
+    results = str(tmp_path / "out" / "vqav2_results.json")
+    argv = ["score", "--benchmark", "vqav2", "--annotations", str(tmp_path / name), "--predictions", results]
+    assert cli.main(argv) == 2 and "no score: the answers of this split are withheld" in capsys.readouterr().err
+    argv = ["compare", f"a={tmp_path / 'out'}", f"b={tmp_path / 'out'}", "--output", str(tmp_path / "compared")]
+    assert cli.main(argv) == 2 and "holds no scores" in capsys.readouterr().err
 
 
 def test_pope_refuses_what_is_not_its_layout(tmp_path: Path, capsys: Any) -> None:

@@ -13,6 +13,7 @@ from pipelines.files import read_text
 from pipelines.manifest import read_json, write_json
 
 TITLE = "Yes & No"
+SUBMISSION = ""
 
 
 def questions(config: EvaluateConfig) -> list[Question]:
@@ -41,7 +42,11 @@ def figures(questions: Sequence[Question], predictions: dict[str, Prediction]) -
 
 
 def write_predictions(
-    directory: Path, questions: Sequence[Question], predictions: dict[str, Prediction], model: str
+    directory: Path,
+    config: EvaluateConfig,
+    questions: Sequence[Question],
+    predictions: dict[str, Prediction],
+    model: str,
 ) -> None:
     write_json(directory / "predictions.json", {key: said.text for key, said in predictions.items()})
 

@@ -204,7 +204,7 @@ def _evaluate(output: Path, annotations: Path, images: Path, arm: str, seed: int
     evaluated = open_stage(output, "evaluate", {"model": f"{arm}-{seed}"})
     questions, rng = textvqa.load(annotations), random.Random(f"{arm}/{seed}/answers")
     said = {q.id: Prediction(q.id, q.answers[0] if rng.random() < SKILL[arm] else ONERROR) for q in questions}
-    textvqa.write_predictions(output, questions, said, arm)
+    textvqa.write_predictions(output, EvaluateConfig(), questions, said, arm)
     scores: dict[str, Any] = stage.score("textvqa", annotations, output / "predictions.jsonl")
     model = {"model": f"{arm}-{seed}", "answered_by": {"name": f"/models/{arm}", "endpoint": None}}
     scores |= {"ocr_tokens": False, "max_new_tokens": 16, "images": str(images), **model}
