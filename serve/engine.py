@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -124,7 +124,50 @@ class Engine:
             answers[index] = answer
         return answers
 
-    def _inputs(self, request: Request) -> dict[str, torch.Tensor]:
+    @torch.inference_mode()
+    def likelihoods(self, requests: Sequence[Request], answers: Sequence[str]) -> list[float]:
+        """Log-likelihood of one answer to each request, up to its end token: how probable it is that the model says
+        this and nothing else.
+
+        Returns:
+            Natural logarithms, sums over the answer's tokens, at most 0.
+
+        Raises:
+            ValueError: a request that cannot be prepared, or an answer that leaves no token.
+        """
+        found = []
+        for request, answer in zip(requests, answers, strict=True):
+            asked = self.prepare(request)
+            if asked.error is not None:
+                raise ValueError(asked.error)
+            said = {"role": "assistant", "content": [{"type": "text", "text": answer}]}
+            whole = self._inputs(replace(request, messages=[*request.messages, said]), answered=True)
+            found.append((Prepared(request, whole), self._answer_tokens(asked.inputs, whole)))
+        inputs = self._collate([prepared for prepared, _ in found])
+        longest = max(length for _, length in found)
+        inputs["position_ids"] = (inputs["attention_mask"].cumsum(dim=1) - 1).clamp(min=0)
+        logits_BTV = self.model(**inputs, use_cache=False, logits_to_keep=longest + 1).logits.float()
+        chosen_BT = inputs["input_ids"][:, -longest:, None]
+        scores_BT = torch.log_softmax(logits_BTV[:, :-1], dim=-1).gather(2, chosen_BT)[..., 0].cpu()
+        return [
+            float(row[longest - length :].double().sum()) for row, (_, length) in zip(scores_BT, found, strict=True)
+        ]
+
+    def _answer_tokens(self, asked: dict[str, torch.Tensor], whole: dict[str, torch.Tensor]) -> int:
+        """How many tokens at the end are the answer: those that the conversation has beyond the prompt; what a template
+        writes behind the first end token is cut off in place.
+        """
+        prompt, ids = asked["input_ids"][0].tolist(), whole["input_ids"][0].tolist()
+        alike = next((place for place, pair in enumerate(zip(prompt, ids, strict=False)) if pair[0] != pair[1]), None)
+        begin = len(prompt) if alike is None else alike
+        end = next((place + 1 for place in range(begin, len(ids)) if ids[place] in self.stop_ids), len(ids))
+        for key in ("input_ids", "attention_mask"):
+            whole[key] = whole[key][:, :end]
+        if end <= begin:
+            raise ValueError("the answer is empty")
+        return end - begin
+
+    def _inputs(self, request: Request, answered: bool = False) -> dict[str, torch.Tensor]:
         messages = copy.deepcopy(request.messages)
         pictures = iter(request.images)
         marker = getattr(self.processor, "image_token", None)
@@ -134,7 +177,7 @@ class Engine:
             elif marker and marker in part["text"]:
                 raise ValueError(f"the text holds {marker}, which stands for a picture; send pictures as image parts")
         inputs = self.processor.apply_chat_template(
-            messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+            messages, add_generation_prompt=not answered, tokenize=True, return_dict=True, return_tensors="pt"
         )
         return dict(inputs)
 

@@ -71,6 +71,29 @@ def test_an_adapter_answers_unmerged_as_it_does_merged(
     assert answers != engine.answer(requests)
 
 
+def test_the_likelihood_of_an_answer_is_that_of_its_tokens_and_its_end(engine: Engine, picture: Picture) -> None:
+    """Added up token by token, each in a pass of its own, and in a batch the same as alone. What the model itself says
+    is likelier than what it might have said.
+    """
+    requests = [request("What is it? " * (1 + i), picture(i), max_tokens=6) for i in range(4)]
+    answers = ["a", "red bus", "stop it", "x"]
+    together = engine.likelihoods(requests, answers)
+    alone = [engine.likelihoods([one], [answer])[0] for one, answer in zip(requests, answers, strict=True)]
+    assert together == pytest.approx(alone, abs=1e-4)
+    end = engine.tokenizer.convert_tokens_to_ids("<end_of_turn>")
+    for one, answer, found in zip(requests, answers, alone, strict=True):
+        inputs, expected = dict(engine.prepare(one).inputs), 0.0
+        for token in [*engine.tokenizer(answer, add_special_tokens=False).input_ids, end]:
+            with torch.inference_mode():
+                logits_V = engine.model(**inputs, use_cache=False).logits[0, -1].double()
+            expected += float(torch.log_softmax(logits_V, dim=-1)[token])
+            inputs["input_ids"] = torch.cat([inputs["input_ids"], torch.tensor([[token]])], dim=1)
+            inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+        assert found == pytest.approx(expected, abs=1e-4) and found < 0
+    with pytest.raises(ValueError, match="over the context"):
+        engine.likelihoods([request("a" * 100_000)], ["b"])
+
+
 def test_pictures_and_their_order_matter(engine: Engine, picture: Picture) -> None:
     one, other, swapped = engine.answer(
         [request("?", picture(1), picture(2), max_tokens=8), request("?", picture(3), picture(2), max_tokens=8)]
