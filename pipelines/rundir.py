@@ -156,6 +156,18 @@ class RunDir:
         return self.root if len(self.seeds) == 1 else self.root / f"comparison-seed{seed}"
 
 
+@dataclass(frozen=True)
+class InnerRun(RunDir):
+    """A run within another one, whose captions it reads."""
+
+    outer: RunDir = RunDir(Path())
+
+    @property
+    def captions(self) -> Path:
+        """The other run's."""
+        return self.outer.captions
+
+
 def _walk(root: Path, arm: str, seed: int | None) -> Walk:
     return Walk(arm, seed, root / (arm if seed is None else f"{arm}-seed{seed}"))
 

@@ -99,7 +99,7 @@ def _keys_of(section: Any, prefix: str) -> Iterator[_Key]:
     within: list[tuple[Any, str]] = []
     for key in fields(section):
         value = getattr(section, key.name)
-        if key.name == "arms":
+        if not prefix and key.name == "arms":
             within.append((ArmConfig(), "arms.NAME"))
         elif is_dataclass(value):
             within.append((value, f"{prefix}.{key.name}".lstrip(".")))

@@ -17,6 +17,7 @@ from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
 from pipelines.adapters.config import MergeConfig
+from pipelines.attribution.config import ExplainConfig
 from pipelines.caption.config import CaptionConfig
 from pipelines.errors import UserError
 from pipelines.evaluate.config import CompareConfig, EvaluateConfig
@@ -89,6 +90,7 @@ class Recipe:
         serve: the HTTP endpoint.
         evaluate: the benchmark.
         compare: intervals and tests.
+        explain: which causes a gain has.
     """
 
     run_dir: str = "runs/run"
@@ -104,6 +106,7 @@ class Recipe:
     serve: ServeConfig = field(default_factory=ServeConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     compare: CompareConfig = field(default_factory=CompareConfig)
+    explain: ExplainConfig = field(default_factory=ExplainConfig)
 
     def __post_init__(self) -> None:
         if "${" in self.run_dir:
@@ -121,7 +124,11 @@ class Recipe:
                 raise UserError(f"arms.{arm}: an arm's name becomes a directory; use letters, digits, '-' and '_'")
             self.training(arm)
         if self.arms:
-            self.compare.baseline_among(self.arms)
+            baseline = self.compare.baseline_among(self.arms)
+            for arm in self.explain.arms:
+                if arm not in self.arms or arm == baseline:
+                    others = ", ".join(each for each in self.arms if each != baseline) or "none"
+                    raise UserError(f"explain.arms: {arm} is no arm beside the baseline {baseline} ({others})")
 
     def training(self, arm: str, seed: int | None = None) -> TrainConfig:
         """The section `train` as it is for an arm, with this seed.

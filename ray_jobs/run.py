@@ -90,7 +90,7 @@ def _whole(recipe: Recipe, options: SimpleNamespace) -> int:
     steps, others = _plan.steps(recipe, restart=options.restart, measure=False)
     preflight.require(others)
     if all(step.state == "complete" for step in steps):
-        conclude(recipe)
+        conclude(recipe, restart=options.restart)
     else:
         run(recipe, restart=options.restart)
     return _end(recipe, options, started)
@@ -105,7 +105,7 @@ def _part(recipe: Recipe, steps: list[hallway.Step], options: SimpleNamespace) -
     if options.stage == "compare":
         place.root.mkdir(parents=True, exist_ok=True)
         hold(place.root)
-        conclude(recipe)
+        conclude(recipe, whole=False)
         return _end(recipe, options, started)
     recipe = _take_part(recipe, place, steps)
     with _start.ray_cluster(caption, demands):
@@ -181,11 +181,14 @@ def run(recipe: Recipe, *, restart: bool = False) -> None:
     with _start.ray_cluster(recipe.caption, _plan.demands(recipe)):
         for step in steps[:-1]:
             hallway.perform(recipe, place, step, restart=restart)
-    conclude(recipe)
+    conclude(recipe, restart=restart)
 
 
-def conclude(recipe: Recipe) -> None:
-    """Compare the arms of every seed, and draw the report.
+def conclude(recipe: Recipe, *, whole: bool = True, restart: bool = False) -> None:
+    """Compare the arms of every seed, explain the gains that the recipe names, and draw the report.
+
+    Args:
+        whole: this process does all of the run; one that does the last stage alone trains no further models.
 
     Raises:
         WorkFailed: when all is written, so many requests failed that they forbid a verdict.
@@ -201,6 +204,11 @@ def conclude(recipe: Recipe) -> None:
             evaluations = {arm: evaluation.directory for arm, evaluation in walks.items()}
             comparisons[seed] = compare.run(evaluations, place.comparing(seed), recipe.compare)
         _write_comparison(place, comparisons, recipe.compare)
+    for arm in recipe.explain.arms if whole else ():
+        from pipelines.attribution import explanation
+        from ray_jobs.explain import Split
+
+        say(explanation.table(Split(recipe, arm).run(restart=restart)))
     page.run(place.root)
     reasons = [reason for found in comparisons.values() for reason in compare.withheld(found)]
     if reasons:

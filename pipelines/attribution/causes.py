@@ -99,12 +99,17 @@ class Ledger:
         return {name: self._apart(texts, texts | {number}) for name, texts in each.items()}
 
     def data_of(self, coalition: Coalition) -> Hashable:
-        """Equal for coalitions whose data are equal; causes that change nothing do not count."""
-        coalition &= frozenset(self.live)
-        if any(self.causes[number].kind not in (CAPTIONS, "filter") for number in coalition):
-            return coalition
-        kept = self.kept(coalition)
-        return (bool(coalition & self._captions), hashlib.blake2b(kept.tobytes(), digest_size=16).hexdigest())
+        """Equal for coalitions whose data are equal; what changes no row of the text in question does not count."""
+        texts = coalition & self._captions & frozenset(self.live)
+        at_work, behind_a_mapper = set(texts), False
+        for number in sorted(coalition & frozenset(self.live) - self._captions):
+            if behind_a_mapper or self._apart(texts, texts | {number}):
+                at_work.add(number)
+                behind_a_mapper |= self.causes[number].kind == "mapper"
+        if any(self.causes[number].kind not in (CAPTIONS, "filter") for number in at_work):
+            return frozenset(at_work)
+        kept = self.kept(frozenset(at_work))
+        return (bool(texts), hashlib.blake2b(kept.tobytes(), digest_size=16).hexdigest())
 
     def kept(self, coalition: Coalition) -> np.ndarray:
         """The rows of a coalition of captions and filters."""

@@ -212,6 +212,8 @@ def table(found: dict[str, Any]) -> str:
         cells = ", ".join(f"{name} {100 * four[name]:.1f} %" for name in ("neither", "captions", "filters", "both"))
         together = f"together {_points(four['interaction'])} ({_ends(four['interval'])}) beyond the sum of each alone"
         lines.append(f"captions and filters: {cells}; {together}")
+    if seeds == 1:
+        lines.append("one seed: the luck of training is in no interval")
     return "\n".join(lines)
 
 

@@ -1,0 +1,332 @@
+"""Split the gain of an arm over its causes: new captions, each operator of its filters."""
+
+from __future__ import annotations
+
+if __name__ == "__main__":
+    import _from_path  # noqa: F401
+
+import shutil
+from collections.abc import Collection
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+from pipelines import cost, preflight
+from pipelines.attribution.causes import Ledger, alone, find, process_of
+from pipelines.attribution.plan import Plan, plan
+from pipelines.attribution.shapley import Coalition
+from pipelines.errors import UserError
+from pipelines.files import write_text
+from pipelines.manifest import MANIFEST, identity, open_stage, read_json, write_json
+from pipelines.progress import say
+from pipelines.rundir import RECIPE, InnerRun, RunDir, Walk
+from ray_jobs import _ending, _hours, _plan, _start, cli, hallway, run
+from ray_jobs._options import RESTART, Command, Option, parse, reading
+from ray_jobs.recipe import ArmConfig, Recipe
+
+if TYPE_CHECKING:
+    from pipelines.attribution.explanation import Measured
+    from pipelines.refine.operators import Process
+
+COMMAND = Command(
+    "explain",
+    "Split the gain of a finished run's arm over its causes: new captions, each filter. Trains what is needed for it.",
+    (
+        reading("run directory", "--run_dir", "RUN", key="run_dir"),
+        Option("--arm", "NAME", "whose gain; needed where the run has several", default=""),
+        Option("--dry-run", about="say how many models would be trained, and the hours; write nothing"),
+        RESTART,
+    ),
+    reads=("run_dir", "explain"),
+    first="--run_dir",
+    example="captune explain runs/sample --arm enhanced --explain.budget 16",
+)
+
+
+def main(argv: list[str]) -> int:
+    """`captune explain RUN [--arm NAME]`."""
+    root = Path(parse(COMMAND, argv)[0].run_dir)
+    if not RunDir(root).recipe.is_file():
+        raise UserError(f"{root}: holds no run (no {RECIPE})")
+    saved = str(RunDir(root).recipe)
+    asked, options = parse(COMMAND, ["--config", saved, *argv])
+    whole = parse(run.COMMAND, [saved])[0]
+    whole = replace(whole, run_dir=str(root.resolve()), explain=asked.explain)
+    split = Split(whole, _arm(whole, options.arm))
+    if options.dry_run:
+        return _dry_run(split, options)
+    from pipelines.attribution import explanation
+
+    found = split.run(restart=options.restart)
+    _ending.tell(options, found, explanation.table(found))
+    say(f"explain: {split.place.explanation(split.arm)}; next: captune report {root}")
+    return 0
+
+
+def _arm(whole: Recipe, named: str) -> str:
+    """The arm to explain."""
+    if not whole.arms:
+        raise UserError(f"{whole.run_dir}: the run has no arms, so no gain")
+    baseline = whole.compare.baseline_among(whole.arms)
+    others = [arm for arm in whole.arms if arm != baseline]
+    if named and named not in others:
+        why = "is the baseline itself" if named == baseline else "is no arm of the run"
+        raise UserError(f"--arm {named} {why}; its others are {', '.join(others) or 'none'}")
+    if not named and len(others) != 1:
+        raise UserError(f"--arm: name one of {', '.join(others)}" if others else "the run has a single arm, so no gain")
+    return named or others[0]
+
+
+def _dry_run(split: Split, options: SimpleNamespace) -> int:
+    trainings, known = split.foreseen()
+    hours = split.hours(trainings)
+    seeds = len(split.whole.seeds)
+    text = f"{split.arm}: {len(split.causes)} causes: {', '.join(cause.name for cause in split.causes)}\n"
+    text += f"{'' if known else 'at most '}{trainings * seeds} models to train"
+    text += f" ({trainings} coalitions, {seeds} seeds)" if seeds > 1 else ""
+    text += "" if known else "; fewer, where operators change no row, which is tried first"
+    text += (
+        f"\nhours: {_hours.total([hours])}" if hours else "\nhours: unknown; no stage of the run has counted its own"
+    )
+    result = {"causes": [vars(cause) for cause in split.causes], "coalitions": trainings, "models": trainings * seeds}
+    return _ending.tell(options, {**result, "at_most": not known, "hours": hours}, text)
+
+
+class Split:
+    """One arm's gain, and the runs below the run directory that split it.
+
+    Args:
+        whole: the recipe of the run, as resolved there.
+        arm: whose gain.
+
+    Raises:
+        UserError: the run is not finished, or arm and baseline differ in something else than data, or in nothing.
+    """
+
+    def __init__(self, whole: Recipe, arm: str) -> None:
+        from pipelines.refine.operators import read_recipe
+
+        self.whole, self.arm = whole, arm
+        self.baseline = whole.compare.baseline_among(whole.arms)
+        self.place = RunDir(Path(whole.run_dir), tuple(whole.seeds))
+        self.inner = InnerRun(self.place.explaining(arm), self.place.seeds, self.place)
+        self._require_finished()
+        own, base = whole.arms[arm], whole.arms[self.baseline]
+        if own.train != base.train:
+            raise UserError(
+                f"arms.{arm}.train: differs from that of the baseline {self.baseline}, so that the gain is not of data "
+                "alone; only causes in the data can be told apart"
+            )
+        self.process: Process = read_recipe(own.recipe) if own.recipe else []
+        shared = read_recipe(base.recipe) if base.recipe else []
+        self.causes = find((base.text, own.text), (shared, self.process), (self.baseline, arm))
+
+    def run(self, *, restart: bool = False) -> dict[str, Any]:
+        """Train what is needed, write `explanation.json`, and return it. Complete already, it is only read.
+
+        Raises:
+            UserError: the directory holds the explanation of another state of the run; the budget is too small; a
+                coalition keeps no row to train on.
+            WorkFailed: a stage failed; the same again continues.
+        """
+        from pipelines.attribution import explanation
+
+        stage = open_stage(self.inner.root, "explain", self._inputs(), restart=restart, grows=("budget",))
+        path = self.place.explanation(self.arm)
+        if stage.complete and path.is_file():
+            return dict(read_json(path))
+        if stage.grown or stage.complete:
+            stage.accept()
+        self._make([each for each in alone(self.causes) if each not in self._arms], ["refine"])
+        asked = self._plan()
+        self._say(asked)
+        self._train(asked)
+        found = explanation.explain(asked, self._measure(asked), self.whole.compare)
+        write_json(path, found)
+        stage.finish(trained=found["trained"], gain=found["gain"])
+        return found
+
+    def foreseen(self) -> tuple[int, bool]:
+        """Coalitions to train, and whether that is sure: it is once every operator has been tried alone."""
+        if all((self._dataset(each) / MANIFEST).is_file() for each in alone(self.causes)):
+            return len(self._plan().untrained), True
+        return min(2 ** len(self.causes) - len(self._arms), self.whole.explain.budget), False
+
+    def hours(self, trainings: int) -> cost.Hours:
+        """Of so many coalitions, at the rates of the run itself."""
+        rates = _hours.rates(self.place.root, self.whole)
+        rows = read_json(self.place.comparison)["count"]
+        parts = []
+        for kind, work in (("train", self._samples()), ("merge", 1), ("evaluate", rows)):
+            if (rate := rates.get(kind)) is not None:
+                parts.append(cost.scaled(rate.hours_of(work), trainings * len(self.whole.seeds)))
+        return cost.rounded(cost.added(parts))
+
+    def _samples(self) -> int:
+        train = self.whole.training(self.arm, self.whole.seeds[0])
+        walk = self.place.walk(self.arm, self.whole.seeds[0])
+        return sum(
+            phase["steps"] * phase["batch"]
+            for name in ("align", "instruct")
+            if train.runs(name) and (phase := walk.adapter.manifest["inputs"]["config"][name])
+        )
+
+    def _require_finished(self) -> None:
+        if not self.place.comparison.is_file():
+            raise UserError(f"{self.place.root}: no finished comparison there; captune run {self.place.recipe} first")
+        for arm in (self.baseline, self.arm):
+            for seed in self.whole.seeds:
+                self._scores(self.place.walk(arm, seed))
+
+    def _inputs(self) -> dict[str, Any]:
+        """What the explanation is of: the two arms' answers, which data, models and settings have decided."""
+        bench = self.whole.evaluate.benchmark
+        return {
+            "answers": {
+                f"{arm} {seed}": identity(self.place.walk(arm, seed).evaluation(bench).directory)
+                for arm in (self.baseline, self.arm)
+                for seed in self.whole.seeds
+            },
+            "process": self.process,
+            "causes": [cause.name for cause in self.causes],
+            "compare": vars(self.whole.compare) | {"pilot": None, "examples": None},
+            "seed": self.whole.explain.seed,
+            "budget": self.whole.explain.budget,
+        }
+
+    def _plan(self) -> Plan:
+        from pipelines.attribution.causes import rows_of
+
+        ledger = Ledger(self.causes, {each: rows_of(self._dataset(each)) for each in alone(self.causes)})
+        return plan(ledger, self._arms, self.whole.explain.budget, self.whole.explain.seed)
+
+    @cached_property
+    def _arms(self) -> dict[Coalition, str]:
+        """Coalitions that are arms of the run -> their names."""
+        from pipelines.refine.operators import read_recipe
+
+        own, base = self.whole.arms[self.arm], self.whole.arms[self.baseline]
+        found: dict[Coalition, str] = {}
+        for name, config in self.whole.arms.items():
+            process = read_recipe(config.recipe) if config.recipe else []
+            coalition = frozenset(
+                number
+                for number, cause in enumerate(self.causes)
+                if (config.text == own.text if cause.position is None else self.process[cause.position] in process)
+            )
+            same = process == process_of(coalition, self.causes, self.process) and config.train == own.train
+            if same and config.text in (own.text, base.text):
+                found.setdefault(coalition, name)
+        return found
+
+    def _dataset(self, coalition: Coalition) -> Path:
+        arm = self._arms.get(coalition)
+        return self.place.dataset(arm) if arm else self.inner.dataset(self._name(coalition))
+
+    def _name(self, coalition: Coalition) -> str:
+        """`causes-1-3`: the numbers are those of `explanation.json`, from 1 on."""
+        return "-".join(["causes", *(str(number + 1) for number in sorted(coalition))]) if coalition else "causes-none"
+
+    def _train(self, asked: Plan) -> None:
+        """Every model that is missing."""
+        for each in asked.untrained.values():
+            filters = all(self.causes[number].kind in ("captions", "filter") for number in each)
+            if filters and not len(asked.ledger.kept(each)):
+                names = ", ".join(self.causes[number].name for number in sorted(each))
+                raise UserError(f"arms.{self.arm}: {names} alone keep no row, and on none nothing can be trained")
+        self._make(asked.untrained.values(), ["refine", "train", "merge", "evaluate"])
+
+    def _make(self, coalitions: Collection[Coalition], stages: Collection[str]) -> None:
+        """The stages of some coalitions. A model that has answered is thrown away: there may be dozens of them."""
+        inner = self._inner_recipe(coalitions)
+        todo = [step for step in hallway.steps(inner) if step.stage in stages and not self._done(inner, step)]
+        if not todo:
+            return
+        preflight.require(_plan.problems(inner, todo))
+        run.keep(inner, self.inner)
+        with _start.ray_cluster(demands=_plan.demands(inner, todo)):
+            for step in todo:
+                hallway.perform(inner, self.inner, step, restart=False)
+                if step.stage == "evaluate":
+                    shutil.rmtree(self.inner.walk(step.arm, self._seed(step)).merged.directory)
+
+    def _done(self, inner: Recipe, step: hallway.Step) -> bool:
+        """What is complete; and what came before answers that are all there."""
+        if step.stage == "refine":
+            return (hallway.output(inner, self.inner, step) / MANIFEST).is_file()
+        walk = self.inner.walk(step.arm, self._seed(step))
+        manifest = walk.evaluation(inner.evaluate.benchmark).manifest
+        return bool(manifest) and not manifest["errors"]
+
+    def _seed(self, step: hallway.Step) -> int:
+        return self.whole.seeds[0] if step.seed is None else step.seed
+
+    def _inner_recipe(self, coalitions: Collection[Coalition]) -> Recipe:
+        """The run's recipe with coalitions for arms; their filters are written where a run keeps them."""
+        own, base = self.whole.arms[self.arm], self.whole.arms[self.baseline]
+        arms: dict[str, ArmConfig] = {}
+        for coalition in coalitions:
+            name = self._name(coalition)
+            captions = any(self.causes[number].position is None for number in coalition)
+            process = process_of(coalition, self.causes, self.process)
+            file = self.inner.filters(name)
+            if process:
+                _write_filters(file, process)
+            text = own.text if captions else base.text
+            arms[name] = replace(own, text=text, recipe=str(file) if process else None)
+        compare = replace(self.whole.compare, baseline="")
+        explain = replace(self.whole.explain, arms=[])
+        return replace(self.whole, run_dir=str(self.inner.root), arms=arms, compare=compare, explain=explain)
+
+    def _measure(self, asked: Plan) -> Measured:
+        """The scores of all coalitions that are asked for, question by question in the baseline's order."""
+        import numpy as np
+
+        from pipelines.attribution.explanation import Measured
+        from pipelines.evaluate.statistics import Pictures
+
+        walks = {data: self._walks(self.inner, self._name(each)) for data, each in asked.untrained.items()}
+        for each, arm in self._arms.items():
+            walks[asked.ledger.data_of(each)] = self._walks(self.place, arm)
+        bench = self.whole.evaluate.benchmark
+        first = self._scores(self.place.walk(self.baseline, self.whole.seeds[0]))["questions"]
+        ids = [row["question_id"] for row in first]
+        scores, sources = {}, {}
+        for each in asked.wanted:
+            mine = walks[asked.ledger.data_of(each)]
+            tables = [{row["question_id"]: row["score"] for row in self._scores(walk)["questions"]} for walk in mine]
+            scores[each] = np.array([[float(table[key]) for key in ids] for table in tables])
+            sources[each] = [str(walk.evaluation(bench).directory.relative_to(self.place.root)) for walk in mine]
+        pictures = Pictures.named([row["image_id"] for row in first])
+        trained = len(asked.untrained) * len(self.whole.seeds)
+        return Measured(self.baseline, self.arm, bench, list(self.whole.seeds), scores, pictures, sources, trained)
+
+    def _walks(self, place: RunDir, arm: str) -> list[Walk]:
+        return [place.walk(arm, seed) for seed in self.whole.seeds]
+
+    def _scores(self, walk: Walk) -> dict[str, Any]:
+        from pipelines.evaluate.stage import read_scores
+
+        return read_scores(walk.evaluation(self.whole.evaluate.benchmark).directory)
+
+    def _say(self, asked: Plan) -> None:
+        nothing = [cause.name for number, cause in enumerate(self.causes) if number not in asked.ledger.live]
+        if nothing:
+            say(f"explain {self.arm}: {', '.join(nothing)} changed no row")
+        untrained, seeds = len(asked.untrained), len(self.whole.seeds)
+        how = "exact" if asked.game.exact else f"{len(asked.game.weights_GNC)} orders drawn"
+        say(f"explain {self.arm}: {len(asked.ledger.live)} causes, {untrained * seeds} models to train, {how}")
+
+
+def _write_filters(path: Path, process: Process) -> None:
+    import yaml
+
+    text = yaml.safe_dump({"process": process}, sort_keys=False, allow_unicode=True)
+    if not path.is_file() or path.read_text(encoding="utf-8") != text:
+        write_text(path, text)
+
+
+if __name__ == "__main__":
+    raise SystemExit(cli.guarded(main))
