@@ -156,12 +156,18 @@ def adapter(directory: str, key: str = "--adapter") -> Iterator[Problem]:
     yield from found(key, lambda: has_lora(Path(directory)))
 
 
-def evaluate(config: EvaluateConfig, *, scored: bool = False) -> Iterator[Problem]:
+def evaluate(config: EvaluateConfig, *, scored: bool = False, key: str = "evaluate") -> Iterator[Problem]:
     """Annotations, with OCR tokens if they are asked for, and the picture of every question.
 
     Args:
         scored: scores are wanted, so that a split whose answers are withheld will not do.
+        key: where a recipe names this benchmark's files.
     """
+    for problem in _evaluate(config, scored):
+        yield replace(problem, key=problem.key.replace("evaluate", key, 1))
+
+
+def _evaluate(config: EvaluateConfig, scored: bool) -> Iterator[Problem]:
     from pipelines.evaluate.stage import find_images, read_questions, withheld
 
     if config.ocr_tokens and config.ocr and not Path(config.ocr).is_file():

@@ -151,9 +151,14 @@ class RunDir:
         """One model's way."""
         return _walk(self.root, arm, None if len(self.seeds) == 1 else seed)
 
-    def comparing(self, seed: int) -> Path:
-        """The directory that the comparison of one seed's models is written to."""
-        return self.root if len(self.seeds) == 1 else self.root / f"comparison-seed{seed}"
+    def comparing(self, seed: int, benchmark: str = "") -> Path:
+        """The directory that the comparison of one seed's models is written to.
+
+        Args:
+            benchmark: a further one; empty: the one that gives the verdict.
+        """
+        here = self.root if len(self.seeds) == 1 else self.root / f"comparison-seed{seed}"
+        return here / f"comparison-{benchmark}" if benchmark else here
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ from ray_jobs.recipe import Recipe
 
 if TYPE_CHECKING:
     from pipelines.evaluate.benchmark import Question
+    from pipelines.evaluate.config import EvaluateConfig
 
 
 @dataclass
@@ -105,7 +106,8 @@ def _of(stage: str, recipe: Recipe, whole: bool) -> Iterator[Problem]:
     elif stage == "merge":
         yield from preflight.base_model(recipe.train.model) if not whole else ()
     elif stage == "evaluate":
-        yield from preflight.evaluate(recipe.evaluate, scored=True)
+        for name, config in recipe.evaluate.each().items():
+            yield from preflight.evaluate(config, scored=True, key=recipe.evaluate.key(name))
 
 
 def unwritable(recipe: Recipe) -> Iterator[Problem]:
@@ -123,7 +125,7 @@ def _will_be_drawn(recipe: Recipe, key: str) -> bool:
         return False
     value: Any = recipe
     for part in key.split("."):
-        value = getattr(value, part, None)
+        value = value.get(part) if isinstance(value, dict) else getattr(value, part, None)
     return isinstance(value, str) and Path(recipe.sample.out).resolve() in Path(value).resolve().parents
 
 
@@ -174,7 +176,7 @@ class _Plan:
         self.problems: list[Problem] = []
         self.identities: dict[Path, str] = {}
         self.forecasts: dict[str, list[Any]] = {}
-        self.questions: list[Question] | None = None
+        self.questions: dict[str, list[Question]] = {}
 
     def sample(self, recipe: Recipe) -> None:
         """The sample world."""
@@ -250,7 +252,9 @@ class _Plan:
             lambda: decides(self._model(base, adapter), self._identity(adapter), recipe.merge),
             work="one model directory",
         )
-        self._evaluate(recipe, walk)
+        merging = self.steps[-1]
+        for config in recipe.evaluate.each().values():
+            self._evaluate(recipe, walk, config, merging)
 
     def _foresee(self, step: Step, train: TrainConfig, base: Path, phases: dict[str, Path]) -> None:
         """What a training takes of a card, seeds not told apart."""
@@ -264,27 +268,28 @@ class _Plan:
         step.memory = max((each.prediction.card for each in found), default=None)
         step.work += "".join(f"; {line}" for line in forecast.brief(found))
 
-    def _evaluate(self, recipe: Recipe, walk: Walk) -> None:
+    def _evaluate(self, recipe: Recipe, walk: Walk, config: EvaluateConfig, merging: Step) -> None:
         """Questions to a merged model; whose answers lie there is known once there is one."""
         from pipelines.evaluate.stage import find_images, inputs
         from pipelines.modelfiles import model_identity
 
-        name, directory = f"evaluate {walk.name}", walk.evaluation(recipe.evaluate.benchmark).directory
-        questions = self._questions(recipe)
+        name, directory = f"evaluate {walk.name}", walk.evaluation(config.benchmark).directory
+        name += "" if config.benchmark == recipe.evaluate.benchmark else f" ({config.benchmark})"
+        questions = self._questions(recipe, config)
         rows = recipe.sample.questions if questions is None else len(questions)
-        work = f"{recipe.evaluate.benchmark} through {recipe.serve.replicas} replica(s)"
-        if self.steps[-1].state != "complete":
+        work = f"{config.benchmark} through {recipe.serve.replicas} replica(s)"
+        if merging.state != "complete":
             state = "continues" if directory.exists() and not self.restart else "starts"
             self.steps.append(Step(name, str(directory), state, rows, work))
             return
 
         def wanted() -> dict[str, Any]:
             asked = questions or []
-            images = find_images(recipe.evaluate, asked)
-            return inputs(recipe.evaluate, asked, images, model_identity(walk.merged.directory))
+            images = find_images(config, asked)
+            return inputs(config, asked, images, model_identity(walk.merged.directory))
 
         step = self._add(name, directory, wanted, rows, work)
-        if step.state == "complete" and walk.evaluation(recipe.evaluate.benchmark).manifest["errors"]:
+        if step.state == "complete" and walk.evaluation(config.benchmark).manifest["errors"]:
             step.state, step.work = "continues", "questions without an answer are asked again"
 
     def compare(self, recipe: Recipe, place: RunDir) -> None:
@@ -293,20 +298,21 @@ class _Plan:
 
         step = Step("compare", str(place.root), "complete" if place.comparison.is_file() else "starts", None, "")
         self.steps.append(step)
-        questions = self._questions(recipe)
+        questions = self._questions(recipe, recipe.evaluate)
         if step.state == "complete" or questions is None:
             return
         step.rows, pictures = len(questions), len({question.image_id for question in questions})
         foreseen = power.foresee(step.rows, pictures, len(recipe.arms), len(recipe.seeds), recipe.compare)
         step.work = f"{pictures:,} pictures; {foreseen}"
 
-    def _questions(self, recipe: Recipe) -> list[Question] | None:
-        """The benchmark's, read once for all models; None while the sample world is to be drawn."""
+    def _questions(self, recipe: Recipe, config: EvaluateConfig) -> list[Question] | None:
+        """A benchmark's, read once for all models; None while the sample world is to be drawn."""
         from pipelines.evaluate.stage import read_questions
 
-        if self.questions is None and not _will_be_drawn(recipe, "evaluate.annotations"):
-            self.questions = read_questions(recipe.evaluate)
-        return self.questions
+        name = config.benchmark
+        if name not in self.questions and not _will_be_drawn(recipe, f"{recipe.evaluate.key(name)}.annotations"):
+            self.questions[name] = read_questions(config)
+        return self.questions.get(name)
 
     def _add(
         self,

@@ -104,12 +104,20 @@ def output(recipe: Recipe, place: RunDir, step: Step) -> Path:
     }[step.stage]()
 
 
+def outputs(recipe: Recipe, place: RunDir, step: Step) -> list[Path]:
+    """`output`, and of an evaluation the directories of the other benchmarks, too."""
+    if step.stage != "evaluate":
+        return [output(recipe, place, step)]
+    walk = place.walk(step.arm, recipe.seeds[0] if step.seed is None else step.seed)
+    return [walk.evaluation(benchmark).directory for benchmark in recipe.evaluate.each()]
+
+
 def unfinished(recipe: Recipe, place: RunDir, wanted: list[Step]) -> Iterator[Problem]:
     """Steps that have to be done before those that are `wanted`, and neither are nor will be."""
     for step in dict.fromkeys(before for each in wanted for before in _before(recipe, each)):
-        if step not in wanted and not (output(recipe, place, step) / MANIFEST).is_file():
-            words = " ".join(step.words)
-            where = output(recipe, place, step)
+        missing = [each for each in outputs(recipe, place, step) if not (each / MANIFEST).is_file()]
+        if step not in wanted and missing:
+            words, where = " ".join(step.words), missing[0]
             yield Problem("--stage", f"{step} comes first and has not finished in {where}: captune run RECIPE {words}")
 
 
@@ -179,5 +187,7 @@ def _of_a_model(recipe: Recipe, place: RunDir, step: Step, restart: bool) -> Non
             from pipelines.evaluate import stage as evaluate
             from ray_jobs.evaluate import served
 
-            endpoint = evaluate.Served(merged, served(merged, recipe.serve))
-            evaluate.run(output(recipe, place, step), recipe.evaluate, endpoint, restart=restart)
+            with evaluate.kept(served(merged, recipe.serve)) as service:
+                for benchmark, config in recipe.evaluate.each().items():
+                    place_of = walk.evaluation(benchmark).directory
+                    evaluate.run(place_of, config, evaluate.Served(merged, service), restart=restart)

@@ -47,9 +47,13 @@ PATHS = (
     "evaluate.annotations",
     "evaluate.images",
     "evaluate.ocr",
+    "evaluate.also.*.annotations",
+    "evaluate.also.*.images",
+    "evaluate.also.*.ocr",
     "compare.pilot",
 )
-"""Keys that hold a path; `*` stands for every arm. A model may also be a hub id, a dataset an address or a pattern."""
+"""Keys that hold a path; `*` stands for every arm or further benchmark. A model may also be a hub id, a dataset an
+address or a pattern."""
 _PLACEHOLDER = re.compile(r"\$\{[^}]*\}?")
 
 
@@ -216,22 +220,31 @@ def absolute(recipe: Recipe) -> Recipe:
 
 
 def _is_path(key: str) -> bool:
+    return _starred(key) in PATHS
+
+
+def _starred(key: str) -> str:
+    """A key with `*` in place of the arm or benchmark that it belongs to."""
     head, _, rest = key.partition(".")
-    return (f"arms.*.{rest.partition('.')[2]}" if head == "arms" else key) in PATHS
+    if key.startswith("evaluate.also."):
+        return f"evaluate.also.*.{key.rpartition('.')[2]}"
+    return f"{head}.*.{rest.partition('.')[2]}" if head == "arms" else key
 
 
 def _change_texts(section: Any, change: Callable[[str, str], str], prefix: str = "") -> None:
     """Put `change(key, text)` in place of every text in a section and those within."""
     for key in fields(section):
-        name, value = f"{prefix}{key.name}", getattr(section, key.name)
-        if isinstance(value, str):
-            setattr(section, key.name, change(name, value))
-        elif is_dataclass(value):
-            _change_texts(value, change, f"{name}.")
-        elif isinstance(value, dict):
-            for inner, config in value.items():
-                if is_dataclass(config):
-                    _change_texts(config, change, f"{name}.{inner}.")
+        setattr(section, key.name, _changed(getattr(section, key.name), change, f"{prefix}{key.name}"))
+
+
+def _changed(value: Any, change: Callable[[str, str], str], key: str) -> Any:
+    if isinstance(value, str):
+        return change(key, value)
+    if isinstance(value, dict):
+        return {name: _changed(inner, change, f"{key}.{name}") for name, inner in value.items()}
+    if is_dataclass(value):
+        _change_texts(value, change, f"{key}.")
+    return value
 
 
 def _shipped(recipe: str | None) -> str | None:

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 from pipelines import connection, preflight
 from pipelines.errors import UserError, WorkFailed
 from pipelines.evaluate.config import CompareConfig
+from pipelines.evaluate.registry import title
 from pipelines.files import write_text
 from pipelines.lock import LOCK, hold, release
 from pipelines.manifest import MANIFEST, read_json
@@ -196,13 +197,11 @@ def conclude(recipe: Recipe, *, whole: bool = True, restart: bool = False) -> No
     from pipelines.evaluate import compare
     from pipelines.report import page
 
-    place = _place(recipe)
-    comparisons = {}
+    place, benchmarks = _place(recipe), list(recipe.evaluate.each())
+    comparisons: dict[int, dict[str, dict]] = {}
     if len(recipe.arms) > 1:
         for seed in recipe.seeds:
-            walks = {arm: place.walk(arm, seed).evaluation(recipe.evaluate.benchmark) for arm in recipe.arms}
-            evaluations = {arm: evaluation.directory for arm, evaluation in walks.items()}
-            comparisons[seed] = compare.run(evaluations, place.comparing(seed), recipe.compare)
+            comparisons[seed] = {benchmark: _compare(recipe, place, seed, benchmark) for benchmark in benchmarks}
         _write_comparison(place, comparisons, recipe.compare)
     for arm in recipe.explain.arms if whole else ():
         from pipelines.attribution import explanation
@@ -210,9 +209,19 @@ def conclude(recipe: Recipe, *, whole: bool = True, restart: bool = False) -> No
 
         say(explanation.table(Split(recipe, arm).run(restart=restart)))
     page.run(place.root)
-    reasons = [reason for found in comparisons.values() for reason in compare.withheld(found)]
+    every = [found for each in comparisons.values() for found in each.values()]
+    reasons = [reason for found in every for reason in compare.withheld(found)]
     if reasons:
         raise WorkFailed("; ".join(reasons))
+
+
+def _compare(recipe: Recipe, place: RunDir, seed: int, benchmark: str) -> dict:
+    """The arms of one seed on one benchmark."""
+    from pipelines.evaluate import compare
+
+    evaluations = {arm: place.walk(arm, seed).evaluation(benchmark).directory for arm in recipe.arms}
+    further = "" if benchmark == recipe.evaluate.benchmark else benchmark
+    return compare.run(evaluations, place.comparing(seed, further), recipe.compare)
 
 
 def _place(recipe: Recipe) -> RunDir:
@@ -236,22 +245,37 @@ def keep(recipe: Recipe, place: RunDir) -> Recipe:
     return recipe
 
 
-def _write_comparison(place: RunDir, comparisons: dict[int, dict], config: CompareConfig) -> None:
-    """Say the result; with several seeds, `comparison.json` is the first seed's with all of them summarised in it."""
-    from pipelines.evaluate import compare
+def _write_comparison(place: RunDir, comparisons: dict[int, dict[str, dict]], config: CompareConfig) -> None:
+    """Say the results. `comparison.json` is the first benchmark's, and holds those of the others as `also`."""
     from pipelines.manifest import write_json
+
+    benchmarks = list(next(iter(comparisons.values())))
+    found = {}
+    for name in benchmarks:
+        of = f"{title(name)}: " if len(benchmarks) > 1 else ""
+        found[name] = _over_seeds({seed: each[name] for seed, each in comparisons.items()}, config, of)
+    first, *further = found.values()
+    if further or "seeds" in first:
+        also = {"also": {each["benchmark"]: each for each in further}} if further else {}
+        write_json(place.comparison, first | also)
+
+
+def _over_seeds(comparisons: dict[int, dict], config: CompareConfig, of: str) -> dict:
+    """One benchmark's; with several seeds, the first seed's with all of them summarised in it."""
+    from pipelines.evaluate import compare
 
     for seed, found in comparisons.items():
         for arm in found["differences"]:
-            say((f"seed {seed}: " if len(comparisons) > 1 else "") + compare.sentence(found, arm))
-    if len(comparisons) > 1:
-        first = next(iter(comparisons.values()))
-        seeds = [{**found, "seed": seed} for seed, found in comparisons.items()]
-        summary = compare.summarise(list(comparisons.values()), config)
-        over_seeds = {**first, "summary": summary, "seeds": seeds}
-        for arm in summary["differences"]:
-            say(compare.summary_sentence(over_seeds, arm))
-        write_json(place.comparison, over_seeds)
+            say(of + (f"seed {seed}: " if len(comparisons) > 1 else "") + compare.sentence(found, arm))
+    first = next(iter(comparisons.values()))
+    if len(comparisons) == 1:
+        return first
+    seeds = [{**found, "seed": seed} for seed, found in comparisons.items()]
+    summary = compare.summarise(list(comparisons.values()), config)
+    over_seeds = {**first, "summary": summary, "seeds": seeds}
+    for arm in summary["differences"]:
+        say(of + compare.summary_sentence(over_seeds, arm))
+    return over_seeds
 
 
 if __name__ == "__main__":

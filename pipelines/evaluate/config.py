@@ -3,9 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from pipelines.errors import UserError
+
+OF_A_BENCHMARK = {
+    "annotations": str,
+    "images": str,
+    "ocr": str,
+    "ocr_tokens": bool,
+    "max_new_tokens": int,
+    "limit": int,
+}
+"""Keys of `evaluate` that each further benchmark has for itself, and what they hold."""
 
 
 @dataclass
@@ -13,7 +24,8 @@ class EvaluateConfig:
     """How a served model is asked the questions of a benchmark.
 
     Attributes:
-        benchmark: its name, one of those that `captune evaluate --help` lists.
+        benchmark: its name, one of those that `captune evaluate --help` lists; or several with commas, of which the
+            first gives the verdict and the others have their files in `also`.
         annotations: the benchmark's own annotation file; of VQAv2 the questions, whose answers lie beside them under
             their published name; of POPE a file of questions, or a folder of several.
         images: directory of its pictures; MMBench's lie in its annotation file.
@@ -28,6 +40,8 @@ class EvaluateConfig:
         max_error_share: largest share of questions that may stay without an answer; with more the evaluation has
             failed, and the same command asks them again.
         limit: only the first questions; None asks all.
+        also: further benchmarks, which the same service is asked: name -> `annotations`, `images` and what else is
+            their own (`ocr`, `ocr_tokens`, `max_new_tokens`, `limit`).
     """
 
     benchmark: str = "textvqa"
@@ -42,8 +56,13 @@ class EvaluateConfig:
     retries: int = 5
     max_error_share: float = 0.01
     limit: int | None = None
+    also: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        self.benchmark, *further = (name.strip() for name in self.benchmark.split(","))
+        self.also = {**self.also, **{name: self.also.get(name) or {} for name in further}}
+        for name, own in self.also.items():
+            self._check_further(name, own)
         for key in ("concurrency", "max_new_tokens"):
             if getattr(self, key) < 1:
                 raise UserError(f"evaluate.{key} must be at least 1, not {getattr(self, key)}")
@@ -53,6 +72,29 @@ class EvaluateConfig:
             raise UserError(f"evaluate.max_error_share is a share between 0 and 1, not {self.max_error_share:g}")
         if self.limit is not None and self.limit < 1:
             raise UserError("evaluate.limit must be at least 1")
+
+    def each(self) -> dict[str, EvaluateConfig]:
+        """Benchmark -> how it is asked; the one that gives the verdict first."""
+        bare = replace(self, also={})
+        files: dict[str, Any] = {"annotations": "", "images": "", "ocr": "", "ocr_tokens": False}
+        further = {name: replace(bare, benchmark=name, **(files | own)) for name, own in self.also.items()}
+        return {self.benchmark: bare} | further
+
+    def key(self, benchmark: str) -> str:
+        """Where a recipe says what is one benchmark's own."""
+        return "evaluate" if benchmark == self.benchmark else f"evaluate.also.{benchmark}"
+
+    def _check_further(self, name: str, own: Any) -> None:
+        key = f"evaluate.also.{name}"
+        if name == self.benchmark:
+            raise UserError(f"{key}: is evaluate.benchmark already")
+        if not isinstance(own, dict):
+            raise UserError(f"{key}: '{own}' is no section; its annotations and images stand below it")
+        for each, value in own.items():
+            if each not in OF_A_BENCHMARK:
+                raise UserError(f"{key}.{each}: a further benchmark's own keys are {', '.join(OF_A_BENCHMARK)}")
+            if type(value) is not OF_A_BENCHMARK[each]:
+                raise UserError(f"{key}.{each}: '{value}' is not what evaluate.{each} holds")
 
 
 @dataclass

@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import time
 from collections import Counter
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,6 +34,7 @@ _NOT_RESULTS = (  # where things lie, how fast the answers come and when to give
     "request_timeout_s",
     "retries",
     "max_error_share",
+    "also",
 )
 _SAID_KINDS = 8
 """A benchmark of more kinds of questions has them in `scores.json` alone."""
@@ -47,6 +48,25 @@ class Served:
 
     model: Path
     service: AbstractContextManager[str]
+
+
+@contextmanager
+def kept(service: AbstractContextManager[str]) -> Iterator[AbstractContextManager[str]]:
+    """For several evaluations: a service that starts when it is first needed, if ever, and ends with this block."""
+    with ExitStack() as stack:
+        yield _Kept(service, stack)
+
+
+class _Kept(AbstractContextManager[str]):
+    def __init__(self, service: AbstractContextManager[str], stack: ExitStack) -> None:
+        self.service, self.stack, self.base = service, stack, ""
+
+    def __enter__(self) -> str:
+        self.base = self.base or self.stack.enter_context(self.service)
+        return self.base
+
+    def __exit__(self, *_: object) -> None:
+        return None
 
 
 def run(output: Path, config: EvaluateConfig, endpoint: str | Served, *, restart: bool = False) -> dict[str, Any]:
