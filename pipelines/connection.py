@@ -6,10 +6,12 @@ the one that Ray starts by itself.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 _pending: list[Callable[[], None]] = []
+_turn = threading.RLock()
 
 
 @contextmanager
@@ -25,5 +27,6 @@ def when_needed(start: Callable[[], None]) -> Iterator[None]:
 
 def connect() -> None:
     """From here on Ray is used."""
-    while _pending:
-        _pending.pop()()
+    with _turn:  # stages in other threads wait until it is there
+        while _pending:
+            _pending.pop()()

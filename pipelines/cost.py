@@ -1,8 +1,8 @@
 """What a stage used: hours of nodes, CPUs and cards, by group of nodes, and how many of them worked.
 
 While a stage is at work a meter looks at Ray's node table every few seconds. Its sums lie in the stage's directory, so
-that attempts that died count, too, and go into the manifest at the end. Where this process has no Ray it is this
-machine alone.
+that attempts that died count, too, and go into the manifest at the end. Stages that this process has at work side by
+side share what is there evenly. Where it has no Ray it is this machine alone.
 """
 
 from __future__ import annotations
@@ -62,6 +62,8 @@ class Meter:
         weakref.finalize(self, self._ended.set)
         watch = threading.Thread(target=_watch, args=(weakref.ref(self), self._ended), daemon=True, name="captune-cost")
         watch.start()
+        _count_until_now()
+        _at_work.add(self)
 
     def look(self) -> None:
         """Count what has been there since the last look."""
@@ -69,7 +71,7 @@ class Meter:
             if self._ended.is_set():
                 return
             now, computed = time.monotonic(), _computed()
-            hours = (now - self._last) / _HOUR
+            hours = (now - self._last) / _HOUR / max(1, len(_at_work))
             nodes = _ray_nodes()
             if nodes is None:
                 nodes = [_this_machine(computed - self._computed, now - self._last)]
@@ -83,8 +85,9 @@ class Meter:
 
     def stop(self) -> Hours:
         """The sums, after a last look."""
-        self.look()
+        _count_until_now()
         self._ended.set()
+        _at_work.discard(self)
         return rounded(self.hours)
 
     def _add(self, node: Look, hours: float) -> None:
@@ -93,6 +96,16 @@ class Meter:
         seen |= {"cpu_hours_worked": node.cpus_held, "gpu_hours_worked": node.gpus_held}
         for key, count in {"node_hours": 1.0, **seen}.items():
             used[key] = used.get(key, 0.0) + count * hours
+
+
+_at_work: weakref.WeakSet[Meter] = weakref.WeakSet()
+"""Of this process, also where nobody stopped them."""
+
+
+def _count_until_now() -> None:
+    """Before the number of those that share what is there changes."""
+    for meter in list(_at_work):
+        meter.look()
 
 
 def of(manifest: dict[str, Any]) -> Hours:

@@ -6,8 +6,11 @@ from __future__ import annotations
 
 import sys
 import time
+import weakref
 from types import TracebackType
 from typing import TextIO
+
+_open: weakref.WeakSet[Progress] = weakref.WeakSet()
 
 
 class Progress:
@@ -16,8 +19,8 @@ class Progress:
     Args:
         total: number of units expected, None when it is not known.
         what: stage or phase as the user knows it, e.g. "caption" or "train enhanced/align".
-        every: seconds between lines in a log, six times as many while nothing changes; a terminal is refreshed twice a
-            second.
+        every: seconds between lines in a log, six times as many while nothing changes, and on a terminal where other
+            work is shown, too; for itself alone, its line there is refreshed twice a second.
     """
 
     def __init__(
@@ -26,12 +29,23 @@ class Progress:
         self.total, self.what, self.unit = total, what, unit
         self.done = 0
         self.stream = stream or sys.stderr
-        self.live = self.stream.isatty()
-        self.every = 0.5 if self.live else every
+        self._terminal = self.stream.isatty()
+        self._every = every
         self._start = self._last = time.monotonic()
         self._first = 0  # units that were done before this run started: they say nothing about speed
         self._notes = ""
         self._said: tuple[int, str] | None = None
+        _open.add(self)
+
+    @property
+    def live(self) -> bool:
+        """Whether its line is the last of a terminal, and all that changes there."""
+        return self._terminal and len(_open) <= 1
+
+    @property
+    def every(self) -> float:
+        """Seconds between two lines."""
+        return 0.5 if self.live else self._every
 
     def start_at(self, done: int) -> None:
         """Units finished by an earlier, interrupted run."""
@@ -50,8 +64,10 @@ class Progress:
 
     def close(self) -> None:
         """Print the last line."""
+        unfinished = self.live
         self._print()
-        if self.live:
+        _open.discard(self)
+        if unfinished:
             self.stream.write("\n")
         self.stream.flush()
 
@@ -74,10 +90,8 @@ class Progress:
 
     def _print(self) -> None:
         self._said = self.done, self._notes
-        if self.live:
-            self.stream.write("\r\033[K" + self.line())
-        else:
-            self.stream.write(self.line() + "\n")
+        before = "\r\033[K" if self._terminal else ""
+        self.stream.write(before + self.line() + ("" if self.live else "\n"))
         self.stream.flush()
 
     def __enter__(self) -> Progress:
@@ -88,8 +102,11 @@ class Progress:
     ) -> None:
         if error is None:
             self.close()
-        elif self.live:
-            self.stream.write("\n")
+        else:
+            unfinished = self.live
+            _open.discard(self)
+            if unfinished:
+                self.stream.write("\n")
 
 
 def say(message: str) -> None:

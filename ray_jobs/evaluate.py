@@ -6,6 +6,8 @@ if __name__ == "__main__":
     import _from_path  # noqa: F401
 
 import os
+import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -99,18 +101,43 @@ def _with_files(config: EvaluateConfig, options: SimpleNamespace) -> EvaluateCon
     return config
 
 
+_starting = threading.Lock()
+"""Serve's own start takes no second one beside it."""
+_blocks: list[None] = []
+
+
 @contextmanager
-def served(model: Path, config: ServeConfig) -> Iterator[str]:
-    """The base URL of `model`, served on a free port for the time of a `with` block, on a Ray that starts no sooner."""
-    with _start.ray_cluster(demands=[config.demand()]):
+def served(model: Path, config: ServeConfig, name: str = "") -> Iterator[str]:
+    """The base URL of `model`, served on a free port for the time of a `with` block, on a Ray that starts no sooner.
+
+    Args:
+        name: of what is asked, where several models are served at once.
+    """
+    name, route = (f"evaluate-{name}", f"/evaluate/{name}") if name else ("evaluate", "/")
+    with _start.ray_cluster(demands=[config.demand()]), serving():
         connection.connect()
         from serve import app
 
-        base = app.start(model, config, name="evaluate", port=0)
+        with _starting:
+            base = app.start(model, config, name=name, route_prefix=route, port=0)
         try:
             yield base
         finally:
-            app.stop("evaluate")
+            app.stop(name, last=False)
+
+
+@contextmanager
+def serving() -> Iterator[None]:
+    """Ray Serve, started by the first of the models that are served inside of the outermost such block, stays until its
+    end.
+    """
+    _blocks.append(None)
+    try:
+        yield
+    finally:
+        _blocks.pop()
+        if not _blocks and "serve.app" in sys.modules:
+            sys.modules["serve.app"].shutdown()
 
 
 if __name__ == "__main__":

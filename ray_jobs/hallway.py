@@ -114,14 +114,14 @@ def outputs(recipe: Recipe, place: RunDir, step: Step) -> list[Path]:
 
 def unfinished(recipe: Recipe, place: RunDir, wanted: list[Step]) -> Iterator[Problem]:
     """Steps that have to be done before those that are `wanted`, and neither are nor will be."""
-    for step in dict.fromkeys(before for each in wanted for before in _before(recipe, each)):
+    for step in dict.fromkeys(earlier for each in wanted for earlier in before(recipe, each)):
         missing = [each for each in outputs(recipe, place, step) if not (each / MANIFEST).is_file()]
         if step not in wanted and missing:
             words, where = " ".join(step.words), missing[0]
             yield Problem("--stage", f"{step} comes first and has not finished in {where}: captune run RECIPE {words}")
 
 
-def _before(recipe: Recipe, step: Step) -> list[Step]:
+def before(recipe: Recipe, step: Step) -> list[Step]:
     """What a step reads of others."""
     arm = step.arm
     made = [Step("sample")] if recipe.sample.out else []
@@ -139,7 +139,8 @@ def _before(recipe: Recipe, step: Step) -> list[Step]:
 
 
 def perform(recipe: Recipe, place: RunDir, step: Step, *, restart: bool) -> None:
-    """Do a step, but for `compare`; complete already, it says so and does nothing.
+    """Do a step, but for `compare`; complete already, it says so and does nothing. Those of different arms or seeds may
+    be done at once, in threads.
 
     Raises:
         UserError: its directory holds another run's work, or another process writes there.
@@ -187,7 +188,7 @@ def _of_a_model(recipe: Recipe, place: RunDir, step: Step, restart: bool) -> Non
             from pipelines.evaluate import stage as evaluate
             from ray_jobs.evaluate import served
 
-            with evaluate.kept(served(merged, recipe.serve)) as service:
+            with evaluate.kept(served(merged, recipe.serve, walk.directory.name)) as service:
                 for benchmark, config in recipe.evaluate.each().items():
                     place_of = walk.evaluation(benchmark).directory
                     evaluate.run(place_of, config, evaluate.Served(merged, service), restart=restart)

@@ -84,6 +84,8 @@ class Recipe:
         run_dir: where the run writes; it explains itself (see the README).
         dataset: image-text pairs in any format captune reads.
         seeds: training is repeated per seed, and the comparison is made per seed.
+        side_by_side: most arms and seeds that train, merge or evaluate at once; empty: as many as CPUs and cards have
+            room for. Results are the same.
         sample: the embedded sample world.
         assemble: the base MGM from its parts, written to `train.model` before anything else.
         caption: recaptioning with BLIP-2.
@@ -100,6 +102,7 @@ class Recipe:
     run_dir: str = "runs/run"
     dataset: str = ""
     seeds: list[int] = field(default_factory=lambda: [0])
+    side_by_side: int | None = None
     sample: SampleConfig = field(default_factory=SampleConfig)
     assemble: AssembleConfig = field(default_factory=AssembleConfig)
     caption: CaptionConfig = field(default_factory=CaptionConfig)
@@ -123,6 +126,8 @@ class Recipe:
             config.recipe = _shipped(config.recipe)
         if not self.seeds or len(set(self.seeds)) != len(self.seeds):
             raise UserError("seeds must be a list of different numbers")
+        if self.side_by_side is not None and self.side_by_side < 1:
+            raise UserError(f"side_by_side must be at least 1, not {self.side_by_side}")
         for arm in self.arms:
             if not arm.replace("-", "").replace("_", "").isalnum():
                 raise UserError(f"arms.{arm}: an arm's name becomes a directory; use letters, digits, '-' and '_'")

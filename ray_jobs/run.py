@@ -6,6 +6,7 @@ if __name__ == "__main__":
     import _from_path  # noqa: F401
 
 import time
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,8 +19,9 @@ from pipelines.lock import LOCK, hold, release
 from pipelines.manifest import MANIFEST, read_json
 from pipelines.progress import clock, say
 from pipelines.rundir import RunDir
-from ray_jobs import _ending, _log, _plan, _refusals, _start, cli, hallway
+from ray_jobs import _ending, _log, _plan, _refusals, _start, cli, hallway, side_by_side
 from ray_jobs._options import CONFIG_OPTION, RESTART, WHOLE, Command, Option, lasting, parse, required
+from ray_jobs.evaluate import serving
 from ray_jobs.recipe import Recipe, absolute, recipe_yaml
 from ray_jobs.recipe_file import require_same
 
@@ -110,8 +112,7 @@ def _part(recipe: Recipe, steps: list[hallway.Step], options: SimpleNamespace) -
         return _end(recipe, options, started)
     recipe = _take_part(recipe, place, steps)
     with _start.ray_cluster(caption, demands):
-        for step in steps:
-            hallway.perform(recipe, place, step, restart=options.restart)
+        _perform(recipe, place, steps, options.restart)
     found = {str(step): str(hallway.output(recipe, place, step)) for step in steps}
     return _ending.end(options, found, f"{options.stage}: done in {clock(time.monotonic() - started)}")
 
@@ -180,9 +181,13 @@ def run(recipe: Recipe, *, restart: bool = False) -> None:
         preflight.require(_plan.problems(recipe))  # of what has just been drawn
     recipe = keep(recipe, place)
     with _start.ray_cluster(recipe.caption, _plan.demands(recipe)):
-        for step in steps[:-1]:
-            hallway.perform(recipe, place, step, restart=restart)
+        _perform(recipe, place, steps[:-1], restart)
     conclude(recipe, restart=restart)
+
+
+def _perform(recipe: Recipe, place: RunDir, steps: list[hallway.Step], restart: bool) -> None:
+    with serving():
+        side_by_side.perform(recipe, steps, partial(hallway.perform, recipe, place, restart=restart))
 
 
 def conclude(recipe: Recipe, *, whole: bool = True, restart: bool = False) -> None:

@@ -249,12 +249,19 @@ def _refuse_incomplete(model: Path) -> None:
     load_processor(model)
 
 
-def stop(name: str = "captune") -> None:
-    """Take the application away; the last one takes Ray Serve, and with it the port, along."""
+def stop(name: str = "captune", *, last: bool = True) -> None:
+    """Take the application away; the last one takes Ray Serve, and with it the port, along, unless others will come."""
     serve.delete(name)
-    if not serve.status().applications:
+    if last:
+        shutdown()
+
+
+def shutdown() -> None:
+    """End Ray Serve where nothing is served any more."""
+    # Asked without a cluster, Serve would start one.
+    client: Any = ray.is_initialized() and serve.context._get_global_client(raise_if_no_controller_running=False)
+    if client and not serve.status().applications:
         # The controller's last task kills the controller itself; `serve.shutdown` lets Ray retry it, and Ray complains.
-        client: Any = serve.context._get_global_client()
         with suppress(RayActorError):
             ray.get(client._controller.graceful_shutdown.options(max_task_retries=0).remote(), timeout=_SHUTDOWN_S)
         serve.shutdown()

@@ -18,6 +18,7 @@ from pipelines.mgm.adapter import trained_on
 from pipelines.mgm.load import differences, load_config, load_model, load_processor, load_skeleton, quiet
 from pipelines.mgm.names import LANGUAGE_MODEL
 from pipelines.mgm.parts import generation_config
+from pipelines.mgm.skeleton import skeleton
 from pipelines.mgm.stored import Stored
 from pipelines.mgm.tensorfiles import read_file
 from pipelines.modelfiles import ADAPTER, model_identity, weight_files
@@ -160,7 +161,7 @@ def _logits(model: Path, config: Any, inputs: dict[str, torch.Tensor]) -> torch.
     """In float32, of a model of any size: one tensor is in memory at a time. With an adapter on it, all of it is."""
     if (model / ADAPTER).is_dir():
         return probe.logits(load_model(model, "float32"), inputs)
-    return streamed.logits(config, Stored(model, streamed.hollow(config)).__getitem__, inputs, {})
+    return streamed.logits(config, Stored(model, skeleton(config, buffers=True)).__getitem__, inputs, {})
 
 
 def _stops(stop: Any, processor: Any) -> Verdict:

@@ -50,6 +50,7 @@ from pipelines.mgm.load import (
 from pipelines.mgm.names import HEAD, TOWERS
 from pipelines.mgm.parts import ORIGINAL_DIR
 from pipelines.mgm.remote_code import add_remote_code
+from pipelines.mgm.skeleton import skeleton
 from pipelines.mgm.stored import Stored
 from pipelines.mgm.tensorfiles import write_index, write_streamed
 from pipelines.modelfiles import ADAPTER, CONFIG, beside, model_identity, read_object, tensor_shapes, weight_files
@@ -145,7 +146,7 @@ def _merge(model: Path, adapter: Path, output: Path, config: MergeConfig) -> dic
 
 def _carry(model: Path, adapter: Path, output: Path, config: MergeConfig) -> dict[str, Any]:
     """The base as it is, and the adapter in a folder of its own."""
-    stored = stored_dtype(Stored(model, streamed.hollow(load_config(model))))
+    stored = stored_dtype(Stored(model, skeleton(load_config(model), buffers=True)))
     dtype = str(stored).removeprefix("torch.")
     if config.dtype not in ("auto", dtype):
         raise UserError(f"merge.dtype is {config.dtype}: a prefix leaves the base's weights as they are, in {dtype}")
@@ -181,7 +182,7 @@ class Merger:
 
     def __init__(self, model: Path, update: fit.Fit) -> None:
         self.update = update
-        self.skeleton = streamed.hollow(load_config(model))
+        self.skeleton = skeleton(load_config(model), buffers=True)
         self.base = Stored(model, self.skeleton)
         self.modules = dict(self.skeleton.named_modules())
         self.last: tuple[str, dict[str, torch.Tensor]] = ("", {})

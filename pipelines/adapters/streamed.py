@@ -12,8 +12,8 @@ from torch import nn
 
 from pipelines.adapters import probe
 from pipelines.mgm.configuration import MGMConfig
-from pipelines.mgm.modeling import MGMForConditionalGeneration
 from pipelines.mgm.names import EMBEDDING, PROJECTOR
+from pipelines.mgm.skeleton import skeleton
 
 Source = Callable[[str], torch.Tensor]
 """Name of a parameter -> its values, in any dtype."""
@@ -31,14 +31,6 @@ class Lent(nn.Module):
         return self.make()(*args, **kwargs)
 
 
-def hollow(config: MGMConfig) -> MGMForConditionalGeneration:
-    """A model without memory for its parameters; its buffers are there, so that it can be called."""
-    from accelerate import init_empty_weights
-
-    with init_empty_weights(include_buffers=False):
-        return MGMForConditionalGeneration(config)
-
-
 def logits(
     config: MGMConfig, source: Source, inputs: dict[str, torch.Tensor], instead: dict[str, Callable[[], nn.Module]]
 ) -> torch.Tensor:
@@ -49,7 +41,7 @@ def logits(
     Args:
         instead: module -> what makes the one that is called in its place.
     """
-    model = hollow(config)
+    model = skeleton(config, buffers=True)
     names = {parameter: name for name, parameter in model.named_parameters()}
     if model.config.tie_word_embeddings:
         names[model.lm_head.weight] = EMBEDDING

@@ -17,6 +17,7 @@ from pipelines.evaluate.config import EvaluateConfig
 from pipelines.evaluate.registry import open_benchmark, title
 from pipelines.manifest import CLAIM, MANIFEST, fingerprint, identity, open_stage, read_json, write_json
 from pipelines.modelfiles import model_identity
+from pipelines.rundir import arm_of
 
 if TYPE_CHECKING:
     from pipelines.evaluate.answerer import Answerer
@@ -333,7 +334,7 @@ def _ask(
     asks = [Ask(question.id, question.prompt, images[question.id]) for question in questions]
     already = len(answered(directory / JOURNAL))
     started = time.monotonic()
-    what = f"evaluate {config.benchmark}"
+    what = f"evaluate {arm_of(directory)}, {config.benchmark}"
     predictions = ask_all(asks, endpoint, answerer, config, directory / JOURNAL, what=what)
     return predictions, max(time.monotonic() - started, 1e-9), len(questions) - already
 

@@ -122,14 +122,11 @@ def _modules(names: Iterable[str]) -> list[str]:
 
 def _untrained(model: Path, modules: list[str]) -> dict[str, torch.Tensor]:
     """All tensors of these modules as the base model has them: PEFT takes modules whole, or not at all."""
-    import torch
-
     from pipelines.mgm.configuration import MGMConfig
-    from pipelines.mgm.modeling import MGMForConditionalGeneration
+    from pipelines.mgm.skeleton import skeleton
     from pipelines.mgm.stored import Stored
 
-    with torch.device("meta"):
-        stored = Stored(model, MGMForConditionalGeneration(MGMConfig.from_pretrained(model)))
+    stored = Stored(model, skeleton(MGMConfig.from_pretrained(model)))
     return {name: stored[name] for name in stored if any(name.startswith(f"{module}.") for module in modules)}
 
 

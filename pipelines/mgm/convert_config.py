@@ -14,8 +14,8 @@ from transformers import CONFIG_MAPPING
 
 from pipelines.errors import UserError
 from pipelines.mgm.configuration import MGMConfig
-from pipelines.mgm.modeling import MGMForConditionalGeneration
 from pipelines.mgm.names import CLIP, CONVNEXT, HEAD
+from pipelines.mgm.skeleton import skeleton
 from pipelines.modelfiles import Shapes, read_object
 
 # The original's model types (and those from before it was renamed) and the language models behind them.
@@ -140,9 +140,7 @@ def _count(shapes: Shapes, prefix: str) -> int:
 
 def expected_shapes(config: MGMConfig) -> Shapes:
     """Names and shapes of a saved model of this configuration, as `save_pretrained` writes it."""
-    with torch.device("meta"):
-        model = MGMForConditionalGeneration(config)
-    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    shapes = {name: tuple(tensor.shape) for name, tensor in skeleton(config).state_dict().items()}
     if config.tie_word_embeddings:
         del shapes[HEAD]
     return dict(pair for name, shape in shapes.items() for pair in in_files(name, shape))

@@ -14,6 +14,7 @@ from pipelines.mgm.directory import check_model_directory
 from pipelines.mgm.modeling import MGMForConditionalGeneration
 from pipelines.mgm.names import HEAD, is_buffer
 from pipelines.mgm.processing import MGMProcessor
+from pipelines.mgm.skeleton import skeleton
 from pipelines.modelfiles import (
     ADAPTER,
     CONFIG,
@@ -91,9 +92,7 @@ def load_config(path: Path | str) -> MGMConfig:
 
 def load_skeleton(path: Path | str) -> MGMForConditionalGeneration:
     """The model without memory for its weights: names, shapes and modules only. Raises as `load_config`."""
-    config = load_config(path)
-    with torch.device("meta"):
-        return MGMForConditionalGeneration(config)
+    return skeleton(load_config(path))
 
 
 def load_processor(path: Path | str) -> MGMProcessor:

@@ -238,17 +238,11 @@ def read_config(directory: Path | str) -> MGMConfig:
 
 def _skeleton(config: MGMConfig, precision: str) -> Any:
     """The model as `load_model` makes it for training, on the device `meta`: frozen, in its stored dtype."""
-    from pipelines.mgm.modeling import MGMForConditionalGeneration
+    from pipelines.mgm.skeleton import skeleton
 
     stored = getattr(config, "dtype", None) or torch.bfloat16
     dtype = torch.float32 if precision == "float32" else getattr(torch, stored) if isinstance(stored, str) else stored
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with torch.device("meta"):
-            return MGMForConditionalGeneration(config).requires_grad_(False)
-    finally:
-        torch.set_default_dtype(before)
+    return skeleton(config, dtype=dtype).requires_grad_(False)
 
 
 def peak_bytes(device: torch.device) -> int:

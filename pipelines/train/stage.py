@@ -248,6 +248,11 @@ def _fit(
     return facts
 
 
+_turn = threading.Lock()
+_told: list[str] = []
+"""The address, once for each training of this process that is at work."""
+
+
 @contextmanager
 def _cluster_in_environment() -> Iterator[None]:
     """RAY_ADDRESS for Ray Train's own actors: they look for their cluster anew, and two may run here."""
@@ -255,14 +260,19 @@ def _cluster_in_environment() -> Iterator[None]:
     from ray.train.v2._internal import constants
 
     constants.ENV_VARS_TO_PROPAGATE.add("RAY_ADDRESS")
-    if "RAY_ADDRESS" in os.environ:
-        yield
-        return
-    os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
+    with _turn:
+        ours = bool(_told) or "RAY_ADDRESS" not in os.environ
+        if ours:
+            _told.append(ray.get_runtime_context().gcs_address)
+            os.environ["RAY_ADDRESS"] = _told[0]
     try:
         yield
     finally:
-        del os.environ["RAY_ADDRESS"]
+        with _turn:
+            if ours:
+                _told.pop()
+                if not _told:
+                    del os.environ["RAY_ADDRESS"]
 
 
 def _beside(work: Callable[[], Any]) -> Any:

@@ -29,12 +29,12 @@ MOMENTS = {
     "aligning (original)": (r"train original: .*align, loss", 6.0),
     "instructing (original)": (r"train original: .*instruct, loss", 5.0),
     "merging (original)": (r"merge: /", 0.5),
-    "starting to serve (original)": (r"evaluate textvqa: 0/", 0.0),
-    "evaluating (original)": (r"evaluate textvqa: [1-9]", 0.0),
+    "starting to serve (original)": (r"evaluate original, textvqa: 0/", 0.0),
+    "evaluating (original)": (r"evaluate original, textvqa: [1-9]", 0.0),
     "aligning (enhanced)": (r"train enhanced: .*align, loss", 6.0),
     "instructing (enhanced)": (r"train enhanced: .*instruct, loss", 5.0),
     "merging (enhanced)": (r"merge: .*enhanced", 0.2),
-    "evaluating (enhanced)": (r"evaluate textvqa: [1-9]", 0.0),
+    "evaluating (enhanced)": (r"evaluate enhanced, textvqa: [1-9]", 0.0),
     "reporting": (r"enhanced .*points", 0.0),
 }
 """What is going on -> a line of the log that says so, and seconds to wait after it."""

@@ -44,6 +44,16 @@ def test_an_attempt_that_was_killed_counts(tmp_path: Path) -> None:
     assert not (tmp_path / "out" / cost.USED).exists()
 
 
+def test_stages_side_by_side_share_what_there_is(tmp_path: Path) -> None:
+    """A machine's hour is counted once, however many stages of a run were at work in it."""
+    started = time.monotonic()
+    meters = [cost.Meter(tmp_path / arm) for arm in ("original", "enhanced")]
+    time.sleep(1)
+    seconds = [hours["local"]["node_hours"] * 3600 for hours in [meter.stop() for meter in meters]]
+    assert 1 <= sum(seconds) <= time.monotonic() - started + 0.01
+    assert seconds[0] == pytest.approx(seconds[1], abs=0.1)
+
+
 def test_what_tasks_hold_is_what_worked(ray_cluster: None, tmp_path: Path) -> None:
     """One of two CPUs for nearly all of the time, as Ray counts."""
     import ray

@@ -12,10 +12,12 @@ from pathlib import Path
 
 import pytest
 
+from pipelines.rundir import Stage
+
 ROOT = Path(__file__).parents[2]
 
 
-def command(root: Path) -> list[str]:
+def command(root: Path, **others: int) -> list[str]:
     options = {
         "run_dir": root / "run",
         "sample.pairs": 60,
@@ -24,13 +26,14 @@ def command(root: Path) -> list[str]:
         "train.align.steps": 6,
         "train.instruct.steps": 3,
         "train.checkpoint_every": 2,
+        **others,
     }
     words = [word for key, value in options.items() for word in (f"--{key}", str(value))]
     return [sys.executable, "-m", "ray_jobs.cli", "run", "sample", *words]
 
 
-def run(root: Path) -> str:
-    done = subprocess.run(command(root), cwd=ROOT, capture_output=True, text=True, check=False)
+def run(root: Path, **others: int) -> str:
+    done = subprocess.run(command(root, **others), cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
     return done.stderr
 
@@ -52,8 +55,10 @@ def kill_when(root: Path, sign: str) -> None:
 @pytest.mark.heavy
 @pytest.mark.timeout(2400)
 def test_a_killed_run_ends_with_the_scores_of_an_undisturbed_one(tmp_path: Path) -> None:
-    """Killed while it captions, trains and evaluates; rows in equal rows out, and a third run finds everything done."""
-    run(tmp_path / "whole")
+    """Killed while it captions, trains and evaluates, two models at once where the undisturbed one has them in turn;
+    rows in equal rows out, and a third run finds everything done.
+    """
+    run(tmp_path / "whole", side_by_side=1)
     killed = tmp_path / "killed"
     for sign in (
         "captions/_work/checkpoint-*",
@@ -61,6 +66,9 @@ def test_a_killed_run_ends_with_the_scores_of_an_undisturbed_one(tmp_path: Path)
         "original/predictions/textvqa/journal.jsonl",
     ):
         kill_when(killed, sign)
+        if sign.endswith("log.jsonl"):
+            states = [Stage(killed / "run" / arm / "adapter").state for arm in ("original", "enhanced")]
+            assert states == ["unfinished", "unfinished"]
     run(killed)
     for root in (tmp_path / "whole", killed):
         captions = json.loads((root / "run" / "captions" / "MANIFEST.json").read_text())
