@@ -22,8 +22,9 @@ from pipelines.files import write_text
 from pipelines.manifest import MANIFEST, identity, open_stage, read_json, write_json
 from pipelines.progress import say
 from pipelines.rundir import RECIPE, InnerRun, RunDir, Walk
-from ray_jobs import _ending, _hours, _plan, _start, cli, hallway, run
+from ray_jobs import _ending, _hours, _plan, _start, cli, hallway, run, side_by_side
 from ray_jobs._options import RESTART, Command, Option, parse, reading
+from ray_jobs.evaluate import serving
 from ray_jobs.recipe import ArmConfig, Recipe
 
 if TYPE_CHECKING:
@@ -246,11 +247,14 @@ class Split:
             return
         preflight.require(_plan.problems(inner, todo))
         run.keep(inner, self.inner)
-        with _start.ray_cluster(demands=_plan.demands(inner, todo)):
-            for step in todo:
-                hallway.perform(inner, self.inner, step, restart=False)
-                if step.stage == "evaluate":
-                    shutil.rmtree(self.inner.walk(step.arm, self._seed(step)).merged.directory)
+
+        def work(step: hallway.Step) -> None:
+            hallway.perform(inner, self.inner, step, restart=False)
+            if step.stage == "evaluate":
+                shutil.rmtree(self.inner.walk(step.arm, self._seed(step)).merged.directory)
+
+        with _start.ray_cluster(demands=_plan.demands(inner, todo)), serving():
+            side_by_side.perform(inner, todo, work)
 
     def _done(self, inner: Recipe, step: hallway.Step) -> bool:
         """What is complete; and what came before answers that are all there."""
@@ -276,9 +280,14 @@ class Split:
                 _write_filters(file, process)
             text = own.text if captions else base.text
             arms[name] = replace(own, text=text, recipe=str(file) if process else None)
-        compare = replace(self.whole.compare, baseline="")
-        explain = replace(self.whole.explain, arms=[])
-        return replace(self.whole, run_dir=str(self.inner.root), arms=arms, compare=compare, explain=explain)
+        return replace(
+            self.whole,
+            run_dir=str(self.inner.root),
+            arms=arms,
+            evaluate=self.whole.evaluate.each()[self.whole.evaluate.benchmark],
+            compare=replace(self.whole.compare, baseline=""),
+            explain=replace(self.whole.explain, arms=[]),
+        )
 
     def _measure(self, asked: Plan) -> Measured:
         """The scores of all coalitions that are asked for, question by question in the baseline's order."""
