@@ -17,6 +17,7 @@ from pipelines.manifest import open_stage
 from pipelines.progress import Progress
 from pipelines.sample.config import SampleConfig
 from pipelines.sample.language import SHORT_ANSWER, human_answers, ocr_tokens, pick_question, poor_caption
+from pipelines.sample.questions import write_questions
 from pipelines.sample.scene import Scene, draw_scenes, jpeg
 
 MODELS = Path(__file__).parent / "models"
@@ -44,6 +45,8 @@ def write_world(out: Path | str, config: SampleConfig, *, models: bool = True, r
             "instructions": _write_instructions(out, config, progress),
             "questions": _write_questions(out, config, progress),
         }
+    scenes = draw_scenes("validation", config.questions, config.seed)
+    counts |= write_questions(out, scenes, out / "textvqa" / "train_images", config.seed)
     if models:
         for model in ("blip2", "mgm"):
             shutil.copytree(MODELS / model, out / "models" / model, dirs_exist_ok=True)
@@ -52,7 +55,7 @@ def write_world(out: Path | str, config: SampleConfig, *, models: bool = True, r
 
 def inputs(config: SampleConfig, models: bool = True) -> dict[str, Any]:
     """Everything that decides what is drawn."""
-    return {"sample": {**vars(config), "out": None}, "models": models}
+    return {"sample": {**vars(config), "out": None}, "models": models, "benchmarks": ["vqav2", "pope", "mmbench"]}
 
 
 def _write_pairs(out: Path, config: SampleConfig, progress: Progress) -> int:

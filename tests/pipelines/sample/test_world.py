@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from pipelines.errors import UserError
+from pipelines.evaluate.config import EvaluateConfig
+from pipelines.evaluate.stage import find_images, read_questions
 from pipelines.images import BadImage, decode
 from pipelines.manifest import identity
 from pipelines.sample.config import SampleConfig
@@ -26,7 +29,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_same_seed_gives_the_same_bytes(world: Path, tmp_path: Path) -> None:
     write_world(tmp_path / "again", SMALL, models=False)
-    for part in ("dataset.jsonl", "images", "instruct.json", "instruct", "textvqa"):
+    for part in ("dataset.jsonl", "images", "instruct.json", "instruct", "textvqa", "vqav2", "pope", "mmbench"):
         assert identity(tmp_path / "again" / part) == identity(world / part), part
 
 
@@ -59,6 +62,34 @@ def test_questions_are_in_textvqa_layout_with_ten_answers(world: Path) -> None:
         assert len(entry["answers"]) == 10
         picture = decode((world / "textvqa" / "train_images" / f"{entry['image_id']}.jpg").read_bytes())
         assert picture.size == (entry["image_width"], entry["image_height"])
+
+
+def test_other_kinds_of_questions_are_as_published(world: Path) -> None:
+    """Each kind of answer, absence and category; every read by its benchmark, with the pictures that it names."""
+    coco = str(world / "coco")
+    config = EvaluateConfig(
+        annotations=str(world / "vqav2" / "v2_OpenEnded_mscoco_val2014_questions.json"), images=coco
+    )
+    asked = {
+        "vqav2": config,
+        "pope": replace(config, annotations=str(world / "pope")),
+        "mmbench": replace(config, annotations=str(world / "mmbench" / "mmbench_dev.tsv")),
+    }
+    asked = {name: replace(each, benchmark=name) for name, each in asked.items()}
+    found = {name: read_questions(each) for name, each in asked.items()}
+    for name, each in asked.items():
+        find_images(each, found[name])
+    assert {question.kind for question in found["vqav2"]} == {"yes/no", "number", "other"}
+    assert {question.kind for question in found["pope"]} == {"random", "popular", "adversarial"}
+    for kind in ("random", "popular", "adversarial"):
+        labels = [question.answers[0] for question in found["pope"] if question.kind == kind]
+        assert labels.count("yes") == labels.count("no") > 0
+    first = [question for question in found["mmbench"] if not question.copy_of]
+    assert len(first) == SMALL.questions and len({question.image_id for question in first}) == SMALL.questions
+    for question in first:  # the right option is the same in every order
+        copies = [each for each in found["mmbench"] if question.id in (each.id, each.copy_of)]
+        assert len(copies) == len(question.options)
+        assert len({each.options["ABCD".index(each.answers[0])] for each in copies}) == 1
 
 
 def test_instructions_are_in_llava_format(world: Path) -> None:
