@@ -1,6 +1,8 @@
 # make install | demo | test | lint | bench
 PYTHON ?= python3.11
 VENV := .venv
+# Files of tests that run beside each other: much of a cluster's test is waiting.
+TESTS_AT_ONCE ?= 2
 BIN := $(VENV)/bin
 # Small machines: one thread per process, because the processes already share the cores.
 export OMP_NUM_THREADS ?= 1
@@ -23,7 +25,7 @@ demo: install
 	$(BIN)/captune run sample
 
 test: install
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses $(TESTS_AT_ONCE) --dist loadfile --no-loadscope-reorder
 
 lint: install
 	$(BIN)/ruff check .
