@@ -51,8 +51,8 @@ class Step(NamedTuple):
 
 
 def stages(recipe: Recipe) -> list[Step]:
-    """The jobs that together do what the workload `run` does, in their order."""
-    return [Step(step.stage, step.arm, step.seed) for step in hallway.steps(recipe)]
+    """The jobs that together do what the workload `run` does, in their order; one makes all caption sets."""
+    return list(dict.fromkeys(Step(step.stage, step.arm, step.seed) for step in hallway.steps(recipe)))
 
 
 def render(

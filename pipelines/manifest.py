@@ -71,6 +71,14 @@ class StageOutput:
         self.claim()
         (self.directory / MANIFEST).unlink(missing_ok=True)
 
+    def clear(self) -> None:
+        """Remove the work that lies there, half done as it is; the directory stays claimed."""
+        for path in self.directory.iterdir():
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            elif not is_own(path.relative_to(self.directory)):
+                path.unlink()
+
     def finish(self, *, clear: Path | None = None, **facts: Any) -> dict[str, Any]:
         """Write MANIFEST.json with the stage's own facts (counts, timings, identities), let others write, return it.
 
@@ -142,6 +150,31 @@ def open_stage(
     else:
         output._meter = Meter(directory, output.manifest.get("cost"))
     return output
+
+
+_STANDARD = (
+    "stage",
+    "fingerprint",
+    "inputs",
+    "seconds",
+    "finished",
+    "versions",
+    "commit",
+    "command",
+    "machine",
+    "cost",
+)
+"""Keys of a manifest that `finish` writes by itself."""
+
+
+def facts_of(manifest: dict[str, Any]) -> dict[str, Any]:
+    """The stage's own facts."""
+    return {key: value for key, value in manifest.items() if key not in _STANDARD}
+
+
+def is_own(file: Path) -> bool:
+    """Whether a file, by its path inside a stage's directory, is what a stage keeps of itself rather than its work."""
+    return str(file) in (MANIFEST, CLAIM, USED) or str(file).startswith(LOCK)
 
 
 def claim_of(directory: Path | str, stage: str) -> dict[str, Any]:

@@ -113,6 +113,16 @@ def sample_id(image: bytes | None, image_uri: str | None, caption: str) -> str:
     return digest.hexdigest()
 
 
+def text_id(sample_id: str, number: int) -> str:
+    """Id of a row that one of several texts of a sample makes: the sample's own for the first."""
+    return f"{sample_id}.{number}" if number else sample_id
+
+
+def source_id(text_id: str) -> str:
+    """The sample of a row."""
+    return text_id.partition(".")[0]
+
+
 def read_shards(directory: Path | str, columns: Iterable[str] | None = None) -> pa.Table:
     """All records of a directory of Parquet shards as one table, ordered by `sample_id` so that the shard layout never
     matters.

@@ -21,6 +21,8 @@ REPORT = Path("report") / "index.html"
 EXPLAIN, EXPLANATION = "explain", "explanation.json"
 LOGS = "logs"
 _DATASET, _ADAPTER, _MERGED, _PREDICTIONS = _STAGE_FOLDERS = ("dataset", "adapter", "merged", "predictions")
+SAME_AS = "same_as"
+"""In a manifest: the model's directory, beside this one, whose work this is."""
 _SEEDED = re.compile(r"(?P<arm>.+)-seed(?P<seed>-?\d+)")
 
 
@@ -116,10 +118,9 @@ class RunDir:
         """The copy of the Data-Juicer recipe that refines an arm."""
         return self.root / FILTERS / f"{arm}.yaml"
 
-    @property
-    def captions(self) -> Path:
-        """What captioning wrote, for all arms."""
-        return self.root / CAPTIONS
+    def captions(self, name: str = "") -> Path:
+        """What captioning wrote, of one caption set; a set without a name is the only one."""
+        return self.root / CAPTIONS / name
 
     @property
     def comparison(self) -> Path:
@@ -167,10 +168,9 @@ class InnerRun(RunDir):
 
     outer: RunDir = RunDir(Path())
 
-    @property
-    def captions(self) -> Path:
+    def captions(self, name: str = "") -> Path:
         """The other run's."""
-        return self.outer.captions
+        return self.outer.captions(name)
 
 
 def _walk(root: Path, arm: str, seed: int | None) -> Walk:
@@ -189,7 +189,8 @@ class Run:
 
     Attributes:
         recipe: the resolved recipe; empty when there is none.
-        datasets: arm -> refined dataset, the baseline first.
+        captions: caption set -> what captioning wrote; a set without a name is the only one.
+        datasets: arm -> refined dataset, the baseline first; not of an arm that needs none.
         walks: every model that was or will be trained, in the order of `datasets` and seeds.
         comparison: `comparison.json`; empty until all arms are evaluated.
         seeds: (seed, comparison) of each training seed; one with seed None in a run of a single seed.
@@ -198,11 +199,27 @@ class Run:
     directory: Path
     recipe: dict[str, Any]
     recipe_text: str
-    captions: Stage
+    captions: dict[str, Stage]
     datasets: dict[str, Stage]
     walks: list[Walk]
     comparison: dict[str, Any]
     seeds: list[tuple[int | None, dict[str, Any]]] = field(default_factory=list)
+
+    @property
+    def arms(self) -> list[str]:
+        """Every arm, the baseline first."""
+        return list(dict.fromkeys(walk.arm for walk in self.walks))
+
+    def captions_of(self, arm: str) -> Stage | None:
+        """The captions that an arm's data are made from; None where it has no data, or nothing says which."""
+        own = (self.recipe.get("arms") or {}).get(arm) or {}
+        name = own.get("captions") or next(iter(self.captions), "")
+        return self.captions.get(name) if arm in self.datasets else None
+
+    def worker(self, walk: Walk) -> Walk:
+        """The model's way on which the work was done: of an arm whose data equal another's, the other's."""
+        other = walk.adapter.manifest.get(SAME_AS)
+        return Walk(walk.arm, walk.seed, self.directory / other) if other else walk
 
     @property
     def baseline(self) -> str:
@@ -211,7 +228,7 @@ class Run:
 
     def stages(self) -> Iterator[tuple[str, Stage]]:
         """Every stage directory that exists, with its path inside the run."""
-        places = [self.captions, *self.datasets.values()]
+        places = [*self.captions.values(), *self.datasets.values()]
         for walk in self.walks:
             places += [walk.adapter, walk.merged, *walk.evaluations.values()]
         for stage in places:
@@ -222,7 +239,7 @@ class Run:
 def holds_a_run(directory: Path) -> bool:
     """Whether something of a run lies there, sound or not."""
     places = RunDir(directory)
-    return places.recipe.is_file() or places.comparison.is_file() or (places.captions / CLAIM).is_file()
+    return places.recipe.is_file() or places.comparison.is_file() or bool(_captions(places, {}))
 
 
 def collect(run_dir: Path | str) -> Run:
@@ -237,12 +254,12 @@ def collect(run_dir: Path | str) -> Run:
     places = RunDir(directory)
     recipe_text, recipe = _recipe(places.recipe)
     comparison = Stage(directory).json(COMPARISON)
-    captions = Stage(places.captions)
+    captions = _captions(places, recipe)
     walks = _walks(directory, recipe, comparison)
-    if not (recipe or comparison or walks or captions.state != "missing"):
+    if not (recipe or comparison or walks or captions):
         raise UserError(f"{run_dir}: holds no run (no {RECIPE}, no {CAPTIONS}/, no {COMPARISON})")
-    arms = list(dict.fromkeys(walk.arm for walk in walks))
-    datasets = {arm: Stage(places.dataset(arm)) for arm in arms}
+    arms = dict.fromkeys(walk.arm for walk in walks)
+    datasets = {arm: Stage(places.dataset(arm)) for arm in arms if _has_data(recipe, arm)}
     seeds: list[tuple[int | None, dict[str, Any]]] = [(None, comparison)] if comparison.get("arms") else []
     if comparison.get("seeds"):
         seeds = [(entry["seed"], entry) for entry in comparison["seeds"]]
@@ -260,6 +277,21 @@ def _recipe(path: Path) -> tuple[str, dict[str, Any]]:
     except yaml.YAMLError as error:
         raise UserError(f"{path}: not valid YAML ({error})") from error
     return text, recipe if isinstance(recipe, dict) else {}
+
+
+def _captions(places: RunDir, recipe: dict[str, Any]) -> dict[str, Stage]:
+    """The caption sets that the recipe promises, or else those that lie there."""
+    names = list(recipe.get("captions") or {})
+    if recipe and not names and any(_has_data(recipe, arm) for arm in recipe.get("arms") or [""]):
+        names = [""]
+    if not recipe:
+        begun = {claim.parent for claim in places.captions().glob(f"**/{CLAIM}")}
+        names = sorted(str(place.relative_to(places.captions())).removeprefix(".") for place in begun)
+    return {name: Stage(places.captions(name)) for name in names}
+
+
+def _has_data(recipe: dict[str, Any], arm: str) -> bool:
+    return ((recipe.get("arms") or {}).get(arm) or {}).get("align") != "none"
 
 
 def _walks(directory: Path, recipe: dict[str, Any], comparison: dict[str, Any]) -> list[Walk]:

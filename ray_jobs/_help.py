@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 _WIDTH = 120
 _TOP = "(no section)"
+_ARM = "arms.NAME"
 
 
 @dataclass(frozen=True)
@@ -53,14 +54,21 @@ def page(command: Command) -> str:
     parts.append(_columns([_row(option, option is first) for option in options]))
     parts.append(f"example:\n  {command.example}")
     if keys := _keys(command):
-        sections = dict.fromkeys(key.section for key in keys)
+        shown = [key for key in keys if not _as_in_refine(key, keys)]
         rows = [
-            (name or _TOP, " ".join(f"{key.name}={_short(key.default)}" for key in keys if key.section == name))
-            for name in sections
+            (name or _TOP, " ".join(f"{key.name}={_short(key.default)}" for key in shown if key.section == name))
+            for name in dict.fromkeys(key.section for key in shown)
         ]
+        rows = [(name, f"as refine, and {what}" if name == _ARM else what) for name, what in rows]
         title = f"keys of a recipe with their defaults; each is an option, too, as --{keys[-1].dotted}"
         parts.append(f"{title} (--help-all explains them):\n{_columns(rows)}")
     return "\n\n".join(parts)
+
+
+def _as_in_refine(key: _Key, keys: list[_Key]) -> bool:
+    """An arm's key that the section refine has shown already."""
+    twin = f"refine{key.dotted.removeprefix(_ARM)}"
+    return key.section.startswith(_ARM) and any(each.dotted == twin and each.default == key.default for each in keys)
 
 
 def _shown(command: Command) -> list[Option]:
@@ -100,7 +108,7 @@ def _keys_of(section: Any, prefix: str) -> Iterator[_Key]:
     for key in fields(section):
         value = getattr(section, key.name)
         if not prefix and key.name == "arms":
-            within.append((ArmConfig(), "arms.NAME"))
+            within.append((ArmConfig(), _ARM))
         elif is_dataclass(value):
             within.append((value, f"{prefix}.{key.name}".lstrip(".")))
         else:

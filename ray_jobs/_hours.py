@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines import cost
-from pipelines.rundir import collect
+from pipelines.rundir import SAME_AS, collect
 from ray_jobs.recipe import Recipe
 
 
@@ -38,9 +38,10 @@ def rates(measured: Path, recipe: Recipe) -> dict[str, Rate]:
     for place, stage in run.stages():
         manifest = stage.manifest
         kind, work, hours = manifest.get("stage", ""), _work(manifest), cost.of(manifest)
-        if not (work and hours) or _basis(run.recipe, kind) != _basis_of(recipe, kind):
+        if not (work and hours) or SAME_AS in manifest or _basis(run.recipe, kind) != _basis_of(recipe, kind):
             continue
-        for key in (kind, f"{kind} {Path(place).parts[0]}"):  # filters differ from arm to arm
+        part = Path(place).parts[1 if kind == "caption" and Path(place).parent.parts else 0]
+        for key in (kind, f"{kind} {part}"):  # filters differ from arm to arm, captioners from set to set
             before = found.get(key, Rate(0, {}, f"{run.directory.name}/{place}"))
             found[key] = Rate(before.work + work, cost.added([before.hours, hours]), before.where)
     return found

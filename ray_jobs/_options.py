@@ -248,7 +248,9 @@ def _recipe(values: dict[str, Given]) -> Recipe:
         return replace(recipe, arms=arms)
     except UserError as error:
         key = str(error).partition(" ")[0].rstrip(":")
-        where = values[key].where if key in values else ""
+        while key and key not in values:  # a key within one whose value is a mapping
+            key = key.rpartition(".")[0]
+        where = values[key].where if key else ""
         raise UserError(str(error) if where.startswith("--") or not where else f"{where}: {error}") from error
 
 

@@ -13,12 +13,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipelines import preflight
+from pipelines.caption.config import CaptionConfig
 from pipelines.cost import Hours
 from pipelines.demand import Demand
 from pipelines.errors import Problem, UserError
 from pipelines.manifest import CLAIM, MANIFEST, StageOutput, identity, look, read_json
 from pipelines.modelfiles import CONFIG
 from pipelines.progress import clock
+from pipelines.refine.config import RefineConfig
 from pipelines.rundir import RunDir, Walk
 from pipelines.train.config import PhaseConfig, TrainConfig
 from ray_jobs import _hours, _start, hallway
@@ -85,7 +87,7 @@ def problems(recipe: Recipe, steps: Sequence[hallway.Step] = (), *, here: bool =
             done = (place.dataset(arm) / MANIFEST).is_file()
             yield from preflight.refine(config, f"arms.{arm}", done=done)
     if here:
-        yield from _start.lacking(recipe.caption if "caption" in stages else None, demands(recipe, steps))
+        yield from _start.lacking(recipe.captioner if "caption" in stages else None, demands(recipe, steps))
     weights = _merged_models(recipe, place) if "merge" in stages else (0, "")
     yield from preflight.output(recipe.run_dir, "run_dir", *weights)
     if recipe.sample.out and "sample" in stages:
@@ -97,17 +99,32 @@ def _of(stage: str, recipe: Recipe, whole: bool) -> Iterator[Problem]:
     made = recipe.assemble.wanted
     if stage == "caption":
         yield from preflight.dataset(recipe.dataset)
-        yield from preflight.caption(recipe.caption)
+        for name in recipe.sets:
+            yield from _of_captions(recipe, name)
     elif stage == "assemble":
         yield from preflight.assemble(recipe.assemble)
         yield from preflight.output(recipe.train.model, "train.model") if not whole else ()
     elif stage == "train":
         yield from preflight.train(recipe.train, recipe.train.model, made=made and whole)
+        for arm, own in recipe.arms.items():
+            if own.instruct_data:
+                yield from preflight.dataset(own.instruct_data, f"arms.{arm}.instruct_data")
     elif stage == "merge":
         yield from preflight.base_model(recipe.train.model) if not whole else ()
     elif stage == "evaluate":
         for name, config in recipe.evaluate.each().items():
             yield from preflight.evaluate(config, scored=True, key=recipe.evaluate.key(name))
+
+
+def _of_captions(recipe: Recipe, name: str) -> Iterator[Problem]:
+    """What stands in the way of one caption set, under the key that gives the value."""
+    if config := recipe.captioning(name):
+        for problem in preflight.caption(config):
+            own: Any = recipe.captions.get(name)
+            for part in problem.key.split(".")[1:]:
+                own = (own or {}).get(part)
+            key = problem.key.removeprefix("caption")
+            yield Problem(f"captions.{name}{key}", problem.message) if own else problem
 
 
 def unwritable(recipe: Recipe) -> Iterator[Problem]:
@@ -156,12 +173,12 @@ def steps(recipe: Recipe, *, restart: bool, measure: bool) -> tuple[list[Step], 
         plan.sample(recipe)
     if recipe.assemble.wanted:
         plan.assemble(recipe)
-    captions = plan.caption(recipe, place)
-    for arm in recipe.arms:
-        plan.refine(recipe, place, arm, captions)
+    captions = {name: plan.caption(recipe, place, name) for name in recipe.sets}
+    for arm in filter(recipe.has_data, recipe.arms):
+        plan.refine(recipe, place, arm, captions[recipe.captions_of(arm)])
     for seed in recipe.seeds:
         for arm in recipe.arms:
-            plan.walk(recipe, place.dataset(arm), place.walk(arm, seed), seed)
+            plan.walk(recipe, place, place.walk(arm, seed), seed)
     if measure and len(recipe.arms) > 1:
         plan.compare(recipe, place)
     return plan.steps, plan.problems
@@ -175,6 +192,7 @@ class _Plan:
         self.steps: list[Step] = []
         self.problems: list[Problem] = []
         self.identities: dict[Path, str] = {}
+        self.data: dict[str, dict[str, Any]] = {}
         self.forecasts: dict[str, list[Any]] = {}
         self.questions: dict[str, list[Question]] = {}
 
@@ -193,22 +211,29 @@ class _Plan:
         parts = ", ".join(str(part) for part in recipe.assemble.parts().values())
         self._add("assemble", Path(recipe.train.model), lambda: inputs(recipe.assemble), work=f"from {parts}")
 
-    def caption(self, recipe: Recipe, place: RunDir) -> Step:
-        """Captioning; while it is to be done, the dataset is counted and a sample of it captioned to measure."""
+    def caption(self, recipe: Recipe, place: RunDir, name: str) -> Step:
+        """Captioning of one set; while it is to be done, the dataset is counted and some of it captioned to measure."""
         from pipelines.blip2 import checkpoint
+        from pipelines.caption import found
         from pipelines.caption.stage import GROWS, inputs
         from pipelines.formats import open_dataset
 
-        def wanted() -> dict[str, Any]:
-            return inputs(open_dataset(recipe.dataset), checkpoint.resolve(recipe.caption.model), recipe.caption)
+        config = recipe.captioning(name)
 
-        step = self._add("caption", place.captions, wanted, grows=GROWS)
+        def wanted() -> dict[str, Any]:
+            dataset = open_dataset(recipe.dataset)
+            if config is None:
+                return found.inputs(dataset, recipe.caption)
+            return inputs(dataset, checkpoint.resolve(config.model), config)
+
+        work = "" if config else "the captions as found"
+        step = self._add(f"caption {name}".strip(), place.captions(name), wanted, work=work, grows=GROWS)
         if step.state == "complete":
             return step
         drawn = not _will_be_drawn(recipe, "dataset")
         step.rows = None if drawn else recipe.sample.pairs
-        if drawn and self.measure and checkpoint.locate(recipe.caption.model) is not None:
-            _estimate(step, recipe)
+        if config and drawn and self.measure and checkpoint.locate(config.model) is not None:
+            _estimate(step, recipe.dataset, config)
         return step
 
     def refine(self, recipe: Recipe, place: RunDir, arm: str, captions: Step) -> None:
@@ -218,22 +243,23 @@ class _Plan:
 
         config = recipe.arms[arm]
         process = read_recipe(config.recipe) if config.recipe else []
+        self.data[arm] = inputs(recipe.captions_of(arm), process, config)
         self._add(
             f"refine {arm}",
             place.dataset(arm),
-            lambda: inputs(self._identity(place.captions), process, config),
+            lambda: inputs(self._identity(place.captions(recipe.captions_of(arm))), process, config),
             captions.rows,
-            f"text: {config.text}, {len(process)} operators",
+            ", ".join(_told(config, len(process))),
         )
 
-    def walk(self, recipe: Recipe, dataset: Path, walk: Walk, seed: int) -> None:
+    def walk(self, recipe: Recipe, place: RunDir, walk: Walk, seed: int) -> None:
         """One model's way: training, merge, evaluation."""
         from pipelines.adapters.config import decides
         from pipelines.train.stage import as_first_started, inputs
 
         train, base = recipe.training(walk.arm, seed), Path(recipe.train.model)
         adapter, merged = walk.adapter.directory, walk.merged.directory
-        phases = _phases(train, dataset)
+        phases = _phases(train, place.dataset(walk.arm))
 
         def wanted() -> dict[str, Any]:
             data = {name: self._identity(path) for name, path in phases.items()}
@@ -244,7 +270,9 @@ class _Plan:
         rows = None if in_epochs else sum(phase.steps * phase.per_step(train.workers) for phase in counts)
         work = " + ".join(f"{_length(phase)} of {name}" for name, phase in zip(phases, counts, strict=True))
         step = self._add(f"train {walk.name}", adapter, wanted, rows, work)
-        if self.measure and step.state != "complete" and (base / CONFIG).is_file():
+        if step.state != "complete" and (other := self._equal(recipe, place, walk, seed)):
+            step.rows, step.work = None, f"as {other}: their data are equal"
+        elif self.measure and step.state != "complete" and (base / CONFIG).is_file():
             self._foresee(step, train, base, phases)
         self._add(
             f"merge {walk.name}",
@@ -255,6 +283,16 @@ class _Plan:
         merging = self.steps[-1]
         for config in recipe.evaluate.each().values():
             self._evaluate(recipe, walk, config, merging)
+
+    def _equal(self, recipe: Recipe, place: RunDir, walk: Walk, seed: int) -> str:
+        """An earlier arm whose data will be equal, or are; empty where that cannot be known yet."""
+        arms, key = list(recipe.arms), self.data.get(walk.arm)
+        earlier = arms[: arms.index(walk.arm)]
+        found = set(hallway.alike(recipe, place, walk.arm, seed))
+        train = recipe.training(walk.arm, seed)
+        if key is not None:
+            found |= {arm for arm in earlier if self.data.get(arm) == key and recipe.training(arm, seed) == train}
+        return next((arm for arm in earlier if arm in found), "")
 
     def _foresee(self, step: Step, train: TrainConfig, base: Path, phases: dict[str, Path]) -> None:
         """What a training takes of a card, seeds not told apart."""
@@ -366,6 +404,14 @@ def _phases(train: TrainConfig, dataset: Path) -> dict[str, Path]:
     return phases
 
 
+def _told(config: RefineConfig, operators: int) -> Iterator[str]:
+    """How an arm's data come about, in words."""
+    yield f"text: {config.text}" if config.mix.by == "none" else f"texts mixed by {config.mix.by}"
+    yield f"{operators} operators"
+    if config.subset.rows:
+        yield f"{config.subset.rows:,} rows drawn"
+
+
 def _length(phase: PhaseConfig) -> str:
     return f"{phase.epochs:g} epoch(s)" if phase.epochs else f"{phase.steps} steps"
 
@@ -379,17 +425,17 @@ def _rows(manifest: dict[str, Any]) -> int | None:
     return rows if isinstance(rows, int) else None
 
 
-def _estimate(step: Step, recipe: Recipe) -> None:
+def _estimate(step: Step, dataset: str, config: CaptionConfig) -> None:
     """What captioning says of itself."""
     from pipelines.caption.estimate import estimate
 
-    found = estimate(recipe.dataset, recipe.caption)
+    found = estimate(dataset, config)
     step.rows = found["rows"]
     step.memory = found.get("memory_per_actor")
-    most = max(recipe.caption.actors, recipe.caption.max_actors)
+    most = max(config.actors, config.max_actors)
     step.seconds = next((3600 * row["hours"] for row in found["actors"] if row["actors"] == most), None)
     step.work = f"{most} replica(s)"
-    demand, on_card = recipe.caption.demand(), found["sample"]["device"] != "cpu"
+    demand, on_card = config.demand(), found["sample"]["device"] != "cpu"
     if step.seconds is not None and on_card == bool(demand.gpus):
         hours = step.seconds / 3600 * most
         step.hours = {demand.group: {"cpu_hours": hours * demand.cpus, "gpu_hours": hours * demand.gpus}}

@@ -120,6 +120,11 @@ class Split:
                 f"arms.{arm}.train: differs from that of the baseline {self.baseline}, so that the gain is not of data "
                 "alone; only causes in the data can be told apart"
             )
+        if not same_but_for_captions(own, base):
+            raise UserError(
+                f"arms.{arm}: differs from the baseline {self.baseline} in align, mix, subset, instruct_data or in who "
+                "made its captions; only captions as found against new ones, and filters, can be told apart"
+            )
         self.process: Process = read_recipe(own.recipe) if own.recipe else []
         shared = read_recipe(base.recipe) if base.recipe else []
         self.causes = find((base.text, own.text), (shared, self.process), (self.baseline, arm))
@@ -218,7 +223,7 @@ class Split:
                 if (config.text == own.text if cause.position is None else self.process[cause.position] in process)
             )
             same = process == process_of(coalition, self.causes, self.process) and config.train == own.train
-            if same and config.text in (own.text, base.text):
+            if same and same_but_for_captions(config, own) and config.text in (own.text, base.text):
                 found.setdefault(coalition, name)
         return found
 
@@ -327,6 +332,13 @@ class Split:
         untrained, seeds = len(asked.untrained), len(self.whole.seeds)
         how = "exact" if asked.game.exact else f"{len(asked.game.weights_GNC)} orders drawn"
         say(f"explain {self.arm}: {len(asked.ledger.live)} causes, {untrained * seeds} models to train, {how}")
+
+
+def same_but_for_captions(one: ArmConfig, other: ArmConfig) -> bool:
+    """Whether two arms differ in nothing but the text, as found or new, and the filters."""
+    keys = ("align", "mix", "subset", "instruct_data")
+    makers = one.captions == other.captions or "caption" in (one.text, other.text)
+    return makers and all(getattr(one, key) == getattr(other, key) for key in keys)
 
 
 def _write_filters(path: Path, process: Process) -> None:

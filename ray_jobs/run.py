@@ -33,6 +33,7 @@ COMMAND = Command(
         Option("--stage", "NAME", f"do one alone, as the whole would: {', '.join(hallway.STAGES)}", default=""),
         Option("--arm", "NAME", "with --stage: of this arm alone", default=""),
         Option("--seed", "N", "with --stage: of this seed alone", number=True),
+        Option("--set", "NAME", "with --stage caption: this caption set alone", default=""),
         Option("--dry-run", about="say what stands in the way and what would run; write nothing"),
         Option("--measured", "RUN", "with --dry-run: a finished run, at whose rates the hours are foretold", path=True),
         Option("--preflight", about="look at everything that a run needs, and try to write where it writes; for jobs"),
@@ -59,7 +60,7 @@ def main(argv: list[str]) -> int:
         _log.keep(Path(options.log))
     if not recipe.arms and not options.stage and not options.preflight:
         raise UserError("captune run needs a recipe with arms: captune run sample, or captune run my_recipe.yaml")
-    steps = hallway.steps(recipe, options.stage, options.arm, options.seed)
+    steps = hallway.steps(recipe, options.stage, options.arm, options.seed, options.set)
     lasting(recipe.run_dir, "run_dir")
     lasting(recipe.sample.out or recipe.run_dir, "sample.out")
     if recipe.assemble.wanted:
@@ -72,7 +73,7 @@ def main(argv: list[str]) -> int:
         raise UserError("--dry-run is of a whole run; leave --stage out")
     if options.dry_run:
         return _dry_run(recipe, options)
-    what = str(hallway.Step(options.stage or "run", options.arm, options.seed))
+    what = str(hallway.Step(options.stage or "run", options.arm, options.seed, options.set))
     with _refusals.kept(_place(recipe), what, options.recipe_is):
         return _part(recipe, steps, options) if options.stage else _whole(recipe, options)
 
@@ -103,7 +104,7 @@ def _part(recipe: Recipe, steps: list[hallway.Step], options: SimpleNamespace) -
     """The steps of one stage, beside whatever else of this recipe other processes do."""
     started, place = time.monotonic(), _place(recipe)
     demands = _plan.demands(recipe, steps)
-    caption = recipe.caption if options.stage == "caption" else None
+    caption = recipe.captioner if options.stage == "caption" else None
     preflight.require([*hallway.unfinished(recipe, place, steps), *_plan.problems(recipe, steps)])
     if options.stage == "compare":
         place.root.mkdir(parents=True, exist_ok=True)
@@ -155,7 +156,7 @@ def _dry_run(recipe: Recipe, options: SimpleNamespace) -> int:
         if options.measured or _place(recipe).recipe.is_file():
             _plan.price(steps, recipe, measured)
     if not found and _start.address():
-        with _start.ray_cluster(recipe.caption, _plan.demands(recipe)):
+        with _start.ray_cluster(recipe.captioner, _plan.demands(recipe)):
             connection.connect()
     if options.json or not found:
         _ending.tell(options, _plan.as_json(steps, found), _plan.describe(steps))
@@ -180,7 +181,7 @@ def run(recipe: Recipe, *, restart: bool = False) -> None:
         hallway.perform(recipe, place, steps.pop(0), restart=restart)
         preflight.require(_plan.problems(recipe))  # of what has just been drawn
     recipe = keep(recipe, place)
-    with _start.ray_cluster(recipe.caption, _plan.demands(recipe)):
+    with _start.ray_cluster(recipe.captioner, _plan.demands(recipe)):
         _perform(recipe, place, steps[:-1], restart)
     conclude(recipe, restart=restart)
 

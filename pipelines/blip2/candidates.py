@@ -1,7 +1,8 @@
 """Which of an image's candidates becomes its caption.
 
 `random_any`, `similar_one_simhash` and `all` mean what they mean in Data-Juicer's `image_captioning_mapper` (1.6.1),
-except that chance here belongs to the sample: a rerun picks the same. The others are better reasons:
+except that chance here belongs to the sample: a rerun picks the same. Under `all` a record's caption is its first
+candidate, and refining makes a row of each. The others are better reasons:
 
     first             the likeliest: greedy's, beam search's best, the first one sampled
     clip_best         CLIP (Radford et al. 2021, arXiv:2103.00020) finds it most similar to the image
@@ -79,10 +80,7 @@ class Chooser:
         each image.
         """
         scores = self._scores(images)
-        return [
-            (found, self._with_original(image, self._pick(image, found)))
-            for image, found in zip(images, scores, strict=True)
-        ]
+        return [(found, self._pick(image, found)) for image, found in zip(images, scores, strict=True)]
 
     def _scores(self, images: list[Generated]) -> list[list[float] | None]:
         if self._clip:
@@ -93,16 +91,11 @@ class Chooser:
     def _pick(self, image: Generated, scores: list[float] | None) -> str:
         if scores is not None:
             return image.texts[max(range(len(scores)), key=scores.__getitem__)]  # the first of equals
-        if self._config.choose == "all":
-            return "\n".join(image.texts)
         if self._config.choose == "random_any":
             # a stream of its own, beside those of the candidates 0, 1, ...
             chance = uniforms(self._seed, image.sample_id, -1, 1)[0]
             return image.texts[int(chance * len(image.texts))]
         return image.texts[0]
-
-    def _with_original(self, image: Generated, chosen: str) -> str:
-        return f"{image.original}\n{chosen}" if self._config.keep_original and image.original else chosen
 
 
 def likeness(image: Generated) -> list[float]:

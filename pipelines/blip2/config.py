@@ -67,9 +67,9 @@ class CandidateConfig:
 
     Attributes:
         count: captions per image; more than one needs `sample` or `beam`. The image is encoded once.
-        choose: first, Data-Juicer's random_any, similar_one_simhash or all, or clip_best, longest_clean,
-            most_informative; see `pipelines/blip2/candidates.py`.
-        keep_original: the caption as found is kept beside the chosen one, as its first line (Data-Juicer's
+        choose: first, Data-Juicer's random_any, similar_one_simhash or all (refining makes a row of each), or
+            clip_best, longest_clean, most_informative; see `pipelines/blip2/candidates.py`.
+        keep_original: refining makes a row of the caption as found, too, beside those of the new ones (Data-Juicer's
             keep_original_sample).
         clip_model: Hugging Face directory (or hub id) of the CLIP model that clip_best asks.
     """

@@ -63,4 +63,6 @@ class CaptionConfig(BlipConfig):
 
             clip = resolve(self.candidates.clip_model, "caption.candidates.clip_model")
             sections["candidates"]["clip_model"] = model_identity(clip)
+        if self.candidates.choose == "all" or self.candidates.keep_original:
+            sections["samples"] = {"texts": "a row each"}  # earlier versions wrote them into one
         return {key: getattr(self, key) for key in keys} | sections

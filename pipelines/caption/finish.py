@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipelines.caption.guards import all_failed
 from pipelines.caption.index import index_files
-from pipelines.caption.results import SCORES, Results
+from pipelines.caption.results import SCORES
 from pipelines.errors import WorkFailed
 from pipelines.files import replacing
 from pipelines.formats import error_kind
@@ -22,8 +22,11 @@ if TYPE_CHECKING:
 _MAX_SHARD_BYTES = 512 << 20
 
 
-def write_records(index: Path, results: Results, output: Path, rows_per_shard: int) -> dict[str, Any]:
+def write_records(index: Path, table: pa.Table, output: Path, rows_per_shard: int) -> dict[str, Any]:
     """Write the final shards and return the manifest's facts.
+
+    Args:
+        table: results as `Results.table` gives them.
 
     Raises:
         WorkFailed: rows that the model should have seen have no result, or not one row has a caption.
@@ -32,7 +35,7 @@ def write_records(index: Path, results: Results, output: Path, rows_per_shard: i
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
 
-    table, files = results.table(), index_files(index)
+    files = index_files(index)
     wanted = pa.concat_tables(pq.read_table(file, columns=["result_of"]) for file in files)["result_of"]
     found = pc.index_in(wanted, value_set=table["sample_id"].combine_chunks())  # the first of an id's results
     unused = pc.invert(pc.is_in(table["sample_id"], value_set=wanted.combine_chunks()))

@@ -20,8 +20,9 @@ from typing import TYPE_CHECKING, Any
 from pipelines.errors import UserError
 from pipelines.formats import Dataset, Row, to_record
 from pipelines.formats.texts import NOTE
+from pipelines.images import BadImage, read_bytes
 from pipelines.progress import Progress, say
-from pipelines.records import schema
+from pipelines.records import sample_id, schema
 from pipelines.storage import is_remote
 
 if TYPE_CHECKING:
@@ -92,6 +93,18 @@ def errors_of(directory: Path) -> list[str | None]:
 
     tables = (pq.read_table(file, columns=["error"]) for file in index_files(directory))
     return [error for table in tables for error in table["error"].to_pylist()]
+
+
+def content(row: dict[str, Any]) -> bytes:
+    """Encoded bytes of an index row; a file that changed since the index was made must not get its old content's
+    key.
+    """
+    if row["image"] is not None:
+        return bytes(row["image"])
+    data = read_bytes(row["image_uri"])
+    if sample_id(data, None, row["caption"]) != row["result_of"]:
+        raise BadImage(f"changed file: {row['image_uri']} is another picture than when this run began")
+    return data
 
 
 def _next_chunk(rows: Iterator[Row], size: int) -> list[Row]:

@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 from pipelines.blip2.pixels import PixelSpec
 from pipelines.blip2.shared import SharedEngine
 from pipelines.caption.config import CaptionConfig
+from pipelines.caption.index import content
 from pipelines.caption.results import result_schema
 from pipelines.formats import error_kind
-from pipelines.images import BadImage, decode, read_bytes
-from pipelines.records import sample_id
+from pipelines.images import BadImage, decode
 from pipelines.storage import is_remote
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def _decode_row(row: dict[str, Any], pixels: np.ndarray, spec: PixelSpec, prompt
     found = {"sample_id": row["sample_id"], "caption": row["caption"]}
     try:
         found["prompt"] = _own_prompt(row, prompt_key)
-        pixels[:] = spec.pixels(decode(_content(row), max_side=spec.draft_side))
+        pixels[:] = spec.pixels(decode(content(row), max_side=spec.draft_side))
         return found
     except BadImage as problem:
         return found | {"error": f"{problem} ({row['where']})"}
@@ -86,18 +86,6 @@ def _pixels_of(table: pa.Table, spec: PixelSpec) -> np.ndarray:
     column = table["pixels"].combine_chunks()
     flat = np.frombuffer(column.buffers()[1], np.uint8, len(column) * spec.row_bytes, column.offset * spec.row_bytes)
     return flat.reshape(len(column), 3, spec.height, spec.width)
-
-
-def _content(row: dict[str, Any]) -> bytes:
-    """Encoded bytes of an index row; a file that changed since the index was made must not get its old content's
-    key.
-    """
-    if row["image"] is not None:
-        return bytes(row["image"])
-    data = read_bytes(row["image_uri"])
-    if sample_id(data, None, row["caption"]) != row["result_of"]:
-        raise BadImage(f"changed file: {row['image_uri']} is another picture than when this run began")
-    return data
 
 
 def _own_prompt(row: dict[str, Any], key: str) -> str | None:

@@ -119,7 +119,7 @@ def _caption(
     try:
         caption_index(index, results, todo, model, checkpoint.pixel_spec(model), config, sheet)
         seconds = max(time.monotonic() - started, 1e-9)
-        facts = write_records(index, results, stage.directory, config.rows_per_shard)
+        facts = write_records(index, results.table(), stage.directory, config.rows_per_shard)
     except WorkFailed as reason:
         stopped.write_text(str(reason))
         raise

@@ -91,8 +91,8 @@ def run(output: Path, config: EvaluateConfig, endpoint: str | Served, *, restart
     images = find_images(config, questions)
     carried = isinstance(benchmark, CarriesPictures)
     model = who_answers(endpoint, config).model() if isinstance(endpoint, str) else model_identity(endpoint.model)
-    wanted = inputs(config, questions, images, model)
-    stage = open_stage(output, "evaluate", wanted, restart=restart)
+    decides = inputs(config, questions, images, model)
+    stage = open_stage(output, "evaluate", decides, restart=restart)
     if stage.complete and not stage.manifest["errors"]:
         return stage.manifest
     if stage.complete:
@@ -111,8 +111,8 @@ def run(output: Path, config: EvaluateConfig, endpoint: str | Served, *, restart
         "conditions": benchmark.conditions(config),
         "ocr_tokens": config.ocr_tokens,
         "max_new_tokens": config.max_new_tokens,
-        "prompts": wanted["prompts"],
-        "annotations": {"path": str(Path(config.annotations).resolve()), "identity": wanted["annotations"]},
+        "prompts": decides["prompts"],
+        "annotations": {"path": str(Path(config.annotations).resolve()), "identity": decides["annotations"]},
         "images": str((stage.directory / PICTURES if carried else Path(config.images)).resolve()),
         "model": model if isinstance(model, str) else fingerprint(model),
         "answered_by": _answered_by(endpoint, answerer, model, predictions),
@@ -122,6 +122,12 @@ def run(output: Path, config: EvaluateConfig, endpoint: str | Served, *, restart
     write_json(stage.directory / SCORES, scores)
     facts = {key: value for key, value in scores.items() if key not in NOT_FACTS}
     return stage.finish(rows_in=len(questions), rows_out=len(predictions), **facts)
+
+
+def wanted(config: EvaluateConfig, model: Path) -> dict[str, Any]:
+    """The inputs of an evaluation of a model directory."""
+    questions = read_questions(config)
+    return inputs(config, questions, find_images(config, questions), model_identity(model))
 
 
 def inputs(

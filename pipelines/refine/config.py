@@ -4,10 +4,65 @@ in.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import ClassVar
 
 from pipelines.demand import Demand
 from pipelines.errors import UserError
+
+WAYS = ("none", "random", "score", "both")
+
+
+@dataclass
+class MixConfig:
+    """Captions as found beside new ones, as DataComp's recaptioning found best (Nguyen et al. 2023, arXiv:2307.10350).
+
+    Attributes:
+        by: which text a sample trains on: `none`: the one that `text` names; `random`: chance says, for each sample;
+            `score`: the one that the filters keep, and of two kept ones the one of the higher `score`; `both`: both
+            are rows, and the filters judge each by itself.
+        share: of the samples that train on their new caption: with `random` the chance; with `score` those by which the
+            new caption gains most, and empty all by which it gains at all.
+        score: a stat that an operator of `recipe` computes, e.g. `image_text_similarity`; more is better, with `-`
+            before its name less.
+        seed: of chance.
+    """
+
+    by: str = "none"
+    share: float | None = None
+    score: str = ""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.by not in WAYS:
+            raise UserError(f"refine.mix.by must be one of {', '.join(WAYS)}, not '{self.by}'")
+        if self.share is not None and not 0 <= self.share <= 1:
+            raise UserError(f"refine.mix.share is a share between 0 and 1, not {self.share:g}")
+        if self.by == "random" and self.share is None:
+            raise UserError("refine.mix.share is not set: which share of the samples trains on its new caption?")
+        if self.by == "score" and not self.score:
+            raise UserError("refine.mix.score is not set: which of the recipe's stats chooses the caption?")
+        if self.share is not None and self.by in ("none", "both"):
+            raise UserError(f"refine.mix.share is of no use with by: {self.by}")
+        if self.score and self.by != "score":
+            raise UserError(f"refine.mix.score is of no use with by: {self.by}")
+
+
+@dataclass
+class SubsetConfig:
+    """Fewer rows than the filters keep: a part that is drawn by chance.
+
+    Attributes:
+        rows: so many; empty: all. A smaller subset of the same seed is part of a larger one.
+        seed: of chance. Arms that keep the same sample draw it alike.
+    """
+
+    rows: int | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.rows is not None and self.rows < 1:
+            raise UserError(f"refine.subset.rows must be at least 1, not {self.rows}")
 
 
 @dataclass
@@ -18,18 +73,25 @@ class RefineConfig:
         text: the record column that becomes the training text: `caption` (as found) or `recaption`.
         recipe: a Data-Juicer recipe (YAML); its operators decide what is kept. None keeps every row that has an image
             and a text.
+        mix: captions as found beside new ones.
+        subset: fewer rows than are kept.
         batch_size: rows per call of an operator.
         cpus_per_task: CPUs that Ray reserves for one operator task.
     """
 
+    texts: ClassVar[tuple[str, ...]] = ("caption", "recaption")
     text: str = "recaption"
     recipe: str | None = None
+    mix: MixConfig = field(default_factory=MixConfig)
+    subset: SubsetConfig = field(default_factory=SubsetConfig)
     batch_size: int = 256
     cpus_per_task: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.text not in ("caption", "recaption"):
-            raise UserError(f"refine.text must be caption or recaption, not '{self.text}'")
+        if self.text not in self.texts:
+            raise UserError(f"refine.text must be {' or '.join(self.texts)}, not '{self.text}'")
+        if self.mix.by == "score" and not self.recipe:
+            raise UserError("refine.mix.score: there is no recipe whose operators compute it")
         if self.batch_size < 1:
             raise UserError(f"refine.batch_size must be at least 1, not {self.batch_size}")
         if self.cpus_per_task <= 0:

@@ -15,6 +15,7 @@ from pipelines.demand import CPU
 from pipelines.errors import UserError, WorkFailed
 from pipelines.failures import explained
 from pipelines.progress import Progress
+from pipelines.records import source_id
 from pipelines.refine.apply import Outcome, Row, run_operators
 from pipelines.refine.config import RefineConfig
 from pipelines.refine.operators import Operator, Process, build
@@ -43,6 +44,7 @@ def run_stretch(
     Args:
         process: the whole recipe; workers build their own operators from it, because some cannot be pickled.
         stretch: (position in `process`, operator) of the operators to run.
+        outcomes: by `records.text_id`.
         shards: Parquet shards of records that hold every sample of `outcomes`.
         what: what the progress line says.
     """
@@ -50,12 +52,14 @@ def run_stretch(
     import pyarrow as pa
     import ray
 
-    alive = sorted(sample_id for sample_id, outcome in outcomes.items() if outcome.step is None)
+    alive = sorted(
+        (key for key, outcome in outcomes.items() if outcome.step is None), key=lambda key: (source_id(key), key)
+    )
     if not alive:
         return
     # Arrays and not a dictionary: workers map them from the object store instead of each unpickling a million strings.
-    ids = np.array([sample_id.encode() for sample_id in alive])
-    texts = pa.array([outcomes[sample_id].text for sample_id in alive], pa.string())
+    samples = np.array([source_id(key).encode() for key in alive])
+    texts = pa.array([outcomes[key].text for key in alive], pa.string())
     columns = ["sample_id"]
     if any(operator.reads_images for _, operator in stretch):
         columns += ["image", "image_uri"]
@@ -70,7 +74,7 @@ def run_stretch(
         fn_kwargs={
             "process": json.dumps(process),
             "positions": tuple(position for position, _ in stretch),
-            "alive": ray.put((ids, texts)),
+            "alive": ray.put((samples, pa.array(alive, pa.string()), texts)),
         },
     )
     rejected = 0
@@ -106,21 +110,22 @@ def _names(stretch: Sequence[tuple[int, Operator]]) -> str:
 
 
 def _verdicts(batch: pa.Table, *, process: str, positions: tuple[int, ...], alive: ray.ObjectRef) -> pa.Table:
-    """One Ray Data batch (columns `sample_id` and perhaps `image`, `image_uri`) to verdicts on those rows that are
-    alive.
+    """One Ray Data batch (columns `sample_id` and perhaps `image`, `image_uri`) to verdicts on those of its texts that
+    are alive.
     """
     import numpy as np
     import pyarrow as pa
     import ray
 
-    ids, texts = ray.get(alive)
+    samples, keys, texts = ray.get(alive)
     wanted = np.array([sample_id.encode() for sample_id in batch["sample_id"].to_pylist()])
-    at = np.minimum(np.searchsorted(ids, wanted), len(ids) - 1)
-    found = ids[at] == wanted
+    first, end = np.searchsorted(samples, wanted, "left"), np.searchsorted(samples, wanted, "right")
+    found = end > first
     records = batch.filter(pa.array(found)).to_pylist()
     rows = [
-        Row(record["sample_id"], text, record.get("image"), record.get("image_uri"))
-        for record, text in zip(records, texts.take(pa.array(at[found])).to_pylist(), strict=True)
+        Row(keys[at].as_py(), texts[at].as_py(), record.get("image"), record.get("image_uri"))
+        for record, begin, stop in zip(records, first[found].tolist(), end[found].tolist(), strict=True)
+        for at in range(begin, stop)  # a sample may have several texts
     ]
     sample_ids = [row.sample_id for row in rows]
     try:

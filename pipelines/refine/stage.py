@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import asdict
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,11 +22,13 @@ from pipelines.errors import WorkFailed
 from pipelines.formats import error_kind
 from pipelines.manifest import MANIFEST, identity, open_stage, require_finished, write_json
 from pipelines.progress import say
-from pipelines.records import Record, read_shards, shard_paths, write_shard
+from pipelines.records import Record, read_shards, shard_paths, source_id, text_id, write_shard
 from pipelines.refine.apply import Outcome
 from pipelines.refine.config import RefineConfig
 from pipelines.refine.operators import Operator, Process, build, read_recipe
 from pipelines.refine.rowwise import run_stretch
+from pipelines.refine.texts import MIX, SUBSET, Texts, choose, draw
+from pipelines.same import digest
 from pipelines.text import text_metrics, usable_texts
 
 if TYPE_CHECKING:
@@ -33,7 +36,7 @@ if TYPE_CHECKING:
 
 
 Outcomes = dict[str, Outcome]
-"""What became of each distinct sample, by `sample_id`."""
+"""What became of each text of each distinct sample, by `records.text_id`."""
 SCREEN = ("error", "empty_text", "duplicate")
 """Reasons to reject a row before any operator sees it, in the order in which they are asked."""
 
@@ -45,7 +48,9 @@ def run(
 
     Writes `output/*.parquet` (kept records; the training text is the column `config.text`, as the recipe's mappers left
     it), `output/rejects/*.parquet`, `output/metrics.json` and the manifest. Shards mirror those of `input`; within a
-    shard rows are ordered by `sample_id`. Killed halfway it starts over, because nothing in it is slow.
+    shard rows are ordered by `sample_id`. A sample of which several texts are judged (`refine.mix`, and captions that
+    were made with `choose: all` or `keep_original`) has a row for each, in one place or the other. Killed halfway it
+    starts over, because nothing in it is slow.
 
     Args:
         arm: name of the arm, for messages and the manifest.
@@ -68,35 +73,49 @@ def run(
         return open_stage(output, "refine", wanted).manifest  # complete, or refused as another run's
     # Before the directory is claimed: a recipe or a shard that is broken must not leave a claim behind.
     operators = build(process)
-    table = read_shards(input, columns=["sample_id", "caption", "recaption", "error", "meta"])
+    table = read_shards(input, columns=["sample_id", "caption", "candidates", "recaption", "error", "meta"])
     stage = open_stage(output, "refine", wanted, restart=restart)
     _remove_leftovers(output)
     connect()
 
     what = f"refine {arm}".strip()
-    outcomes = _screen(table, config.text)
+    outcomes = _screen(table, Texts(input, config))
+    samples = table.num_rows + len(outcomes) - len(set(map(source_id, outcomes)))
     _run_recipe(process, operators, shards, outcomes, config, what)
     _refuse_all_failed(outcomes, input)
-    kept, rejected = _write(shards, output, outcomes, config.text)
-    if kept + rejected != table.num_rows:
-        raise WorkFailed(f"{output}: {table.num_rows} rows came in, {kept} kept + {rejected} rejected went out")
+    if config.mix.by == "score":
+        choose(outcomes, config.mix, f"arms.{arm}" if arm else "refine")
+    if config.subset.rows:
+        draw(outcomes, config.subset)
+    kept, rejected = _write(shards, output, outcomes, config)
+    if kept + rejected != samples:
+        raise WorkFailed(f"{output}: {samples} rows came in, {kept} kept + {rejected} rejected went out")
     if kept == 0:
         say(f"{what}: nothing is left, every row was rejected; {output / 'rejects'} says why")
     facts = {
         "arm": arm,
         "text": config.text,
         "rows_in": table.num_rows,
+        "samples": samples,
         "kept": kept,
         "rejected": rejected,
-        "retention": round(kept / table.num_rows, 6) if table.num_rows else 0.0,
+        "retention": round(kept / samples, 6) if samples else 0.0,
     }
-    write_json(output / "metrics.json", {**facts, **_metrics(table, outcomes, operators, what)})
-    return stage.finish(**facts)
+    steps = [*SCREEN, *(operator.label for operator in operators), *_after(config)]
+    write_json(output / "metrics.json", {**facts, **_metrics(table, outcomes, samples, steps, what)})
+    return stage.finish(**facts, rows_digest=digest(output, config.text))
 
 
 def inputs(records: str, process: Process, config: RefineConfig) -> dict[str, Any]:
     """Everything that decides what is kept; `records` is the identity of the directory that is refined."""
-    return {"input": records, "text": config.text, "process": process}
+    wanted: dict[str, Any] = {"input": records, "text": config.text, "process": process}
+    wanted |= {"mix": asdict(config.mix)} if config.mix.by != "none" else {}
+    return wanted | ({"subset": asdict(config.subset)} if config.subset.rows else {})
+
+
+def _after(config: RefineConfig) -> list[str]:
+    """Steps that come after the operators."""
+    return [MIX] * (config.mix.by == "score") + [SUBSET] * bool(config.subset.rows)
 
 
 def _remove_leftovers(output: Path) -> None:
@@ -106,21 +125,25 @@ def _remove_leftovers(output: Path) -> None:
             path.unlink()
 
 
-def _screen(table: pa.Table, text: str) -> Outcomes:
-    """Outcome of every distinct sample before any operator sees it. Rows that repeat a sample's id are counted when
-    written.
+def _screen(table: pa.Table, texts: Texts) -> Outcomes:
+    """Outcome of every text of every distinct sample before any operator sees it. Rows that repeat a sample's id are
+    counted when written.
     """
     outcomes: Outcomes = {}
     for row in table.to_pylist():
         if row["sample_id"] in outcomes:
             continue
-        outcome = outcomes[row["sample_id"]] = Outcome(row[text] or "")
         if row["error"]:
+            outcomes[row["sample_id"]] = outcome = Outcome("")
             outcome.reject("error", row["error"])
-        elif not outcome.text.strip():
-            outcome.step = outcome.reason = "empty_text"
-        elif '"duplicate_of"' in (row["meta"] or "") and json.loads(row["meta"]).get("duplicate_of"):
-            outcome.step = outcome.reason = "duplicate"
+            continue
+        again = '"duplicate_of"' in (row["meta"] or "") and json.loads(row["meta"]).get("duplicate_of")
+        for number, text in enumerate([*texts.of(row)][: 1 if again else None]):
+            outcomes[text_id(row["sample_id"], number)] = outcome = Outcome(text)
+            if not text.strip():
+                outcome.step = outcome.reason = "empty_text"
+            elif again:
+                outcome.step = outcome.reason = "duplicate"
     return outcomes
 
 
@@ -164,7 +187,7 @@ def _refuse_all_failed(outcomes: Outcomes, input: Path) -> None:
         raise WorkFailed(f"{input}: every row failed: {each}; e.g. {(failed[0].reason or '')[:200]}")
 
 
-def _write(shards: Sequence[Path], output: Path, outcomes: Outcomes, text: str) -> tuple[int, int]:
+def _write(shards: Sequence[Path], output: Path, outcomes: Outcomes, config: RefineConfig) -> tuple[int, int]:
     """Write kept and rejected records, one task per shard and no more at once than have a CPU; returns the numbers of
     both.
     """
@@ -174,6 +197,9 @@ def _write(shards: Sequence[Path], output: Path, outcomes: Outcomes, text: str) 
     task = ray.remote(num_cpus=1, label_selector=groups.selector(CPU))(_write_one)
     most = sum(int(node.cpus) for node in groups.room(groups.at_most(), CPU))
     owner: dict[str, int] = {}
+    texts: dict[str, Outcomes] = {}
+    for key, outcome in outcomes.items():
+        texts.setdefault(source_id(key), {})[key] = outcome
     pending: list[Any] = []
     done: list[tuple[int, int]] = []
     for number, shard in enumerate(shards):
@@ -182,31 +208,39 @@ def _write(shards: Sequence[Path], output: Path, outcomes: Outcomes, text: str) 
             done += ray.get(ready)
         ids = pq.read_table(shard, columns=["sample_id"])["sample_id"].to_pylist()
         mine = {sample_id for sample_id in ids if owner.setdefault(sample_id, number) == number}
-        pending.append(task.remote(shard, output, {sample_id: outcomes[sample_id] for sample_id in mine}, text))
+        pending.append(task.remote(shard, output, {sample_id: texts[sample_id] for sample_id in mine}, config))
     done += ray.get(pending)
     return sum(kept for kept, _ in done), sum(rejected for _, rejected in done)
 
 
-def _write_one(shard: Path, output: Path, outcomes: Outcomes, text: str) -> tuple[int, int]:
-    """Split one shard. `outcomes` holds the samples that this shard is the first to bring; the others are repeats."""
+def _write_one(shard: Path, output: Path, texts: dict[str, Outcomes], config: RefineConfig) -> tuple[int, int]:
+    """Split one shard. `texts` holds the samples that this shard is the first to bring; the others are repeats."""
     kept: list[Record] = []
     rejected: list[Record] = []
     seen: set[str] = set()
     for record in _read_one(shard):
         sample_id = record["sample_id"]
-        outcome = outcomes.get(sample_id)
-        if outcome is None or sample_id in seen:
+        if sample_id not in texts or sample_id in seen:
             rejected.append({**record, "keep": False, "reject_reason": "duplicate"})
             continue
         seen.add(sample_id)
-        stats = json.dumps(json.loads(record["stats"] or "{}") | outcome.stats, sort_keys=True, ensure_ascii=False)
-        record["stats"], record["keep"], record["reject_reason"] = stats, outcome.step is None, outcome.reason
-        if record["keep"]:
-            record[text] = outcome.text  # type: ignore[literal-required]  # one of two columns, checked by the config
-        (kept if record["keep"] else rejected).append(record)
+        for key, outcome in texts[sample_id].items():
+            (kept if outcome.step is None else rejected).append(_record(record, key, outcome, config))
     write_shard(output / shard.name, kept)
     write_shard(output / "rejects" / shard.name, rejected)
     return len(kept), len(rejected)
+
+
+def _record(record: Record, key: str, outcome: Outcome, config: RefineConfig) -> Record:
+    """A record as one of its texts leaves it. Where only one text of a sample can be kept, that row has its id."""
+    stats = json.dumps(json.loads(record["stats"] or "{}") | outcome.stats, sort_keys=True, ensure_ascii=False)
+    changes: Any = {"stats": stats, "keep": outcome.step is None, "reject_reason": outcome.reason, "sample_id": key}
+    if outcome.step is None:
+        changes[config.text] = outcome.text
+    if config.mix.by == "score":
+        sample = record["sample_id"]
+        changes["sample_id"] = sample if outcome.step is None else key if key != sample else f"{sample}.0"
+    return {**record, **changes}
 
 
 def _read_one(shard: Path) -> list[Record]:
@@ -216,15 +250,15 @@ def _read_one(shard: Path) -> list[Record]:
     return records
 
 
-def _metrics(table: pa.Table, outcomes: Outcomes, operators: Sequence[Operator], what: str) -> dict[str, Any]:
+def _metrics(table: pa.Table, outcomes: Outcomes, samples: int, steps: Sequence[str], what: str) -> dict[str, Any]:
     """Funnel, reasons, and the quality of the captions before (as found) and after (kept rows, training text)."""
     rejected = Counter(outcome.step for outcome in outcomes.values() if outcome.step is not None)
-    rejected["duplicate"] += table.num_rows - len(outcomes)
+    rejected["duplicate"] += samples - len(outcomes)
     reasons = Counter(_kind_of_reason(outcome) for outcome in outcomes.values() if outcome.step is not None)
-    reasons["duplicate"] += table.num_rows - len(outcomes)
+    reasons["duplicate"] += samples - len(outcomes)
     funnel = []
-    rows = table.num_rows
-    for step in (*SCREEN, *(operator.label for operator in operators)):
+    rows = samples
+    for step in steps:
         funnel.append({"step": step, "rows_in": rows, "rows_out": rows - rejected[step], "rejected": rejected[step]})
         rows -= rejected[step]
         say(f"{what}: {step}: {funnel[-1]['rows_in']} -> {rows} rows")

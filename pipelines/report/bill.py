@@ -73,8 +73,11 @@ def _gain(name: str, walk: Walk, run: Run, points: float) -> Gain:
 
 def _way(walk: Walk, run: Run) -> Iterator[cost.Hours]:
     """What each stage from the dataset to this model's score used; the captions only where the arm trains on them."""
-    dataset = run.datasets[walk.arm]
-    if dataset.manifest.get("text") == "recaption":
-        yield cost.of(run.captions.manifest)
-    for stage in (dataset, walk.adapter, walk.merged, *walk.evaluations.values()):
+    dataset, captions = run.datasets.get(walk.arm), run.captions_of(walk.arm)
+    if dataset and captions and dataset.manifest.get("text") == "recaption":
+        yield cost.of(captions.manifest)
+    if dataset:
+        yield cost.of(dataset.manifest)
+    worked = run.worker(walk)
+    for stage in (worked.adapter, worked.merged, *worked.evaluations.values()):
         yield cost.of(stage.manifest)

@@ -16,6 +16,7 @@ SCREEN = {
     "empty_text": "no text to train on",
     "duplicate": "same image and caption as another row",
 }
+AFTER = {"mix": "another text of the same sample scores higher", "subset": "not drawn"}
 METRICS = (  # key, title, explanation, significant digits
     ("lexical_diversity", "Lexical diversity", "unique words / words; falls as a text grows, see below", 3),
     ("mattr", "Diversity at equal length", "mean of unique words / words over windows of {mattr_window} words", 3),
@@ -92,9 +93,11 @@ def _metric_text(value: float | None, digits: int) -> str:
 
 
 def _funnel(arm: str, metrics: dict[str, Any], process: list[dict[str, Any]], index: int) -> Markup:
-    steps, total = metrics["funnel"], metrics["rows_in"]
-    notes = [SCREEN.get(step["step"], "") for step in steps[: len(steps) - len(process)]]
+    steps, total = metrics["funnel"], metrics.get("samples", metrics["rows_in"])
+    screen = len(SCREEN)
+    notes = [SCREEN.get(step["step"], "") for step in steps[:screen]]
     notes += [_parameters(*next(iter(operator.items()))) for operator in process]
+    notes += [AFTER.get(step["step"], "") for step in steps[screen + len(process) :]]
     bars = [
         charts.Bar(
             name=step["step"],

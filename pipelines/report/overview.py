@@ -35,21 +35,22 @@ class Lane:
 
 def source(run: Run) -> list[Card]:
     """What all arms share: the data as found and their captions."""
-    manifest = run.captions.manifest
+    sets = list(run.captions.items())
+    manifest = next((stage.manifest for _, stage in sets if stage.manifest), {})
     origin = manifest.get("input") or {}
     path = origin.get("path") or run.recipe.get("dataset") or ""
     facts = [fact for fact in (Path(path).name, origin.get("format")) if fact]
     rows = _number(manifest.get("rows_in"), "pair")
     return [
-        Card("dataset", run.captions.state if manifest else "done" if path else "missing", rows, facts),
-        _caption(run),
+        Card("dataset", "done" if manifest or path else "missing", rows, facts),
+        *(_caption(name, stage) for name, stage in sets),
     ]
 
 
 def lanes(run: Run) -> list[Lane]:
     """From the captions to the score, per model."""
     return [
-        Lane(walk.name, walk.arm, [_refine(run.datasets[walk.arm]), _train(walk), _merge(walk), *_evaluate(run, walk)])
+        Lane(walk.name, walk.arm, [*_data(run, walk.arm), _train(walk), _merge(walk), *_evaluate(run, walk)])
         for walk in run.walks
     ]
 
@@ -77,10 +78,14 @@ def own_training(run: Run) -> str:
 def models(run: Run) -> list[tuple[str, str, str]]:
     """What it is for, where it lies, its identity."""
     found = []
-    caption = run.captions.manifest.get("model") or {}
-    path = caption.get("path") or (run.recipe.get("caption") or {}).get("model")
-    if path:
-        found.append(("Captions (BLIP-2)", str(path), str(caption.get("identity") or "")))
+    for name, stage in run.captions.items():
+        caption = stage.manifest.get("model") or {}
+        own = (run.recipe.get("captions") or {}).get(name) or {}
+        of_recipe = own.get("model") if isinstance(own, dict) else None
+        path = caption.get("path") or of_recipe or (run.recipe.get("caption") or {}).get("model")
+        if path and own != "found":
+            what = f"Captions {name}".strip()
+            found.append((f"{what} (BLIP-2)", str(path), str(caption.get("identity") or "")))
     identities = {str(walk.adapter.inputs.get("model") or "") for walk in run.walks} - {""}
     base = (run.recipe.get("train") or {}).get("model")
     if base or identities:
@@ -124,15 +129,20 @@ def rows_of(manifest: dict[str, Any]) -> str:
     return ", ".join(part for part in parts if part)
 
 
-def _caption(run: Run) -> Card:
-    manifest = run.captions.manifest
+def _caption(name: str, stage: Stage) -> Card:
+    manifest = stage.manifest
     failed = sum((manifest.get("failed") or {}).values())
     facts = [
+        name,
         f"{failed:,} failed, each kept with its error" if failed else "",
         _number(manifest["duplicates"], "duplicate") if manifest.get("duplicates") else "",
         f"{manifest['images_per_second']:.1f} images/s" if manifest.get("images_per_second") else "",
     ]
-    return _card("caption", run.captions, _number(manifest.get("captioned"), "caption"), facts)
+    return _card("caption", stage, _number(manifest.get("captioned"), "caption"), facts)
+
+
+def _data(run: Run, arm: str) -> list[Card]:
+    return [_refine(run.datasets[arm])] if arm in run.datasets else []
 
 
 def _refine(stage: Stage) -> Card:
@@ -158,6 +168,8 @@ def _train(walk: Walk) -> Card:
         for phase, found in (manifest.get("phases") or {}).items()
     ]
     strategy = (walk.adapter.inputs.get("config") or {}).get("strategy")
+    if "same_as" in manifest:
+        return _card("train", walk.adapter, "", [f"trained once, as {manifest['same_as']}: their data are equal"])
     if manifest:
         facts.append(f"seed {manifest.get('seed')}" + (f", {strategy}" if strategy else ""))
     log = read_log(walk.adapter.directory)

@@ -78,7 +78,7 @@ def view(run: Run) -> dict[str, Any]:
 
 def _styles(run: Run) -> dict[str, int]:
     """Arm -> number of its colour, dash and sign; the baseline has 0 whatever else is there."""
-    named = [run.baseline, *run.datasets, *(arm for _, found in run.seeds for arm in found["arms"])]
+    named = [run.baseline, *run.arms, *(arm for _, found in run.seeds for arm in found["arms"])]
     known = set(named[1:])
     return {arm: number for number, arm in enumerate(dict.fromkeys(arm for arm in named if arm in known))}
 

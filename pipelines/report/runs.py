@@ -100,7 +100,7 @@ def _row(run: Run) -> Row:
     manifests = [stage.manifest for _, stage in run.stages() if stage.manifest]
     used = cost.added(cost.of(manifest) for manifest in manifests)
     hours = {kind: round(sum(each[kind] for each in used.values()), 3) for kind in ("gpu_hours", "node_hours")}
-    wanted = 1 + len(run.datasets) + 3 * len(run.walks)
+    wanted = len(run.captions) + len(run.datasets) + 3 * len(run.walks)
     found = run.comparison
     summary = found.get("summary", {}).get("differences", {})
     every = {
@@ -116,7 +116,7 @@ def _row(run: Run) -> Row:
         run=str(run.directory),
         dataset=str(run.recipe.get("dataset") or ""),
         caption_model=str((run.recipe.get("caption") or {}).get("model") or ""),
-        arms=list(run.datasets),
+        arms=run.arms,
         seeds=len(run.recipe.get("seeds") or [0]),
         stages_done=len(manifests),
         stages=wanted,

@@ -99,6 +99,15 @@ def run(
     )
 
 
+def wanted(
+    input: Path | str, model: Path | str, output: Path | str, config: TrainConfig, *, restart: bool = False
+) -> dict[str, Any]:
+    """The inputs of a run with these arguments."""
+    config = config if restart else as_first_started(config, Path(output))
+    identities = {phase: open_dataset(path).identity() for phase, path in phases(input, config).items()}
+    return inputs(model_identity(model), identities, config)
+
+
 def as_first_started(config: TrainConfig, output: Path) -> TrainConfig:
     """The settings by which a run in `output` goes on where nothing but `workers` has changed: with the samples a step
     of its first start, which then take more or fewer forward passes. Where it is done, with its own workers.

@@ -44,18 +44,11 @@ def test_data_juicers_choices() -> None:
     scores, chosen = choose("similar_one_simhash", texts, "a big red sign that says shut")
     assert chosen == texts[2] and scores is not None and scores[2] == max(scores) and max(scores) <= 1
     assert choose("similar_one_simhash", texts, None)[1] in texts
-    assert choose("all", texts) == (None, "\n".join(texts))
+    assert choose("all", texts) == (None, texts[0])  # all of them are candidates, of which refining makes a row each
     picked = Counter(choose("random_any", texts, sample_id=str(i))[1] for i in range(300))
     assert set(picked) == set(texts) and min(picked.values()) > 60
     assert choose("random_any", texts, sample_id="7") == choose("random_any", texts, sample_id="7")
     assert choose("first", texts) == (None, texts[0])
-
-
-def test_original_is_kept_as_the_first_line() -> None:
-    texts = ["a red sign", "a blue sign"]
-    assert choose("first", texts, "my photo", keep_original=True)[1] == "my photo\na red sign"
-    assert choose("all", texts, "my photo", keep_original=True)[1] == "my photo\na red sign\na blue sign"
-    assert choose("first", texts, None, keep_original=True)[1] == "a red sign"
 
 
 def test_longest_clean_leaves_broken_captions_out() -> None:
