@@ -139,6 +139,7 @@ def test_no_kubectl_and_no_api_server(
 def test_what_one_may_not_look_at_is_said_and_stops_nothing(
     stage: Stage, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
+    """One kind of objects stops nothing; who may look at nothing at all has not been told that all is well."""
     kubectl = tmp_path / "bin" / "kubectl"
     kubectl.rename(tmp_path / "bin" / "all")
     told = 'Error from server (Forbidden): nodes is forbidden: User "u" cannot list resource "nodes"'
@@ -148,6 +149,11 @@ def test_what_one_may_not_look_at_is_said_and_stops_nothing(
     kubectl.chmod(0o755)
     state, says = examined(capsys, code=0)["room"]
     assert state == "unknown" and 'you may not look: kubectl get nodes: nodes is forbidden: User "u"' in says
+    kubectl.write_text(
+        kubectl.read_text().replace("*nodes*) echo", f'*/version*) exec {tmp_path}/bin/all "$@";; *) echo')
+    )
+    state, says = examined(capsys, code=1)["your rights"]
+    assert state == "missing" and "you may look at nothing" in says
 
 
 @pytest.mark.parametrize(
