@@ -19,6 +19,7 @@ from pipelines.manifest import CLAIM, MANIFEST, read_json
 RECIPE, FILTERS, CAPTIONS, COMPARISON = "recipe.yaml", "filters", "captions", "comparison.json"
 REPORT = Path("report") / "index.html"
 EXPLAIN, EXPLANATION = "explain", "explanation.json"
+FORECAST = "forecast"
 LOGS = "logs"
 _DATASET, _ADAPTER, _MERGED, _PREDICTIONS = _STAGE_FOLDERS = ("dataset", "adapter", "merged", "predictions")
 SAME_AS = "same_as"
@@ -82,6 +83,11 @@ class Walk:
         """The merged model."""
         return Stage(self.directory / _MERGED)
 
+    @cached_property
+    def likelihood(self) -> Stage:
+        """How likely the merged model finds the right answers, where somebody asked."""
+        return Stage(self.directory / "likelihood")
+
     def evaluation(self, benchmark: str) -> Stage:
         """The merged model's answers to a benchmark."""
         return Stage(self.directory / _PREDICTIONS / benchmark)
@@ -139,6 +145,16 @@ class RunDir:
     def explanation(self, arm: str) -> Path:
         """The result of that."""
         return self.explaining(arm) / EXPLANATION
+
+    @property
+    def forecasting(self) -> Path:
+        """The directory of the run that tries this one in small."""
+        return self.root / FORECAST
+
+    @property
+    def forecast(self) -> Path:
+        """The result of that."""
+        return self.forecasting / f"{FORECAST}.json"
 
     def log(self, job: str) -> Path:
         """What a job of a cluster printed, all its attempts."""

@@ -50,6 +50,7 @@ COMMANDS = {
     "evaluate": Entry("ray_jobs.evaluate", "ask a model the questions of a benchmark"),
     "score": Entry("ray_jobs.score", "score answers made elsewhere"),
     "compare": Entry("ray_jobs.compare", "hold evaluations against each other"),
+    "forecast": Entry("ray_jobs.forecast", "foretell a recipe's gain and hours from a part of its rows"),
     "explain": Entry("ray_jobs.explain", "split a gain over its causes: captions, each filter"),
     "report": Entry("ray_jobs.report", "draw the HTML report of a run directory"),
     "runs": Entry("ray_jobs.runs", "list runs: data, result, cost"),

@@ -14,18 +14,19 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from pipelines import cost, preflight
-from pipelines.attribution.causes import Ledger, alone, find, process_of
+from pipelines.attribution.causes import CAPTIONS, MIXING, ArmData, Cause, Ledger, alone, find, process_of
 from pipelines.attribution.plan import Plan, plan
 from pipelines.attribution.shapley import Coalition
 from pipelines.errors import UserError
 from pipelines.files import write_text
 from pipelines.manifest import MANIFEST, identity, open_stage, read_json, write_json
 from pipelines.progress import say
+from pipelines.refine.config import MixConfig
 from pipelines.rundir import RECIPE, InnerRun, RunDir, Walk
 from ray_jobs import _ending, _hours, _plan, _start, cli, hallway, run, side_by_side
 from ray_jobs._options import RESTART, Command, Option, parse, reading
 from ray_jobs.evaluate import serving
-from ray_jobs.recipe import ArmConfig, Recipe
+from ray_jobs.recipe import NONE, ArmConfig, Recipe
 
 if TYPE_CHECKING:
     from pipelines.attribution.explanation import Measured
@@ -44,6 +45,8 @@ COMMAND = Command(
     first="--run_dir",
     example="captune explain runs/sample --arm enhanced --explain.budget 16",
 )
+_SAME = ("align", "instruct_data", "subset", "train")
+"""Keys of an arm in which it must not differ from its baseline."""
 
 
 def main(argv: list[str]) -> int:
@@ -107,34 +110,27 @@ class Split:
     """
 
     def __init__(self, whole: Recipe, arm: str) -> None:
-        from pipelines.refine.operators import read_recipe
-
         self.whole, self.arm = whole, arm
         self.baseline = whole.compare.baseline_among(whole.arms)
         self.place = RunDir(Path(whole.run_dir), tuple(whole.seeds))
         self.inner = InnerRun(self.place.explaining(arm), self.place.seeds, self.place)
         self._require_finished()
         own, base = whole.arms[arm], whole.arms[self.baseline]
-        if own.train != base.train:
-            raise UserError(
-                f"arms.{arm}.train: differs from that of the baseline {self.baseline}, so that the gain is not of data "
-                "alone; only causes in the data can be told apart"
-            )
-        if not same_but_for_captions(own, base):
-            raise UserError(
-                f"arms.{arm}: differs from the baseline {self.baseline} in align, mix, subset, instruct_data or in who "
-                "made its captions; only captions as found against new ones, and filters, can be told apart"
-            )
-        self.process: Process = read_recipe(own.recipe) if own.recipe else []
-        shared = read_recipe(base.recipe) if base.recipe else []
-        self.causes = find((base.text, own.text), (shared, self.process), (self.baseline, arm))
+        for key in _SAME:
+            if getattr(own, key) != getattr(base, key):
+                raise UserError(
+                    f"arms.{arm}.{key}: differs from that of the baseline {self.baseline}, and of the causes of a gain "
+                    "only captions, mixing and filters can be told apart"
+                )
+        self.base, self.own = self._data_of(self.baseline), self._data_of(arm)
+        self.without_rows: set[Coalition] = set()
+        self.causes = find(self.base, self.own)
 
     def run(self, *, restart: bool = False) -> dict[str, Any]:
         """Train what is needed, write `explanation.json`, and return it. Complete already, it is only read.
 
         Raises:
-            UserError: the directory holds the explanation of another state of the run; the budget is too small; a
-                coalition keeps no row to train on.
+            UserError: the directory holds the explanation of another state of the run; or the budget is too small.
             WorkFailed: a stage failed; the same again continues.
         """
         from pipelines.attribution import explanation
@@ -195,7 +191,7 @@ class Split:
                 for arm in (self.baseline, self.arm)
                 for seed in self.whole.seeds
             },
-            "process": self.process,
+            "process": self.own.process,
             "causes": [cause.name for cause in self.causes],
             "compare": vars(self.whole.compare) | {"pilot": None, "examples": None},
             "seed": self.whole.explain.seed,
@@ -208,24 +204,44 @@ class Split:
         ledger = Ledger(self.causes, {each: rows_of(self._dataset(each)) for each in alone(self.causes)})
         return plan(ledger, self._arms, self.whole.explain.budget, self.whole.explain.seed)
 
+    def _data_of(self, arm: str) -> ArmData:
+        from pipelines.refine.operators import read_recipe
+
+        config = self.whole.arms[arm]
+        process = read_recipe(config.recipe) if config.recipe else []
+        mix = None if config.mix.by == NONE else config.mix
+        return ArmData(arm, (self.whole.captions_of(arm), config.text), mix, process)
+
+    def _data(self, coalition: Coalition) -> ArmData:
+        """What a coalition makes; mixing has nothing to mix where there are no new captions."""
+        kinds = {self.causes[number].kind for number in coalition}
+        captions = self.own.captions if CAPTIONS in kinds else self.base.captions
+        mix = self.own.mix if MIXING in kinds and captions == self.own.captions else self.base.mix
+        return ArmData(self._name(coalition), captions, mix, process_of(coalition, self.causes, self.own.process))
+
     @cached_property
     def _arms(self) -> dict[Coalition, str]:
         """Coalitions that are arms of the run -> their names."""
-        from pipelines.refine.operators import read_recipe
-
-        own, base = self.whole.arms[self.arm], self.whole.arms[self.baseline]
         found: dict[Coalition, str] = {}
-        for name, config in self.whole.arms.items():
-            process = read_recipe(config.recipe) if config.recipe else []
-            coalition = frozenset(
-                number
-                for number, cause in enumerate(self.causes)
-                if (config.text == own.text if cause.position is None else self.process[cause.position] in process)
-            )
-            same = process == process_of(coalition, self.causes, self.process) and config.train == own.train
-            if same and same_but_for_captions(config, own) and config.text in (own.text, base.text):
-                found.setdefault(coalition, name)
+        for arm, config in self.whole.arms.items():
+            if not self.whole.has_data(arm) or self._beside_data(config) != self._beside_data(
+                self.whole.arms[self.arm]
+            ):
+                continue
+            data = self._data_of(arm)
+            coalition = frozenset(number for number, cause in enumerate(self.causes) if self._does(data, cause))
+            if data == replace(self._data(coalition), arm=arm):
+                found.setdefault(coalition, arm)
         return found
+
+    @staticmethod
+    def _beside_data(config: ArmConfig) -> list[Any]:
+        return [getattr(config, key) for key in _SAME]
+
+    def _does(self, data: ArmData, cause: Cause) -> bool:
+        if cause.position is not None:
+            return self.own.process[cause.position] in data.process
+        return data.captions == self.own.captions if cause.kind == CAPTIONS else data.mix == self.own.mix
 
     def _dataset(self, coalition: Coalition) -> Path:
         arm = self._arms.get(coalition)
@@ -236,12 +252,11 @@ class Split:
         return "-".join(["causes", *(str(number + 1) for number in sorted(coalition))]) if coalition else "causes-none"
 
     def _train(self, asked: Plan) -> None:
-        """Every model that is missing."""
+        """Every model that is missing. Where a coalition keeps no row there is no alignment, as in the control arm."""
         for each in asked.untrained.values():
-            filters = all(self.causes[number].kind in ("captions", "filter") for number in each)
+            filters = all(self.causes[number].kind in (CAPTIONS, "filter") for number in each)
             if filters and not len(asked.ledger.kept(each)):
-                names = ", ".join(self.causes[number].name for number in sorted(each))
-                raise UserError(f"arms.{self.arm}: {names} alone keep no row, and on none nothing can be trained")
+                self.without_rows.add(each)
         self._make(asked.untrained.values(), ["refine", "train", "merge", "evaluate"])
 
     def _make(self, coalitions: Collection[Coalition], stages: Collection[str]) -> None:
@@ -273,18 +288,8 @@ class Split:
         return self.whole.seeds[0] if step.seed is None else step.seed
 
     def _inner_recipe(self, coalitions: Collection[Coalition]) -> Recipe:
-        """The run's recipe with coalitions for arms; their filters are written where a run keeps them."""
-        own, base = self.whole.arms[self.arm], self.whole.arms[self.baseline]
-        arms: dict[str, ArmConfig] = {}
-        for coalition in coalitions:
-            name = self._name(coalition)
-            captions = any(self.causes[number].position is None for number in coalition)
-            process = process_of(coalition, self.causes, self.process)
-            file = self.inner.filters(name)
-            if process:
-                _write_filters(file, process)
-            text = own.text if captions else base.text
-            arms[name] = replace(own, text=text, recipe=str(file) if process else None)
+        """The run's recipe with coalitions for arms."""
+        arms = {self._name(each): self._arm_config(each) for each in coalitions}
         return replace(
             self.whole,
             run_dir=str(self.inner.root),
@@ -293,6 +298,18 @@ class Split:
             compare=replace(self.whole.compare, baseline=""),
             explain=replace(self.whole.explain, arms=[]),
         )
+
+    def _arm_config(self, coalition: Coalition) -> ArmConfig:
+        """The arm that a coalition is; its filters are written where a run keeps them."""
+        own, data = self.whole.arms[self.arm], self._data(coalition)
+        if coalition in self.without_rows:
+            return ArmConfig(align=NONE, instruct_data=own.instruct_data, train=own.train)
+        file = self.inner.filters(data.arm)
+        if data.process:
+            _write_filters(file, data.process)
+        captions, text = data.captions
+        mix = data.mix if isinstance(data.mix, MixConfig) else MixConfig()
+        return replace(own, captions=captions, text=text, mix=mix, recipe=str(file) if data.process else None)
 
     def _measure(self, asked: Plan) -> Measured:
         """The scores of all coalitions that are asked for, question by question in the baseline's order."""
@@ -332,13 +349,6 @@ class Split:
         untrained, seeds = len(asked.untrained), len(self.whole.seeds)
         how = "exact" if asked.game.exact else f"{len(asked.game.weights_GNC)} orders drawn"
         say(f"explain {self.arm}: {len(asked.ledger.live)} causes, {untrained * seeds} models to train, {how}")
-
-
-def same_but_for_captions(one: ArmConfig, other: ArmConfig) -> bool:
-    """Whether two arms differ in nothing but the text, as found or new, and the filters."""
-    keys = ("align", "mix", "subset", "instruct_data")
-    makers = one.captions == other.captions or "caption" in (one.text, other.text)
-    return makers and all(getattr(one, key) == getattr(other, key) for key in keys)
 
 
 def _write_filters(path: Path, process: Process) -> None:

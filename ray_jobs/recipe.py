@@ -21,6 +21,7 @@ from pipelines.attribution.config import ExplainConfig
 from pipelines.caption.config import CaptionConfig
 from pipelines.errors import UserError
 from pipelines.evaluate.config import CompareConfig, EvaluateConfig
+from pipelines.ladder.config import ForecastConfig
 from pipelines.mgm.assemble_config import AssembleConfig
 from pipelines.refine.config import RefineConfig
 from pipelines.sample.config import SampleConfig
@@ -132,6 +133,7 @@ class Recipe:
         evaluate: the benchmark.
         compare: intervals and tests.
         explain: which causes a gain has.
+        forecast: the recipe in small, and what that says of the whole.
     """
 
     run_dir: str = "runs/run"
@@ -150,6 +152,7 @@ class Recipe:
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     compare: CompareConfig = field(default_factory=CompareConfig)
     explain: ExplainConfig = field(default_factory=ExplainConfig)
+    forecast: ForecastConfig = field(default_factory=ForecastConfig)
 
     def __post_init__(self) -> None:
         if "${" in self.run_dir:

@@ -1,8 +1,9 @@
 """Which causes a gain has: the difference between an arm and its baseline, split over what was done to the data.
 
-A cause is something that an arm does to its data and its baseline does not: new captions, each operator of its
-Data-Juicer recipe. The worth of a set of causes (a coalition) is the score of a model trained on the data that these
-causes alone make, with the same seeds, settings and questions; the baseline is the empty set, the arm the full one.
+A cause is something that an arm does to its data and its baseline does not: new captions, captions as found beside
+them (mixing), each operator of its Data-Juicer recipe. The worth of a set of causes (a coalition) is the score of a
+model trained on the data that these causes alone make, with the same seeds, settings and questions; the baseline is the
+empty set, the arm the full one.
 
 `captune explain RUN --arm ARM` writes below the run directory, as a run of its own:
 

@@ -23,8 +23,8 @@ from pipelines.refine.operators import Process, build
 if TYPE_CHECKING:
     import numpy as np
 
-CAPTIONS = "captions"
-"""The cause that is no operator, and its kind."""
+CAPTIONS, MIXING = "captions", "mixing"
+"""The causes that are no operators, and their kinds: new captions, and captions as found beside them."""
 
 
 @dataclass(frozen=True)
@@ -32,9 +32,9 @@ class Cause:
     """One thing that an arm does.
 
     Attributes:
-        name: `captions`, or the operator's name (its second use is `#2`).
-        kind: `captions`, `filter`, `mapper` or `global`.
-        position: of the operator in the arm's Data-Juicer recipe; None for captions.
+        name: `captions`, `mixing`, or the operator's name (its second use is `#2`).
+        kind: `captions`, `mixing`, `filter`, `mapper` or `global`.
+        position: of the operator in the arm's Data-Juicer recipe; None for the others.
     """
 
     name: str
@@ -42,31 +42,45 @@ class Cause:
     position: int | None = None
 
 
-def find(text: tuple[str, str], process: tuple[Process, Process], arms: tuple[str, str]) -> list[Cause]:
-    """The causes, captions first, then operators in their order.
+@dataclass(frozen=True)
+class ArmData:
+    """How an arm's data come about.
 
-    Args:
-        text: the baseline's and the arm's column that trains.
-        process: the operators of both.
-        arms: the names of both, for messages.
+    Attributes:
+        arm: its name, for messages.
+        captions: the caption set and the column of it that trains.
+        mix: how captions as found stand beside new ones; None: not at all.
+        process: its operators.
+    """
+
+    arm: str
+    captions: tuple[str, str]
+    mix: object | None
+    process: Process
+
+
+def find(base: ArmData, own: ArmData) -> list[Cause]:
+    """The causes: captions, mixing, then operators in their order.
 
     Raises:
-        UserError: the baseline filters in a way that the arm does not, or the two make the same data.
+        UserError: the baseline filters or mixes in a way that the arm does not, or the two make the same data.
     """
-    shared, own = process
-    if lacking := [name for entry in shared if entry not in own for name in entry]:
+    if lacking := [name for entry in base.process if entry not in own.process for name in entry]:
         raise UserError(
-            f"arms.{arms[1]}.recipe: lacks the operator {lacking[0]} of the baseline {arms[0]}; what an arm leaves out "
-            "cannot be told from what it does"
+            f"arms.{own.arm}.recipe: lacks the operator {lacking[0]} of the baseline {base.arm}; what an arm leaves "
+            "out cannot be told from what it does"
         )
-    causes = [Cause(CAPTIONS, CAPTIONS)] if text[0] != text[1] else []
+    if base.mix is not None and base.mix != own.mix:
+        raise UserError(f"arms.{base.arm}.mix: the baseline mixes captions in a way that arms.{own.arm} does not")
+    causes = [Cause(CAPTIONS, CAPTIONS)] if base.captions != own.captions else []
+    causes += [Cause(MIXING, MIXING)] if base.mix != own.mix else []
     causes += [
         Cause(operator.label, operator.kind, position)
-        for position, (entry, operator) in enumerate(zip(own, build(own), strict=True))
-        if entry not in shared
+        for position, (entry, operator) in enumerate(zip(own.process, build(own.process), strict=True))
+        if entry not in base.process
     ]
     if not causes:
-        raise UserError(f"arms.{arms[1]}: makes the same data as the baseline {arms[0]}; there is nothing to explain")
+        raise UserError(f"arms.{own.arm}: makes the same data as the baseline {base.arm}; there is nothing to explain")
     return causes
 
 
@@ -77,7 +91,7 @@ def process_of(coalition: Coalition, causes: Sequence[Cause], own: Process) -> P
 
 
 class Ledger:
-    """Which rows each operator keeps when it is alone.
+    """Which rows each operator keeps when it is alone, and mixing makes.
 
     Args:
         causes: all of them.
@@ -86,24 +100,29 @@ class Ledger:
 
     def __init__(self, causes: Sequence[Cause], rows: dict[Coalition, np.ndarray]) -> None:
         self.causes, self._rows = causes, rows
-        self._captions = next(iter(alone_of_captions(causes)), frozenset[int]())
+        self._captions, self._mixing = (numbers_of(causes, kind) for kind in (CAPTIONS, MIXING))
         self.live = self._live()
 
     def changed(self, number: int) -> dict[str, int]:
         """Rows that a cause alone drops or changes, among the captions as found and, where there are any, among the new
-        ones; captions are held against themselves.
+        ones; captions are held against those as found, mixing against new ones.
         """
-        if self.causes[number].kind == CAPTIONS:
+        kind = self.causes[number].kind
+        if kind == CAPTIONS:
             return {"found": self._apart(frozenset(), self._captions)}
+        if kind == MIXING:
+            return {"new": self._apart(self._captions, self._captions | {number})}
         each = {"found": frozenset[int](), "new": self._captions} if self._captions else {"found": frozenset[int]()}
         return {name: self._apart(texts, texts | {number}) for name, texts in each.items()}
 
     def data_of(self, coalition: Coalition) -> Hashable:
         """Equal for coalitions whose data are equal; what changes no row of the text in question does not count."""
-        texts = coalition & self._captions & frozenset(self.live)
-        at_work, behind_a_mapper = set(texts), False
-        for number in sorted(coalition & frozenset(self.live) - self._captions):
-            if behind_a_mapper or self._apart(texts, texts | {number}):
+        live = coalition & frozenset(self.live)
+        texts = live & self._captions
+        mixing = live & self._mixing if texts == self._captions else frozenset[int]()
+        at_work, behind_a_mapper = set(texts | mixing), False
+        for number in sorted(live - self._captions - self._mixing):
+            if mixing or behind_a_mapper or self._apart(texts, texts | {number}):
                 at_work.add(number)
                 behind_a_mapper |= self.causes[number].kind == "mapper"
         if any(self.causes[number].kind not in (CAPTIONS, "filter") for number in at_work):
@@ -132,22 +151,27 @@ class Ledger:
         return live
 
     def _apart(self, one: Coalition, other: Coalition) -> int:
-        """Rows of one that the other lacks; a changed text is another row."""
+        """Rows that are in one of both alone, the more of the two; a changed text is another row."""
         import numpy as np
 
-        return len(np.setdiff1d(self._rows[one], self._rows[other], assume_unique=True))
+        lost, new = (np.setdiff1d(self._rows[a], self._rows[b]) for a, b in ((one, other), (other, one)))
+        return max(len(lost), len(new))
 
 
-def alone_of_captions(causes: Sequence[Cause]) -> list[Coalition]:
-    """Captions alone, where they are a cause."""
-    return [frozenset([number]) for number, cause in enumerate(causes) if cause.kind == CAPTIONS]
+def numbers_of(causes: Sequence[Cause], kind: str) -> Coalition:
+    """The causes of a kind."""
+    return frozenset(number for number, cause in enumerate(causes) if cause.kind == kind)
 
 
 def alone(causes: Sequence[Cause]) -> list[Coalition]:
-    """Coalitions whose data say what every cause does: each operator alone, and nothing, on each text."""
-    operators = [number for number, cause in enumerate(causes) if cause.kind != CAPTIONS]
-    texts = [frozenset[int](), *alone_of_captions(causes)]
-    return [each | more for each in texts for more in (frozenset[int](), *(frozenset([n]) for n in operators))]
+    """Coalitions whose data say what every cause does: each operator alone, and nothing, on each text; and mixing."""
+    captions, mixing = (numbers_of(causes, kind) for kind in (CAPTIONS, MIXING))
+    operators = [frozenset([number]) for number, cause in enumerate(causes) if cause.position is not None]
+    texts = dict.fromkeys([frozenset[int](), captions])
+    return [
+        *(each | more for each in texts for more in (frozenset[int](), *operators)),
+        *[captions | mixing] * bool(mixing),
+    ]
 
 
 def rows_of(dataset: Path) -> np.ndarray:

@@ -58,7 +58,7 @@ def explain(plan: Plan, found: Measured, config: CompareConfig) -> dict[str, Any
     `score`              of `baseline` and `arm`, in [0, 1], mean over seeds
     `gain`               `value`, `interval`
     `causes`             in their order, and of each
-        `name`, `kind`   `captions`; `filter`, `mapper` or `global` of an operator
+        `name`, `kind`   `captions`, `mixing`; `filter`, `mapper` or `global` of an operator
         `changed_rows`   `found` and `new`: rows that it alone drops or changes among the captions as found and the new
         `part`           of the gain; all parts add up to it. Exactly 0 for a cause that changed no row
         `interval`       of the part, over pictures, seeds and drawn orders
@@ -66,8 +66,9 @@ def explain(plan: Plan, found: Measured, config: CompareConfig) -> dict[str, Any
         `won`, `lost`    how many questions it won and lost, parts of questions added up
         `left_out`       `value` and `interval` of the arm less the arm without it
         `alone`          the same of it alone less the baseline; null where that was not trained
-    `two_by_two`         scores `neither`, `captions`, `filters`, `both`, and what captions and filters bring together
-                         beyond the sum of each alone: `interaction`, `interval`; null where the arm does not do both
+    `two_by_two`         scores `neither`, `captions` (with mixing), `filters`, `both`, and what captions and filters
+                         bring together beyond the sum of each alone: `interaction`, `interval`; null where the arm
+                         does not do both
     `waterfall`          from the baseline to the arm: `name`, `from`, `to`, `interval` of the step (null at the ends)
     `coalitions`         every one with a score: `causes`, `score`, `evaluations` (a directory for each seed)
     """
@@ -168,7 +169,7 @@ def _estimate(
 def _two_by_two(
     causes: Sequence[Cause], everything: Coalition, found: Measured, config: CompareConfig
 ) -> dict[str, Any] | None:
-    captions = frozenset(number for number in everything if causes[number].kind == CAPTIONS)
+    captions = frozenset(number for number in everything if causes[number].position is None)
     filters = everything - captions
     if not captions or not filters:
         return None

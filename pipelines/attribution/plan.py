@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from pipelines.attribution import shapley
-from pipelines.attribution.causes import CAPTIONS, Ledger
+from pipelines.attribution.causes import Ledger
 from pipelines.attribution.shapley import Coalition, Game
 from pipelines.errors import UserError
 
@@ -84,7 +84,7 @@ def plan(ledger: Ledger, of_the_run: Collection[Coalition], budget: int, seed: i
 
 
 def corners(ledger: Ledger) -> list[Coalition]:
-    """Nothing, captions alone, operators alone, everything; of the causes that change a row."""
-    captions = frozenset(number for number in ledger.live if ledger.causes[number].kind == CAPTIONS)
+    """Nothing, captions (with mixing) alone, operators alone, everything; of the causes that change a row."""
+    captions = frozenset(number for number in ledger.live if ledger.causes[number].position is None)
     everything = frozenset(ledger.live)
     return [frozenset[int](), captions, everything - captions, everything]

@@ -79,8 +79,8 @@ assemble: {{from_mgm: {root}/world/models/mgm}}
 train:
   model: {root}/run/base
   instruct_data: {root}/world/instruct.json
-  align: {{template: plain, steps: 24, learning_rate: 3.0e-3, micro_batch: 32, accumulation: 1}}
-  instruct: {{steps: 12, learning_rate: 5.0e-4, micro_batch: 16, accumulation: 2}}
+  align: {{template: plain, steps: 64, learning_rate: 2.0e-3, micro_batch: 16, accumulation: 1}}
+  instruct: {{steps: 24, learning_rate: 4.0e-4, micro_batch: 16, accumulation: 1}}
   max_length: 128
   precision: float32
   held_out: 0

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from pipelines.attribution import explanation
-from pipelines.attribution.causes import Cause, Ledger, alone, find
+from pipelines.attribution.causes import ArmData, Cause, Ledger, alone, find
 from pipelines.attribution.plan import plan
 from pipelines.attribution.shapley import Coalition
 from pipelines.errors import UserError
 from pipelines.evaluate.config import CompareConfig
 from pipelines.evaluate.statistics import Pictures
+from pipelines.refine.operators import Process
 
 NAMES = ("captions", "loops", "words", "idle", "same")
 
@@ -116,14 +117,28 @@ def test_an_explanation_adds_up_and_says_what_each_cause_did() -> None:
     assert lines[2].split()[:2] == ["captions", "+32.5"] and lines[4].split() == ["idle", "0", "0", "%", "+0.0", "none"]
 
 
+def test_mixing_needs_new_captions_and_makes_data_of_its_own() -> None:
+    causes = [Cause("captions", "captions"), Cause("mixing", "mixing"), Cause("idle", "filter", 0)]
+    rows = {each: np.arange(5, dtype=np.uint64) + 100 * len(each - {2}) for each in alone(causes)}
+    found = Ledger(causes, rows)
+    assert found.live == [0, 1] and found.changed(1) == {"new": 5}
+    assert found.data_of(frozenset({1, 2})) == found.data_of(frozenset())
+    assert found.data_of(frozenset({0, 1})) != found.data_of(frozenset({0}))
+
+
 def test_an_arm_that_makes_the_same_data_or_lacks_a_filter_is_refused() -> None:
-    words: Sequence[dict] = [{"words_num_filter": {"min_num": 4}}]
+    words: Process = [{"words_num_filter": {"min_num": 4}}]
+    base = ArmData("a", ("", "caption"), None, [])
     with pytest.raises(UserError, match="arms.b: makes the same data as the baseline a"):
-        find(("caption", "caption"), ([], []), ("a", "b"))
+        find(base, replace(base, arm="b"))
     with pytest.raises(UserError, match="arms.b.recipe: lacks the operator words_num_filter"):
-        find(("caption", "recaption"), (list(words), []), ("a", "b"))
-    causes = find(("caption", "recaption"), (list(words), [*words, {"text_length_filter": {"min_len": 4}}]), ("a", "b"))
+        find(replace(base, process=words), ArmData("b", ("", "recaption"), None, []))
+    with pytest.raises(UserError, match="arms.a.mix: the baseline mixes"):
+        find(replace(base, mix="random"), ArmData("b", ("", "recaption"), None, []))
+    more = [*words, {"text_length_filter": {"min_len": 4}}]
+    causes = find(replace(base, process=words), ArmData("b", ("", "recaption"), "random", more))
     assert [(cause.name, cause.kind, cause.position) for cause in causes] == [
         ("captions", "captions", None),
+        ("mixing", "mixing", None),
         ("text_length_filter", "filter", 1),
     ]
