@@ -181,6 +181,7 @@ def steps(recipe: Recipe, *, restart: bool, measure: bool) -> tuple[list[Step], 
             plan.walk(recipe, place, place.walk(arm, seed), seed)
     if measure and len(recipe.arms) > 1:
         plan.compare(recipe, place)
+        plan.explain(recipe, place)
     return plan.steps, plan.problems
 
 
@@ -351,6 +352,15 @@ class _Plan:
         if name not in self.questions and not _will_be_drawn(recipe, f"{recipe.evaluate.key(name)}.annotations"):
             self.questions[name] = read_questions(config)
         return self.questions.get(name)
+
+    def explain(self, recipe: Recipe, place: RunDir) -> None:
+        """Gains that are split over their causes; how many models that takes is known once each filter has been tried
+        alone (`captune explain --dry-run`).
+        """
+        for arm in recipe.explain.arms:
+            state = "complete" if place.explanation(arm).is_file() else "starts"
+            most = recipe.explain.budget * len(recipe.seeds)
+            self.steps.append(Step(f"explain {arm}", str(place.explaining(arm)), state, work=f"at most {most} models"))
 
     def _add(
         self,

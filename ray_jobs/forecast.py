@@ -114,9 +114,9 @@ class Ladder:
         config = self.recipe.forecast
         drawn = rows.draw(self.recipe.dataset, self.pairs, self.parts[-1], config.seed, restart=restart)
         self._require_rows(drawn["rows_out"])
-        self._walk(self._inner_recipe({}), ("caption", "refine"), restart)
+        self._walk(self.rungs({}), ("caption", "refine"), restart)
         kept = {arm: self._kept(arm, self.parts[-1]) for arm in self.recipe.arms}
-        self._walk(self._inner_recipe(kept), ("refine", "train", "merge", "evaluate"), restart)
+        self._walk(self.rungs(kept), ("refine", "train", "merge", "evaluate"), restart)
         points = self._points()
         found = {
             **extrapolate(points, self.baseline, config.confidence, config.seed),
@@ -130,7 +130,7 @@ class Ladder:
         write_json(self.place.forecast, found)
         return found
 
-    def _inner_recipe(self, kept: dict[str, int]) -> Recipe:
+    def rungs(self, kept: dict[str, int]) -> Recipe:
         """The recipe's arms at every part of the rows; at the largest alone while it is not known how many those are.
 
         Args:
