@@ -242,6 +242,12 @@ class Run:
         """The arm that the others are compared with."""
         return _baseline(self.recipe, self.comparison)
 
+    @property
+    def explanations(self) -> dict[str, dict[str, Any]]:
+        """Arm -> what `captune explain` found."""
+        files = sorted((self.directory / EXPLAIN).glob(f"*/{EXPLANATION}"))
+        return {path.parent.name: dict(read_json(path)) for path in files}
+
     def stages(self) -> Iterator[tuple[str, Stage]]:
         """Every stage directory that exists, with its path inside the run."""
         places = [*self.captions.values(), *self.datasets.values()]

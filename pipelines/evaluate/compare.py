@@ -53,7 +53,10 @@ def compare(arms: dict[str, dict[str, Any]], config: CompareConfig) -> dict[str,
         for name, pair in pairs.items()
     }
     result: dict[str, Any] = {
-        **{key: arms[baseline].get(key) for key in ("benchmark", "count", "conditions", "ocr_tokens", "images")},
+        **{
+            key: arms[baseline].get(key)
+            for key in ("benchmark", "drawn", "count", "conditions", "ocr_tokens", "images")
+        },
         "baseline": baseline,
         "pictures": table.pictures.number,
         "confidence": config.confidence,
@@ -77,6 +80,7 @@ def compare(arms: dict[str, dict[str, Any]], config: CompareConfig) -> dict[str,
                 **_difference(table.pair(pairs[name]), resampled_R, together[name], config),
                 "p_value": p_values[name],
                 **_won_and_lost(rows[baseline], rows[name], ids, config.examples),
+                "kinds": _by_kind(rows[baseline], rows[name], ids),
             }
     return result
 
@@ -281,6 +285,26 @@ def _won_and_lost(base: dict[str, Any], other: dict[str, Any], ids: Sequence[str
             for kind in ("won", "lost")
         },
     }
+
+
+def _by_kind(base: dict[str, Any], other: dict[str, Any], ids: Sequence[str]) -> dict[str, dict[str, float]]:
+    """Kind of question -> how many there are, both scores, and how many were won and lost; empty where the benchmark
+    knows one kind.
+    """
+    kinds: dict[str, list[str]] = {}
+    for key in ids:
+        kinds.setdefault(base[key].get("kind") or "", []).append(key)
+    found = {}
+    for kind, keys in sorted(kinds.items()) if len(kinds) > 1 else ():
+        pairs = [(base[key]["score"], other[key]["score"]) for key in keys]
+        found[kind] = {
+            "count": len(keys),
+            "baseline": math.fsum(before for before, _ in pairs) / len(keys),
+            "arm": math.fsum(after for _, after in pairs) / len(keys),
+            "won": sum(after > before for before, after in pairs),
+            "lost": sum(after < before for before, after in pairs),
+        }
+    return found
 
 
 def _most_telling(keys: Sequence[str], gains: dict[str, float], limit: int) -> list[str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from pipelines.errors import UserError
 from pipelines.evaluate import mmbench, pope, textvqa, vqav2
 from pipelines.evaluate.benchmark import Benchmark
@@ -23,6 +25,14 @@ def open_benchmark(name: str) -> Benchmark:
     if name not in BENCHMARKS:
         raise UserError(f"evaluate.benchmark: there is no benchmark '{name}'; choose one of {', '.join(BENCHMARKS)}")
     return BENCHMARKS[name]
+
+
+def asked(found: dict[str, Any]) -> str:
+    """What was asked, as a sentence about an evaluation or a comparison needs it: the sample world's questions are in a
+    benchmark's layout, and are not the benchmark's.
+    """
+    name = title(str(found.get("benchmark")))
+    return f"drawn questions in {name}'s layout" if found.get("drawn") else f"{name} questions"
 
 
 def title(name: str) -> str:

@@ -109,6 +109,7 @@ def run(output: Path, config: EvaluateConfig, endpoint: str | Served, *, restart
     scores = {
         **_score(benchmark, config.benchmark, questions, predictions),
         "conditions": benchmark.conditions(config),
+        "drawn": _drawn(Path(config.annotations)),
         "ocr_tokens": config.ocr_tokens,
         "max_new_tokens": config.max_new_tokens,
         "prompts": decides["prompts"],
@@ -315,6 +316,12 @@ def _by_kind(questions: Sequence[Question], values: Sequence[float]) -> dict[str
         kinds.setdefault(question.kind, []).append(value)
     found = {kind: {"accuracy": sum(each) / len(each), "count": len(each)} for kind, each in sorted(kinds.items())}
     return found if len(found) > 1 else {}
+
+
+def _drawn(annotations: Path) -> bool:
+    """The questions are the sample world's, and only in the benchmark's layout."""
+    manifests = [folder / MANIFEST for folder in list(annotations.resolve().parents)[:2]]
+    return any(path.is_file() and read_json(path).get("stage") == "sample" for path in manifests)
 
 
 def _digest(images: dict[str, Path]) -> str:

@@ -2,34 +2,71 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from markupsafe import Markup
 
 from pipelines.evaluate.compare import level
-from pipelines.evaluate.registry import title
+from pipelines.evaluate.registry import asked, title
 from pipelines.report import charts, numbers
 from pipelines.rundir import Run
 
 
 @dataclass(frozen=True)
 class Answer:
-    """One arm against the baseline. `mood` is `good`, `bad` or `open`."""
+    """One arm against the baseline. `mood` is `good`, `bad` or `open`; `brief` says it in a line; `control` is an arm
+    without captions.
+    """
 
     arm: str
     mood: str
     word: str
     sentence: Markup
+    brief: Markup = Markup("")
+    control: bool = False
 
 
 def answers(run: Run) -> list[Answer]:
-    """One per arm that is compared with the baseline; none while the comparison is missing."""
+    """One per arm that is compared with the baseline, the largest gain first and the control last; none while the
+    comparison is missing.
+    """
     if not run.seeds:
         return []
     _, first = run.seeds[0]
     several = len(run.seeds) > 1
-    return [_over_seeds(run, arm) if several else _single(first, arm) for arm in first["differences"]]
+    without = controls(run)
+    gains = run.comparison["summary"]["differences"] if several else first["differences"]
+    order = sorted(gains, key=lambda arm: (arm in without, -gains[arm]["mean" if several else "difference"]))
+    found = [_over_seeds(run, arm) if several else _single(first, arm) for arm in order]
+    return [_briefly(each, run, each.arm in without) for each in found]
+
+
+def controls(run: Run) -> list[str]:
+    """Arms that train on no captions at all."""
+    arms = (run.recipe.get("arms") or {}).items()
+    return [arm for arm, own in arms if (own or {}).get("align") == "none"]
+
+
+def _briefly(answer: Answer, run: Run, control: bool) -> Answer:
+    """The same in a line, for arms beside the first. A control is no better data: it says what the baseline's captions
+    are worth.
+    """
+    _, first = run.seeds[0]
+    baseline = first["baseline"]
+    summary = (run.comparison.get("summary") or {}).get("differences", {}).get(answer.arm)
+    found = summary or first["differences"][answer.arm]
+    text = Markup("{score}: <b>{difference} points</b> against {baseline} ({low} to {high}).").format(
+        score=numbers.percent(_mean_score(run.comparison, answer.arm)),
+        difference=numbers.points(found["mean" if summary else "difference"]),
+        baseline=baseline,
+        low=numbers.points(found["interval"][0]),
+        high=numbers.points(found["interval"][1]),
+    )
+    if not control:
+        return replace(answer, brief=text)
+    text += f" It trains on no captions: as good as {baseline}, those captions taught nothing; better, they did harm."
+    return replace(answer, word="The control.", brief=text, control=True)
 
 
 def _single(comparison: dict[str, Any], arm: str) -> Answer:
@@ -42,15 +79,15 @@ def _single(comparison: dict[str, Any], arm: str) -> Answer:
     else:
         mood, word = "open", "Not shown."
     sentence = Markup(
-        "Trained on the <b>{arm}</b> data the model scores <b>{score}</b> on {count} {benchmark} questions, "
+        "Trained on the <b>{arm}</b> data the model scores <b>{score}</b> on {count} {asked}, "
         "trained on the "
         "<b>{baseline}</b> data {base}: a difference of <b>{difference} points</b> ({confidence} interval "
-        "{low} to {high})."
+        "{low} to {high}; it covers other questions on other pictures, not another training seed)."
     ).format(
         arm=arm,
         score=numbers.percent(comparison["arms"][arm]["accuracy"]),
         count=numbers.count(comparison["count"]),
-        benchmark=benchmark(comparison),
+        asked=asked(comparison),
         baseline=baseline,
         base=numbers.percent(comparison["arms"][baseline]["accuracy"]),
         difference=numbers.points(found["difference"]),
@@ -108,14 +145,14 @@ def _over_seeds(run: Run, arm: str) -> Answer:
         mood, word = "open", "Not shown."
     agreement = "with the same sign every time" if summary["same_sign"] else "but not with the same sign every time"
     sentence = Markup(
-        "Over {number} training seeds the <b>{arm}</b> data move the score on {count} {benchmark} questions by "
+        "Over {number} training seeds the <b>{arm}</b> data move the score on {count} {asked} by "
         "<b>{mean} points</b> on average against the <b>{baseline}</b> data ({each}), {agreement}. With other pictures "
         "and other seeds it would lie between {low} and {high} ({confidence} interval)."
     ).format(
         number=number,
         arm=arm,
         count=numbers.count(first["count"]),
-        benchmark=benchmark(first),
+        asked=asked(first),
         mean=numbers.points(mean),
         baseline=first["baseline"],
         each=Markup(", ").join(numbers.points(value) for value in summary["each"]),
@@ -152,9 +189,46 @@ def plots(run: Run, styles: dict[str, int]) -> dict[str, Markup]:
     return drawn
 
 
-def benchmark(comparison: dict[str, Any]) -> str:
-    """The benchmark's name as its authors write it."""
-    return title(str(comparison.get("benchmark")))
+def benchmark(found: dict[str, Any]) -> str:
+    """The benchmark's name as its authors write it; of drawn questions, whose they are not."""
+    name = title(str(found.get("benchmark")))
+    return f"drawn, {name}\N{RIGHT SINGLE QUOTATION MARK}s layout" if found.get("drawn") else name
+
+
+@dataclass(frozen=True)
+class Further:
+    """One arm against the baseline on a further benchmark, over all seeds where there are several."""
+
+    benchmark: str
+    count: int
+    arm: str
+    baseline: str
+    scores: tuple[float, float]
+    difference: float
+    interval: list[float]
+    word: str
+
+
+def further(run: Run) -> list[Further]:
+    """The benchmarks that do not give the verdict; each holds for itself."""
+    rows = []
+    for found in (run.comparison.get("also") or {}).values():
+        summary = (found.get("summary") or {}).get("differences") or {}
+        for arm, single in found["differences"].items():
+            of = summary.get(arm, single)
+            hidden = bool(of.get("withheld")) if arm in summary else withheld(single)
+            word = "withheld" if hidden else "yes" if of["excludes_zero"] else "no"
+            scores = (_mean_score(found, arm), _mean_score(found, found["baseline"]))
+            value = of["mean"] if arm in summary else of["difference"]
+            rows.append(
+                Further(benchmark(found), found["count"], arm, found["baseline"], scores, value, of["interval"], word)
+            )
+    return rows
+
+
+def _mean_score(found: dict[str, Any], arm: str) -> float:
+    each = [seed["arms"][arm]["accuracy"] for seed in found.get("seeds") or [found]]
+    return float(sum(each) / len(each))
 
 
 def confidence(comparison: dict[str, Any]) -> str:

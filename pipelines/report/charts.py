@@ -15,9 +15,16 @@ from typing import Any
 from markupsafe import Markup, escape
 
 Format = Callable[[float], str]
-STYLES = 4
-"""Arms that the style sheet can tell apart; a fifth looks like the first."""
-_MARKERS = ("M-5-5H5V5H-5Z", "M0-6A6 6 0 1 1 0 6A6 6 0 1 1 0-6Z", "M0-7L6.5 5H-6.5Z", "M0-7L7 0L0 7L-7 0Z")
+STYLES = 6
+"""Arms that the style sheet can tell apart; a seventh looks like the first."""
+_MARKERS = (
+    "M-5-5H5V5H-5Z",
+    "M0-6A6 6 0 1 1 0 6A6 6 0 1 1 0-6Z",
+    "M0-7L6.5 5H-6.5Z",
+    "M0-7L7 0L0 7L-7 0Z",
+    "M0 7L-6.5-5H6.5Z",
+    "M-2-6H2V-2H6V2H2V6H-2V2H-6V-2H-2Z",
+)
 
 
 def tag(name: str, *children: str | Markup, **attributes: Any) -> Markup:
@@ -58,6 +65,53 @@ class Estimate:
     high: float
     text: str
     index: int
+
+
+@dataclass(frozen=True)
+class Span:
+    """A bar from one value to another, in the chart's unit. `ends`: the interval of where it ends; `mood` is `good`,
+    `bad` or empty for a bar that is an arm's.
+    """
+
+    name: str
+    start: float
+    end: float
+    text: str
+    index: int
+    mood: str = ""
+    ends: tuple[float, float] | None = None
+
+
+def waterfall(rows: Sequence[Span], label: str, tick: Format) -> Markup:
+    """From one score to another, step by step: each bar begins where the one above it ends."""
+    values = [value for row in rows for value in (row.start, row.end, *(row.ends or ()))]
+    step, low, high = _axis(min(0.0, *values), max(0.0, *values))
+
+    def x(value: float) -> str:
+        return _percent(2 + 96 * (value - low) / (high - low))
+
+    top, pitch = 4, 46
+    bottom = top + pitch * len(rows) + 4
+    parts = []
+    for value in _steps(low, high, step):
+        parts.append(tag("line", x1=x(value), x2=x(value), y1=top, y2=bottom, class_="grid"))
+        anchor = "start" if value == low else "end" if value + step > high * (1 + 1e-9) else "middle"
+        parts.append(tag("text", tick(value), x=x(value), y=bottom + 18, class_="tick", text_anchor=anchor))
+    for number, row in enumerate(rows):
+        y = top + pitch * number + 24
+        left, right = sorted((row.start, row.end))
+        width = _percent(max(96 * (right - left) / (high - low), 0.3))
+        marks = [tag("rect", x=x(left), y=y, width=width, height=14, rx=2, class_=f"bar {row.mood}")]
+        if row.ends is not None:
+            marks.append(tag("line", x1=x(row.ends[0]), x2=x(row.ends[1]), y1=y + 7, y2=y + 7, class_="whisker"))
+            marks += [tag("line", x1=x(end), x2=x(end), y1=y + 3, y2=y + 11, class_="whisker") for end in row.ends]
+        if number + 1 < len(rows):
+            marks.append(tag("line", x1=x(row.end), x2=x(row.end), y1=y + 14, y2=y + pitch, class_="joint"))
+        marks.append(tag("text", row.name, x="2%", y=y - 6, class_="name"))
+        marks.append(tag("text", row.text, x="98%", y=y - 6, class_="value", text_anchor="end"))
+        marks.append(tag("title", f"{row.name}: {row.text}"))
+        parts.append(tag("g", *marks, class_=style(row.index)))
+    return _figure(parts, label, height=bottom + 26)
 
 
 def intervals(rows: Sequence[Estimate], label: str, tick: Format, *, zero: str = "") -> Markup:

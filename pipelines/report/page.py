@@ -6,14 +6,15 @@ the rest. Everything that came from data is escaped. What a half-done run lacks 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from pipelines.errors import UserError
 from pipelines.evaluate.benchmark import picture_path
-from pipelines.evaluate.registry import open_benchmark, title
+from pipelines.evaluate.registry import open_benchmark
 from pipelines.files import write_text
-from pipelines.report import answer, bill, charts, data, examples, overview, templates, training
+from pipelines.report import answer, bill, causes, charts, data, examples, overview, short, templates, training
 from pipelines.rundir import Run, RunDir, collect
 from pipelines.train.stability import RULE
 
@@ -43,6 +44,7 @@ def view(run: Run) -> dict[str, Any]:
     styles = _styles(run)
     thumbnails = examples.Thumbnails()
     refined = data.arms(run, styles)
+    phases = training.table(run, styles)
     versions, differing = overview.versions(run)
     return {
         "run": run,
@@ -50,6 +52,9 @@ def view(run: Run) -> dict[str, Any]:
         "legend": [(arm, charts.swatch(index)) for arm, index in styles.items()],
         "answers": answer.answers(run),
         "plots": answer.plots(run, styles),
+        "further": answer.further(run),
+        "explained": causes.explained(run, styles),
+        "short": short.lines(run, refined, phases, list(styles)),
         "benchmark": answer.benchmark(run.seeds[0][1]) if run.seeds else "",
         "withheld": answer.withheld,
         "confidence": answer.confidence(run.seeds[0][1]) if run.seeds else "",
@@ -64,9 +69,10 @@ def view(run: Run) -> dict[str, Any]:
         "times": data.times,
         "galleries": _galleries(refined, thumbnails),
         "curves": training.curves(run, styles),
-        "phases": training.table(run, styles),
+        "phases": phases,
         "stability": RULE,
         "scores": _scores(run),
+        "kinds": _kinds(run),
         "questions": _questions(run, thumbnails),
         "stages": [(place, stage, overview.rows_of(stage.manifest)) for place, stage in run.stages()],
         "bill": bill.lines(run),
@@ -108,19 +114,36 @@ def _scores(run: Run) -> list[dict[str, Any]]:
         {
             "name": arm if seed is None else f"{arm}, seed {seed}",
             "arm": arm,
+            "of": found["benchmark"],
             "benchmark": answer.benchmark(found),
             **facts,
         }
-        for seed, found in run.seeds
+        for seed, found in _comparisons(run)
         for arm, facts in found["arms"].items()
     ]
-    compared = {(row["name"], row["benchmark"]) for row in rows}
+    compared = {(row["name"], row["of"]) for row in rows}
     for walk in run.walks:
         for name, stage in walk.evaluations.items():
-            benchmark, facts = title(name), stage.manifest
-            if facts and (walk.name, benchmark) not in compared:
+            benchmark, facts = answer.benchmark({"benchmark": name} | stage.manifest), stage.manifest
+            if facts and (walk.name, name) not in compared:
                 rows.append({**facts, "name": walk.name, "arm": walk.arm, "benchmark": benchmark, "interval": None})
     return [{"truncated": None, "model": None, **row, "who": _who(row)} for row in rows]
+
+
+def _comparisons(run: Run) -> Iterator[tuple[int | None, dict[str, Any]]]:
+    """Of every seed, and then those of the further benchmarks."""
+    yield from run.seeds
+    for found in (run.comparison.get("also") or {}).values():
+        yield from ((each["seed"], each) for each in found["seeds"]) if "seeds" in found else [(None, found)]
+
+
+def _kinds(run: Run) -> list[tuple[str, dict[str, Any]]]:
+    """Benchmark and comparison (first seed) of those that know several kinds of questions."""
+    first: dict[str, dict[str, Any]] = {}
+    for _, found in _comparisons(run):
+        first.setdefault(found["benchmark"], found)
+    told = [found for found in first.values() if any(each.get("kinds") for each in found["differences"].values())]
+    return [(answer.benchmark(found), found) for found in told]
 
 
 def _who(row: dict[str, Any]) -> str:

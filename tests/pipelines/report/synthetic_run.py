@@ -14,9 +14,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 
-from pipelines.evaluate import compare, stage, textvqa
+from pipelines.attribution import explanation
+from pipelines.attribution.causes import Cause, Ledger, alone
+from pipelines.attribution.plan import plan
+from pipelines.evaluate import compare, stage, statistics, textvqa
 from pipelines.evaluate.benchmark import Prediction
 from pipelines.evaluate.config import CompareConfig, EvaluateConfig
 from pipelines.manifest import open_stage, write_json
@@ -28,16 +32,20 @@ from pipelines.text import text_metrics
 SCRIPT = "<script>alert('caption')</script>"
 ONERROR = '"><img src=x onerror=alert(1)>'
 PROCESS = [{"words_num_filter": {"min_num": 4}}, {"word_repetition_filter": {"rep_len": 3, "max_ratio": 0.4}}]
-SKILL = {"original": 0.35, "enhanced": 0.62}
+SKILL = {"original": 0.35, "enhanced": 0.62, "filtered": 0.41, "recaptioned": 0.55, "none": 0.38}
+NEW_CAPTIONS, FILTERED = ("enhanced", "recaptioned"), ("enhanced", "filtered")
+TWO, FIVE = ("original", "enhanced"), ("original", "filtered", "recaptioned", "enhanced", "none")
 
 
-def build(root: Path, *, rows: int = 40, questions: int = 60, seeds: Sequence[int] = (0,)) -> Path:
-    """Write a finished run of arms `original` and `enhanced`; returns its directory."""
+def build(
+    root: Path, *, rows: int = 40, questions: int = 60, seeds: Sequence[int] = (0,), arms: Sequence[str] = TWO
+) -> Path:
+    """Write a finished run of arms `original` and `enhanced`, or of five with a control; returns its directory."""
     run = root / "run"
     recipe = {
         "run_dir": str(run),
         "seeds": list(seeds),
-        "arms": {"original": {"text": "caption"}, "enhanced": {"text": "recaption"}},
+        "arms": {arm: {"align": "none"} if arm == "none" else {"text": _text(arm)} for arm in arms},
         "train": {"model": str(root / "models" / "mgm"), "align": {"steps": 60}, "instruct": {"steps": 40}},
         "evaluate": {"benchmark": "textvqa"},
         "compare": {"baseline": "original", "seed": 0},
@@ -45,13 +53,14 @@ def build(root: Path, *, rows: int = 40, questions: int = 60, seeds: Sequence[in
     run.mkdir(parents=True)
     (run / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
     records = _captions(root, run / "captions", rows)
-    for arm in SKILL:
-        _refine(run / arm / "dataset", records, arm)
+    for arm in arms:
+        if arm != "none":
+            _refine(run / arm / "dataset", records, arm)
     annotations, images = _questions(root / "textvqa", questions)
     comparisons = {}
     for seed in seeds:
         evaluations = {}
-        for arm in SKILL:
+        for arm in arms:
             place = run / (arm if len(seeds) == 1 else f"{arm}-seed{seed}")
             _train(place, arm, seed)
             evaluations[arm] = place / "predictions" / "textvqa"
@@ -63,6 +72,34 @@ def build(root: Path, *, rows: int = 40, questions: int = 60, seeds: Sequence[in
         entries = [{**found, "seed": seed} for seed, found in comparisons.items()]
         write_json(run / "comparison.json", {**comparisons[seeds[0]], "summary": summary, "seeds": entries})
     return run
+
+
+def _text(arm: str) -> str:
+    return "recaption" if arm in NEW_CAPTIONS else "caption"
+
+
+def explain(run: Path) -> None:
+    """The gain of `enhanced`, split over captions, a filter that matters and one that does not, from the run's arms."""
+    nothing = np.array(range(40), dtype=np.uint64)
+    causes = [Cause("captions", "captions"), Cause("word_repetition_filter", "filter", 0), Cause("idle", "filter", 1)]
+    rows = {each: nothing + 100 * (0 in each) for each in alone(causes)}
+    rows |= {each: kept[3:] for each, kept in rows.items() if 1 in each}
+    asked = plan(Ledger(causes, rows), [], 8, 0)
+    places = {(): "original", (0,): "recaptioned", (1,): "filtered", (0, 1): "enhanced"}
+    found = {frozenset(each): stage.read_scores(run / arm / "predictions" / "textvqa") for each, arm in places.items()}
+    questions = next(iter(found.values()))["questions"]
+    measured = explanation.Measured(
+        "original",
+        "enhanced",
+        "textvqa",
+        [0],
+        {each: np.array([[float(row["score"]) for row in scores["questions"]]]) for each, scores in found.items()},
+        statistics.Pictures.named([row["image_id"] for row in questions]),
+        {each: [] for each in found},
+        0,
+    )
+    place = run / "explain" / "enhanced" / "explanation.json"
+    write_json(place, explanation.explain(asked, measured, CompareConfig(resamples=400)))
 
 
 def _captions(root: Path, output: Path, rows: int) -> list[Record]:
@@ -111,8 +148,7 @@ def _new_caption(scene: Scene, number: int) -> str:
 
 def _refine(output: Path, records: list[Record], arm: str) -> None:
     """What the refine stage writes; its verdicts are imitated, its files and metrics are not."""
-    text = "recaption" if arm == "enhanced" else "caption"
-    process = PROCESS if arm == "enhanced" else []
+    text, process = _text(arm), PROCESS if arm in FILTERED else []
     refined = open_stage(output, "refine", {"input": "captions", "text": text, "process": process})
     seen: set[str] = set()
     steps = ["error", "empty_text", "duplicate", *(next(iter(entry)) for entry in process)]
@@ -147,7 +183,7 @@ def _verdict(record: Record, text: str, arm: str, seen: set[str]) -> tuple[str |
         return "error", f"error: {record['error']}"
     if record["sample_id"] in seen:
         return "duplicate", "duplicate"
-    if arm == "enhanced" and words.count("a sign") > 2:
+    if arm in FILTERED and words.count("a sign") > 2:
         return "word_repetition_filter", "word_repetition_filter: word_rep_ratio=0.7273"
     return None, None
 
@@ -216,4 +252,7 @@ def _evaluate(output: Path, annotations: Path, images: Path, arm: str, seed: int
 
 if __name__ == "__main__":
     chosen = tuple(range(int(sys.argv[2]))) if len(sys.argv) > 2 else (0,)
-    print(build(Path(sys.argv[1]), rows=300, questions=300, seeds=chosen))
+    made = build(Path(sys.argv[1]), rows=300, questions=300, seeds=chosen, arms=FIVE)
+    if len(chosen) == 1:
+        explain(made)
+    print(made)
