@@ -91,9 +91,7 @@ def _dry_run(split: Split, options: SimpleNamespace) -> int:
     text += f"{'' if known else 'at most '}{trainings * seeds} models to train"
     text += f" ({trainings} coalitions, {seeds} seeds)" if seeds > 1 else ""
     text += "" if known else "; fewer, where operators change no row, which is tried first"
-    text += (
-        f"\nhours: {_hours.total([hours])}" if hours else "\nhours: unknown; no stage of the run has counted its own"
-    )
+    text += f"\nhours: {_hours.total([hours]) if hours else 'unknown; no stage of the run has counted its own'}"
     result = {"causes": [vars(cause) for cause in split.causes], "coalitions": trainings, "models": trainings * seeds}
     return _ending.tell(options, {**result, "at_most": not known, "hours": hours}, text)
 
@@ -223,20 +221,15 @@ class Split:
     def _arms(self) -> dict[Coalition, str]:
         """Coalitions that are arms of the run -> their names."""
         found: dict[Coalition, str] = {}
+        own = self.whole.arms[self.arm]
         for arm, config in self.whole.arms.items():
-            if not self.whole.has_data(arm) or self._beside_data(config) != self._beside_data(
-                self.whole.arms[self.arm]
-            ):
+            if any(getattr(config, key) != getattr(own, key) for key in _SAME):
                 continue
             data = self._data_of(arm)
             coalition = frozenset(number for number, cause in enumerate(self.causes) if self._does(data, cause))
             if data == replace(self._data(coalition), arm=arm):
                 found.setdefault(coalition, arm)
         return found
-
-    @staticmethod
-    def _beside_data(config: ArmConfig) -> list[Any]:
-        return [getattr(config, key) for key in _SAME]
 
     def _does(self, data: ArmData, cause: Cause) -> bool:
         if cause.position is not None:
