@@ -71,7 +71,7 @@ def examine(kubectl: Kubectl, objects: list[Object]) -> list[Finding]:
             found += check(kubectl, objects)
         except Forbidden as error:
             found.append(Finding(check.__name__.strip("_"), UNKNOWN, f"you may not look: {error}"))
-    if all(finding.state == UNKNOWN for finding in found[1:]):
+    if found[1:] and all(finding.state == UNKNOWN for finding in found[1:]):
         found.append(Finding("your rights", MISSING, "you may look at nothing; kubectl auth whoami says who you are"))
     return found
 
