@@ -20,6 +20,7 @@ COMMAND = Command(
     (
         Option("--evaluations", "[NAME=]DIR", "what captune evaluate wrote, or runs", needed=True, many=True),
         writing("directory for comparison.json"),
+        Option("--benchmark", "NAME", "of runs that were asked several: which; else the first of their recipe"),
     ),
     reads=("compare",),
     first="--evaluations",
@@ -32,7 +33,7 @@ def main(argv: list[str]) -> int:
     recipe, options = parse(COMMAND, argv)
     from pipelines.evaluate import compare
 
-    found = compare.run(_named(options.evaluations), Path(options.output), recipe.compare)
+    found = compare.run(_named(options.evaluations, options.benchmark or ""), Path(options.output), recipe.compare)
     _ending.tell(options, found, "\n".join(compare.sentence(found, arm) for arm in found["differences"]))
     reasons = compare.withheld(found)
     for reason in reasons:
@@ -40,7 +41,7 @@ def main(argv: list[str]) -> int:
     return 1 if reasons else 0
 
 
-def _named(arguments: list[str]) -> dict[str, Path]:
+def _named(arguments: list[str], benchmark: str) -> dict[str, Path]:
     """Arm -> directory: named by `NAME=` before it, else as the layout of a run says."""
     named: dict[str, Path] = {}
     for argument in arguments:
@@ -48,24 +49,26 @@ def _named(arguments: list[str]) -> dict[str, Path]:
         if not given or "/" in name or Path(argument).exists():  # a directory that has such a character itself
             name, directory = "", argument
         place = Path(directory).expanduser()
-        for own, evaluation in _evaluations(place, name):
+        for own, evaluation in _evaluations(place, name, benchmark):
             if own in named:
                 raise UserError(f"two evaluations are named '{own}'; give them names of their own: NAME=DIR")
             named[own] = evaluation
     return named
 
 
-def _evaluations(place: Path, name: str) -> Iterator[tuple[str, Path]]:
-    """An evaluation, or all of a run, named after it and their arms."""
+def _evaluations(place: Path, name: str, benchmark: str) -> Iterator[tuple[str, Path]]:
+    """An evaluation, or all of a run on one benchmark, named after it and their arms."""
     if not RunDir(place).recipe.is_file():
         yield name or arm_of(place), place
         return
     run = collect(place)
+    wanted = benchmark or str((run.recipe.get("evaluate") or {}).get("benchmark"))
     for walk in run.walks:
-        if len(walk.evaluations) > 1:
-            raise UserError(f"{place}: {walk.name} was asked several benchmarks; name directories below it instead")
-        for evaluation in walk.evaluations.values():
-            yield f"{name or run.directory.name}/{walk.name}", evaluation.directory
+        if walk.evaluations and wanted not in walk.evaluations:
+            asked = ", ".join(walk.evaluations)
+            raise UserError(f"{place}: {walk.name} was asked {asked}, and not '{wanted}' (--benchmark says which)")
+        if walk.evaluations:
+            yield f"{name or run.directory.name}/{walk.name}", walk.evaluations[wanted].directory
 
 
 if __name__ == "__main__":

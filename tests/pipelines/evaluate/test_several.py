@@ -15,6 +15,7 @@ from pipelines.evaluate.config import EvaluateConfig
 from pipelines.rundir import RunDir
 from ray_jobs import cli
 from ray_jobs._options import parse
+from ray_jobs.recipe import recipe_yaml
 from ray_jobs.run import COMMAND, conclude
 
 Benchmark = Callable[..., tuple[Path, Path]]
@@ -111,6 +112,13 @@ evaluate:
     comparison = json.loads((root / "comparison.json").read_text())
     assert comparison["benchmark"] == "textvqa" and comparison["also"]["pope"]["benchmark"] == "pope"
     assert comparison["also"]["pope"]["differences"]["enhanced"]["excludes_zero"]
+
+    (root / "recipe.yaml").write_text(recipe_yaml(recipe))
+    argv = ["compare", str(root), "--output", str(tmp_path / "compared"), "--compare.baseline", "run/original"]
+    assert cli.main([*argv, "--benchmark", "pope"]) == 0 and "run/enhanced 100.0 %" in capsys.readouterr().out
+    assert json.loads((tmp_path / "compared" / "comparison.json").read_text())["benchmark"] == "pope"
+    assert cli.main([*argv, "--benchmark", "vqav2"]) == 2
+    assert "original was asked pope, textvqa, and not 'vqav2'" in capsys.readouterr().err
 
     recipe_file.write_text("evaluate: {also: {pope: {anotations: x}}}\n")
     assert cli.main(["run", str(recipe_file)]) == 2
