@@ -14,6 +14,8 @@ from pipelines.manifest import read_json
 
 PREDICTIONS = "predictions.jsonl"
 
+_TEXTS = ("text", "answer", "caption")
+
 Resolve = Callable[[dict[str, Any], dict[str, Prediction]], str | None]
 """A row, and what has been read before it -> the id of the question that it answers; None: its `question_id`."""
 
@@ -33,7 +35,7 @@ def write_answers(directory: Path, questions: Sequence[Question], predictions: d
 def read_answers(
     path: Path | str, questions: Sequence[Question], resolve: Resolve = lambda row, found: None
 ) -> dict[str, Prediction]:
-    """Answers by question id, from a JSON list or lines of objects with `question_id` and `text` or `answer`.
+    """Answers by question id, from a JSON list or lines of objects: `question_id`, and `text`, `answer` or `caption`.
 
     Raises:
         UserError: not such a file, an answer to no question, a question answered twice or not at all (the ids are
@@ -44,9 +46,9 @@ def read_answers(
     found: dict[str, Prediction] = {}
     for row, entry in enumerate(_rows(path)):
         where = f"{path}: answer {row + 1}"
-        if not isinstance(entry, dict) or not ("text" in entry or "answer" in entry):
+        if not isinstance(entry, dict) or not entry.keys() & set(_TEXTS):
             raise UserError(f"{where}: needs 'question_id' and 'text' (or 'answer')")
-        text = entry.get("text", entry.get("answer"))
+        text = next(entry[key] for key in _TEXTS if key in entry)
         error, truncated = (_said_of(entry, key) for key in ("error", "truncated"))
         if not isinstance(text, str):
             raise UserError(f"{where}: the answer must be text, not {'null' if text is None else type(text).__name__}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from pipelines.errors import UserError
-from pipelines.evaluate import mmbench, pope, textvqa, vqav2
+from pipelines.evaluate import mmbench, pope, textcaps, textvqa, vqav2
 from pipelines.evaluate.benchmark import Benchmark
 
 BENCHMARKS: dict[str, Benchmark] = {
@@ -13,6 +13,7 @@ BENCHMARKS: dict[str, Benchmark] = {
     "vqav2": vqav2,
     "mmbench": mmbench,
     "pope": pope,
+    "textcaps": textcaps,
 }
 
 

@@ -55,8 +55,8 @@ def load(annotations: Path | str, *, ocr_tokens: bool = False, ocr: Path | str |
             named.
     """
     path = Path(annotations)
-    entries = _entries(path)
-    rosetta = _rosetta(Path(ocr)) if ocr and ocr_tokens else {}
+    entries = entries_of(path)
+    rosetta = rosetta_of(Path(ocr)) if ocr and ocr_tokens else {}
     questions: dict[str, Question] = {}
     for row, entry in enumerate(entries):
         question = _question(entry, f"{path}: data[{row}]")
@@ -158,7 +158,12 @@ def _resolve(
     return next((key for key in ids if key not in found), ids[0] if ids else None)
 
 
-def _entries(path: Path) -> list[Any]:
+def entries_of(path: Path) -> list[Any]:
+    """The list `data` of a file of TextVQA, its OCR tokens or TextCaps.
+
+    Raises:
+        UserError: no such file, or not this layout.
+    """
     if not path.is_file():
         raise UserError(f"{path}: no such annotation file")
     content = read_json(path)
@@ -182,8 +187,9 @@ def _question(entry: Any, where: str) -> Question:
     return Question(str(entry["question_id"]), str(entry["image_id"]), str(entry["question"]), "", tuple(answers))
 
 
-def _rosetta(path: Path) -> dict[str, list[str]]:
-    return {str(entry["image_id"]): entry["ocr_tokens"] for entry in _entries(path) if "ocr_tokens" in entry}
+def rosetta_of(path: Path) -> dict[str, list[str]]:
+    """Picture -> OCR tokens."""
+    return {str(entry["image_id"]): entry["ocr_tokens"] for entry in entries_of(path) if "ocr_tokens" in entry}
 
 
 def _tokens(entry: dict[str, Any], rosetta: dict[str, list[str]], path: Path, question: Question) -> list[str]:

@@ -192,7 +192,7 @@ def plots(run: Run, styles: dict[str, int]) -> dict[str, Markup]:
 def benchmark(found: dict[str, Any]) -> str:
     """The benchmark's name as its authors write it; of drawn questions, whose they are not."""
     name = title(str(found.get("benchmark")))
-    return f"drawn, {name}\N{RIGHT SINGLE QUOTATION MARK}s layout" if found.get("drawn") else name
+    return f"drawn questions ({name}\N{RIGHT SINGLE QUOTATION MARK}s layout)" if found.get("drawn") else name
 
 
 @dataclass(frozen=True)
