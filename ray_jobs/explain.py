@@ -325,7 +325,8 @@ class Split:
             sources[each] = [str(walk.evaluation(bench).directory.relative_to(self.place.root)) for walk in mine]
         pictures = Pictures.named([row["image_id"] for row in first])
         trained = len(asked.untrained) * len(self.whole.seeds)
-        return Measured(self.baseline, self.arm, bench, list(self.whole.seeds), scores, pictures, sources, trained)
+        drawn, seeds = bool(read_json(self.place.comparison).get("drawn")), list(self.whole.seeds)
+        return Measured(self.baseline, self.arm, bench, drawn, seeds, scores, pictures, sources, trained)
 
     def _walks(self, place: RunDir, arm: str) -> list[Walk]:
         return [place.walk(arm, seed) for seed in self.whole.seeds]

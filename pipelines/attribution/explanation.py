@@ -15,7 +15,7 @@ from pipelines.attribution.plan import Plan
 from pipelines.attribution.shapley import Coalition
 from pipelines.evaluate import statistics
 from pipelines.evaluate.config import CompareConfig
-from pipelines.evaluate.registry import title
+from pipelines.evaluate.registry import asked
 
 if TYPE_CHECKING:
     import numpy as np
@@ -32,6 +32,7 @@ class Measured:
         baseline: the arm that none of the causes makes.
         arm: the one that all of them make.
         benchmark: its name.
+        drawn: its questions are the sample world's, in the benchmark's form.
         seeds: of training.
         scores: coalition -> float [seeds, questions]; of the causes that change something, numbered as in `causes`.
         pictures: which questions share one.
@@ -42,6 +43,7 @@ class Measured:
     baseline: str
     arm: str
     benchmark: str
+    drawn: bool
     seeds: list[int]
     scores: dict[Coalition, np.ndarray]
     pictures: statistics.Pictures
@@ -52,7 +54,7 @@ class Measured:
 def explain(plan: Plan, found: Measured, config: CompareConfig) -> dict[str, Any]:
     """What `explanation.json` holds.
 
-    `arm`, `baseline`, `benchmark`, `questions`, `pictures`, `seeds`, `confidence`
+    `arm`, `baseline`, `benchmark`, `drawn`, `questions`, `pictures`, `seeds`, `confidence`
     `method`             `exact`, or `sampled` with `orders`, as many as were drawn (each with its reverse)
     `trained`            models trained for it
     `score`              of `baseline` and `arm`, in [0, 1], mean over seeds
@@ -99,6 +101,7 @@ def explain(plan: Plan, found: Measured, config: CompareConfig) -> dict[str, Any
         "arm": found.arm,
         "baseline": found.baseline,
         "benchmark": found.benchmark,
+        "drawn": found.drawn,
         "questions": base_SQ.shape[1],
         "pictures": found.pictures.number,
         "seeds": found.seeds,
@@ -195,11 +198,11 @@ def table(found: dict[str, Any]) -> str:
     """The explanation for a person."""
     gain, seeds = found["gain"], len(found["seeds"])
     drawn = f", {found['orders']} orders drawn" if found["method"] == "sampled" else ""
-    asked = f"{title(found['benchmark'])}, {found['questions']:,} questions, {seeds} seed{'s' * (seeds > 1)}{drawn}"
+    on = f"{found['questions']:,} {asked(found)}, {seeds} seed{'s' * (seeds > 1)}{drawn}"
     score = {name: f"{100 * found['score'][name]:.1f} %" for name in ("arm", "baseline")}
     lines = [
         f"{found['arm']} {score['arm']}, {found['baseline']} {score['baseline']}: gain {_points(gain['value'])} points "
-        f"({_ends(gain['interval'])}); {asked}"
+        f"({_ends(gain['interval'])}); {on}"
     ]
     heads = ("cause", "part", f"{100 * found['confidence']:g} % interval", "of the gain", "left out", "rows changed")
     rows = [heads]

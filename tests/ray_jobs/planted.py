@@ -13,7 +13,7 @@ from pipelines.sample.language import caption
 from pipelines.sample.scene import Scene, draw_scenes, jpeg
 from pipelines.sample.world import write_world
 
-PLANTED = {"wrong": 0.1, "looping": 0.5, "duplicate": 0.2}
+PLANTED = {"wrong": 0.05, "looping": 0.5, "duplicate": 0.15}
 """Shares of the pairs."""
 CURED = {
     "captions": PLANTED["wrong"] + PLANTED["looping"] + PLANTED["duplicate"],

@@ -47,7 +47,7 @@ def test_planted_defects_are_named_in_their_order(tmp_path: Path) -> None:
     """Captions that loop, are of other pictures, or are one phrase, in known shares: each cause gets the more the more
     pairs it puts right, one that touches no row nothing at all, and the parts are the gain. Killed, it goes on.
     """
-    recipe = planted.write(tmp_path, pairs=240, instructions=120, questions=200)
+    recipe = planted.write(tmp_path, pairs=200, instructions=100, questions=200)
     captune("run", str(recipe))
     run, found = str(tmp_path / "run"), tmp_path / "run" / "explain" / "enhanced"
     foreseen = json.loads(captune("explain", run, "--dry-run", "--json"))

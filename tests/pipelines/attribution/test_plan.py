@@ -94,6 +94,7 @@ def test_an_explanation_adds_up_and_says_what_each_cause_did() -> None:
         "original",
         "enhanced",
         "textvqa",
+        False,
         [0, 1],
         scores,
         Pictures.named([str(n // 2) for n in range(200)]),
