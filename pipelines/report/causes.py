@@ -49,7 +49,7 @@ def _explained(run: Run, found: dict[str, Any], styles: dict[str, int]) -> Expla
         found,
         confidence,
         asked({"benchmark": found["benchmark"], "drawn": drawn}),
-        _figure(found, {cause["name"]: _name(cause) for cause in live}, styles, confidence),
+        _figure(found, {cause["name"]: cause for cause in live}, styles, confidence),
         [cause | {"name": _name(cause)} for cause in live],
         [_name(cause) for cause in found["causes"] if cause not in live],
     )
@@ -59,18 +59,18 @@ def _name(cause: dict[str, Any]) -> str:
     return "new captions" if cause["kind"] == CAPTIONS else str(cause["name"])
 
 
-def _figure(found: dict[str, Any], names: dict[str, str], styles: dict[str, int], confidence: str) -> Markup:
+def _figure(found: dict[str, Any], live: dict[str, dict[str, Any]], styles: dict[str, int], confidence: str) -> Markup:
     spans = []
     for step in found["waterfall"]:
         at, to, ends = 100 * step["from"], 100 * step["to"], step["interval"]
         if ends is None:
             style = styles.get(step["name"], -1)
             spans.append(charts.Span(step["name"], at, to, numbers.percent_text(step["to"]), style))
-        elif step["name"] in names:
+        elif cause := live.get(step["name"]):
             low, high = (numbers.points_text(end) for end in ends)
-            text = f"{numbers.points_text(step['to'] - step['from'])}  ({low} to {high})"
+            text = f"{numbers.points_text(cause['part'])}  ({low} to {high})"
             mood = "good" if to >= at else "bad"
             whisker = (at + 100 * ends[0], at + 100 * ends[1])
-            spans.append(charts.Span(names[step["name"]], at, to, text, -1, mood, whisker))
+            spans.append(charts.Span(_name(cause), at, to, text, -1, mood, whisker))
     label = f"From the score of {found['baseline']} to that of {found['arm']} by cause, {confidence} intervals"
     return charts.waterfall(spans, label, lambda value: f"{value:g}")

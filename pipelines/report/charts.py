@@ -15,8 +15,8 @@ from typing import Any
 from markupsafe import Markup, escape
 
 Format = Callable[[float], str]
-STYLES = 6
-"""Arms that the style sheet can tell apart; a seventh looks like the first."""
+STYLES = 8
+"""Arms that the style sheet can tell apart; a ninth looks like the first."""
 _MARKERS = (
     "M-5-5H5V5H-5Z",
     "M0-6A6 6 0 1 1 0 6A6 6 0 1 1 0-6Z",
@@ -24,6 +24,8 @@ _MARKERS = (
     "M0-7L7 0L0 7L-7 0Z",
     "M0 7L-6.5-5H6.5Z",
     "M-2-6H2V-2H6V2H2V6H-2V2H-6V-2H-2Z",
+    "M-5 0L5-6.5V6.5Z",
+    "M5 0L-5-6.5V6.5Z",
 )
 
 
