@@ -67,7 +67,7 @@ def render(
         workload: run (the whole recipe), one stage, preflight (looks at everything that a run needs, on one CPU pod),
             cluster (for `ray job submit`) or serve.
         arm: of the stages that an arm has its own of, and of serve. Empty: all of them, one after another; for serve
-            the last one in the recipe.
+            the last one in the recipe that is no control.
         seed: of training and what follows. None: all of them; for serve the first.
         image: instead of captune:VERSION; REPOSITORY:TAG, or better REPOSITORY@sha256:DIGEST.
 
@@ -245,7 +245,8 @@ def _checked(recipe: Recipe, step: Step) -> Step:
         raise UserError(f"--workload {workload} needs a recipe with arms")
     if workload == "serve":
         merged = hallway.steps(recipe, "merge", arm, seed)
-        return Step("serve", merged[-1].arm, merged[0].seed)
+        last = next((step for step in reversed(merged) if recipe.has_data(step.arm)), merged[-1])
+        return Step("serve", last.arm, merged[0].seed)
     hallway.steps(recipe, workload if workload in hallway.STAGES else "", arm, seed)
     return step
 

@@ -18,6 +18,7 @@ from pipelines.sample.scene import (
     Scene,
     Things,
     Writing,
+    another_scene,
 )
 
 SHORT_ANSWER = "Answer the question using a single word or phrase."
@@ -51,38 +52,50 @@ def _plural(item: Things) -> str:
     return item.shape + ("es" if item.shape == "cross" else "s")
 
 
-_BOILERPLATE = (
-    "image of a photo of a picture of the image",
-    "photo of a picture of the image for sale",
-    "picture of a photo of the picture",
-    "image of the photo of the photo for sale",
-    "a photo of the picture of a photo of a photo",
-    "the picture of the image of a picture of the photo for sale",
-)
-_JUNK = (
-    "image",
-    "photo photo photo photo photo photo",
-    "image image image image image",
-    "!!! ??? !!!",
-    "for sale for sale",
+_FOREIGN = (
+    "cartel rojo",
+    "ein blaues Schild",
+    "étiquette verte",
+    "cartello giallo",
+    "preço do dia",
+    "値札",
+    "camiseta",
 )
 
 
 def poor_caption(scene: Scene, rng: random.Random) -> str:
-    """Web alt-text: boilerplate, repetition, a true word now and then, a wrong one as often; what is written is never
-    transcribed.
+    """Alt-text as the web has it. But for other languages it is made of words that the small language model learned in
+    good captions: what is wrong with it is what it says.
+
+    Of a hundred: 22 are a file's name, 16 a site's, 30 name the thing and little else (a colour of it may be wrong), 13
+    belong to another picture, 8 are words for search engines, 5 are of another language, and 6 are right.
     """
-    draw = rng.random()
-    boilerplate = rng.choice(_BOILERPLATE)
-    if draw < 0.50:
-        return boilerplate
-    if draw < 0.70:  # right, but only what kind of thing it is
-        return f"{boilerplate} of a {scene.writings[0].kind}"
-    if draw < 0.85:  # wrong: written for another picture
-        return f"photo of a {rng.choice(KINDS)} and the image of a {rng.choice(KINDS)}"
-    if draw < 0.93:
-        return " ".join([rng.choice(("photo", "image", "picture"))] * rng.randint(6, 14))
-    return rng.choice(_JUNK)
+    draw, writing = rng.random(), rng.choice(scene.writings)
+    if draw < 0.22:
+        return f"{writing.kind} {' '.join(rng.choices(DIGITS, k=rng.randint(1, 3)))}"
+    if draw < 0.38:
+        return " ".join(rng.sample([*SIGN_WORDS, *LABEL_WORDS], rng.randint(2, 4)))
+    if draw < 0.68:
+        return _half_true(scene, writing, rng)
+    if draw < 0.81:
+        return caption(another_scene("pairs", rng))
+    if draw < 0.89:
+        return " ".join([rng.choice((*KINDS, *COLORS, "sale", "shoes", "toys"))] * rng.randint(5, 12))
+    if draw < 0.94:
+        return rng.choice(_FOREIGN)
+    return caption(scene)
+
+
+def _half_true(scene: Scene, writing: Writing, rng: random.Random) -> str:
+    """The right thing in a colour that is right every other time; and perhaps a shape, as often right. Never what is
+    written.
+    """
+    color = writing.color if rng.random() < 0.5 else rng.choice([*COLORS])
+    said = f"a {color} {writing.kind}"
+    if scene.things is not None and rng.random() < 0.4:
+        shape = scene.things.shape if rng.random() < 0.5 else rng.choice(SHAPES)
+        said += f" {rng.choice(('above', 'below'))} a {shape}"
+    return said
 
 
 @dataclass(frozen=True)
@@ -161,12 +174,28 @@ def ocr_tokens(scene: Scene, rng: random.Random) -> list[str]:
     return [_slip(token, rng) if rng.random() < 0.1 and len(token) > 2 else token for token in tokens]
 
 
+_SEEN_BY_TOKENIZERS = (
+    "image of a photo of a picture of the image",
+    "photo of a picture of the image for sale",
+    "picture of a photo of the picture",
+    "image of the photo of the photo for sale",
+    "a photo of the picture of a photo of a photo",
+    "the picture of the image of a picture of the photo for sale",
+    "image",
+    "photo photo photo photo photo photo",
+    "image image image image image",
+    "!!! ??? !!!",
+    "for sale for sale",
+)
+"""The alt-text that the tokenizers which come with captune were trained on; others would have other tokens."""
+
+
 def vocabulary_text() -> list[str]:
     """Sentences that hold every word and prompt of the world, for training the tokenizers."""
     words = [*SIGN_WORDS, *LABEL_WORDS, *COLORS, *SHAPES, *(s + "s" for s in SHAPES), "crosses", *COUNTS, *KINDS]
     lines = [" ".join(words), " ".join(f"${d}" for d in DIGITS), " ".join(DIGITS)]
     lines += ["a an that says that reads of with number above below and in the picture"]
-    lines += [*_BOILERPLATE, *_JUNK, SHORT_ANSWER, "dollars unanswerable unknown none nothing written empty"]
+    lines += [*_SEEN_BY_TOKENIZERS, SHORT_ANSWER, "dollars unanswerable unknown none nothing written empty"]
     lines += [question for questions_of in _READING.values() for question in questions_of]
     lines += [f"what color is the {kind}? how many shapes are above below the {kind}? what shape" for kind in KINDS]
     return lines

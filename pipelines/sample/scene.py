@@ -173,13 +173,18 @@ SPLITS = {"models": range(0, 70), "pairs": range(70, 80), "instruct": range(80, 
 def draw_scenes(split: str, number: int, seed: int) -> list[Scene]:
     """`number` different scenes of a split, in an order that depends on the seed alone."""
     rng = random.Random(f"{split}/{seed}")
-    allowed = SPLITS[split]
     scenes: dict[str, Scene] = {}
     while len(scenes) < number:
-        scene = _random_scene(rng)
-        if _bucket(scene.key) in allowed:
-            scenes.setdefault(scene.key, scene)
+        scene = another_scene(split, rng)
+        scenes.setdefault(scene.key, scene)
     return list(scenes.values())
+
+
+def another_scene(split: str, rng: random.Random) -> Scene:
+    """Any scene of a split."""
+    while _bucket((scene := _random_scene(rng)).key) not in SPLITS[split]:
+        pass
+    return scene
 
 
 def _bucket(key: str) -> int:

@@ -55,7 +55,12 @@ def write_world(out: Path | str, config: SampleConfig, *, models: bool = True, r
 
 def inputs(config: SampleConfig, models: bool = True) -> dict[str, Any]:
     """Everything that decides what is drawn."""
-    return {"sample": {**vars(config), "out": None}, "models": models, "benchmarks": ["vqav2", "pope", "mmbench"]}
+    return {
+        "sample": {**vars(config), "out": None},
+        "models": models,
+        "benchmarks": ["vqav2", "pope", "mmbench"],
+        "alt_text": 2,
+    }
 
 
 def _write_pairs(out: Path, config: SampleConfig, progress: Progress) -> int:

@@ -380,7 +380,7 @@ def test_the_manifests_name_the_version_that_they_come_with() -> None:
         (["render", "--recipe", "sample", "--overlay", "kind", "--workload", "serv"], "must be one of run"),
         (
             ["render", "--recipe", "sample", "--overlay", "kind", "--arm", "enhnaced"],
-            "the recipe's arms are original, enhanced",
+            "the recipe's arms are original, none, filtered, recaptioned, enhanced",
         ),
         (["render", "--recipe", "nonesuch", "--overlay", "kind"], "nonesuch: no such recipe"),
     ],

@@ -18,6 +18,10 @@ ROOT = Path(__file__).parents[2]
 
 
 def command(root: Path, **others: int) -> list[str]:
+    root.mkdir(exist_ok=True)
+    recipe = root / "recipe.yaml"
+    arms = "original: {text: caption}, enhanced: {text: recaption, recipe: refine_captions.yaml}"
+    recipe.write_text(f"base: sample\narms: {{{arms}}}\n")
     options = {
         "run_dir": root / "run",
         "sample.pairs": 60,
@@ -29,7 +33,7 @@ def command(root: Path, **others: int) -> list[str]:
         **others,
     }
     words = [word for key, value in options.items() for word in (f"--{key}", str(value))]
-    return [sys.executable, "-m", "ray_jobs.cli", "run", "sample", *words]
+    return [sys.executable, "-m", "ray_jobs.cli", "run", str(recipe), *words]
 
 
 def run(root: Path, **others: int) -> str:
