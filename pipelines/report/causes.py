@@ -37,18 +37,17 @@ class Explained:
 
 def explained(run: Run, styles: dict[str, int]) -> list[Explained]:
     """Every arm whose gain was explained; empty where nobody asked for it."""
-    return [_explained(run, found, styles) for found in run.explanations.values()]
+    return [_explained(found, styles) for found in run.explanations.values()]
 
 
-def _explained(run: Run, found: dict[str, Any], styles: dict[str, int]) -> Explained:
+def _explained(found: dict[str, Any], styles: dict[str, int]) -> Explained:
     by_part = sorted(found["causes"], key=lambda cause: -abs(cause["part"]))
     live = [cause for cause in by_part if any(cause["changed_rows"].values())]
     confidence = f"{level(found['confidence'])}\N{NARROW NO-BREAK SPACE}%"
-    drawn = bool(run.comparison.get("drawn")) and run.comparison.get("benchmark") == found["benchmark"]
     return Explained(
         found,
         confidence,
-        asked({"benchmark": found["benchmark"], "drawn": drawn}),
+        asked(found),
         _figure(found, {cause["name"]: cause for cause in live}, styles, confidence),
         [cause | {"name": _name(cause)} for cause in live],
         [_name(cause) for cause in found["causes"] if cause not in live],

@@ -89,14 +89,17 @@ def explain(run: Path) -> None:
     found = {frozenset(each): stage.read_scores(run / arm / "predictions" / "textvqa") for each, arm in places.items()}
     questions = next(iter(found.values()))["questions"]
     measured = explanation.Measured(
-        "original",
-        "enhanced",
-        "textvqa",
-        [0],
-        {each: np.array([[float(row["score"]) for row in scores["questions"]]]) for each, scores in found.items()},
-        statistics.Pictures.named([row["image_id"] for row in questions]),
-        {each: [] for each in found},
-        0,
+        baseline="original",
+        arm="enhanced",
+        benchmark="textvqa",
+        drawn=False,
+        seeds=[0],
+        scores={
+            each: np.array([[float(row["score"]) for row in scores["questions"]]]) for each, scores in found.items()
+        },
+        pictures=statistics.Pictures.named([row["image_id"] for row in questions]),
+        sources={each: [] for each in found},
+        trained=0,
     )
     place = run / "explain" / "enhanced" / "explanation.json"
     write_json(place, explanation.explain(asked, measured, CompareConfig(resamples=400)))
