@@ -312,7 +312,8 @@ def test_an_endpoint_of_several_pods_can_be_drained_one_by_one() -> None:
     wanted, count = recipe("mgm2b_1m"), 3
     wanted = replace(wanted, serve=replace(wanted.serve, replicas=count))
     objects = render.render(wanted, "gpu-80gb", "serve")
-    budget = the(objects, "PodDisruptionBudget", names.of_work(wanted.run_dir, "serve", list(wanted.arms)[-1]))
+    seed = wanted.seeds[0] if len(wanted.seeds) > 1 else None
+    budget = the(objects, "PodDisruptionBudget", names.of_work(wanted.run_dir, "serve", list(wanted.arms)[-1], seed))
     assert complaints(objects) == [] and budget["spec"]["minAvailable"] == count - 1
     service = the(objects, "RayService", budget["metadata"]["name"])
     (deployment,) = yaml.safe_load(service["spec"]["serveConfigV2"])["applications"][0]["deployments"]

@@ -115,7 +115,7 @@ def test_a_recipe_fits_the_published_layouts(
     assert ("assemble" in found) == (recipe == "mgm2b_30k")
     assert found["caption"]["rows"] == SMALL.pairs
     assert found["caption"]["memory"] > 0
-    assert found["evaluate enhanced"]["rows"] == SMALL.questions
+    assert found["evaluate enhanced, seed 2"]["rows"] == SMALL.questions
     assert {step["state"] for step in plan["steps"]} == {"starts"}
     assert not (brought / "runs").exists()
 
@@ -125,7 +125,7 @@ def test_hours_are_those_of_a_finished_run_and_else_unknown(
 ) -> None:
     """At its rates for other numbers of rows; not where another model or another kind of machine did the work."""
     monkeypatch.chdir(brought)
-    words = ["mgm2b_30k_published", "--run_dir", str(tmp_path / "new")]
+    words = ["mgm2b_30k_published", "--run_dir", str(tmp_path / "new"), "--seeds", "[0]"]
     recipe, run_dir = parse(run.COMMAND, words)[0], tmp_path / "old"
     run_dir.mkdir()
     (run_dir / "recipe.yaml").write_text(recipe_yaml(recipe))
