@@ -279,11 +279,9 @@ def _curve(
     for i in shown:
         title = tag("title", f"{line.name}, {points[i].where}: {number(points[i].y)}")
         yield tag("g", title, tag("circle", cx=drawn[i][0], cy=drawn[i][1], r=6), class_=f"hover {style(line.index)}")
-    for share in (
-        0.2,
-        0.65,
-    ):  # signs on the line, for eyes and printers that see no colours; each arm's at places of its own
-        share += 0.09 * (line.index % STYLES)
+    # Signs on the line, for eyes and printers that see no colours; each arm's at places of its own.
+    for half in (0.1, 0.55):
+        share = half + 0.4 * (line.index % STYLES) / STYLES
         yield _at(*drawn[int(share * (len(drawn) - 1))], marker(line.index, transform="scale(.75)"))
 
 

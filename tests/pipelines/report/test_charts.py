@@ -44,6 +44,15 @@ def test_curves_of_all_arms_share_axes_and_carry_their_values() -> None:
     assert "a0" in drawing and "a1" in drawing
 
 
+def test_every_arm_has_signs_of_its_own_on_its_line() -> None:
+    """Nine lines of two hundred steps: two signs each, at eight places."""
+    points = [charts.Point(step, 1.0 + step, f"step {step}") for step in range(200)]
+    series = [charts.Series(f"arm {index}", index, [points]) for index in range(9)]
+    svg = str(charts.curves(series, [("align", 0.0, 200.0)], "loss", numbers.figure_text, smooth=False))
+    places = re.findall(r'<svg x="([^"]*)" y="[^"]*"[^>]*><path d="[^"]*" class="mark', svg)
+    assert len(places) == 18 and len(set(places)) == 16
+
+
 @pytest.mark.parametrize(("values", "logarithmic"), [([100.0, 1.0], True), ([5.0, 1.0], False), ([100.0, 0.0], False)])
 def test_the_axis_is_logarithmic_only_for_wide_positive_ranges(values: list[float], logarithmic: bool) -> None:
     assert ("logarithmic" in _drawn(values)) == logarithmic
