@@ -150,9 +150,11 @@ def _refine(stage: Stage) -> Card:
     facts = []
     if manifest:
         text = {"caption": "captions as found", "recaption": "new captions"}[training_text(stage.directory)]
+        if mix := stage.inputs.get("mix"):
+            text = f"captions as found and new ones (mix: {mix['by']})"
         operators = len(stage.inputs.get("process") or [])
         facts = [
-            f"of {manifest['rows_in']:,} ({numbers.percent_text(manifest['retention'])})",
+            f"of {manifest.get('samples', manifest['rows_in']):,} ({numbers.percent_text(manifest['retention'])})",
             f"trains on {text}",
             f"{operators} operators" if operators else "no filters",
         ]
