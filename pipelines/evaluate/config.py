@@ -59,7 +59,7 @@ class EvaluateConfig:
     also: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.benchmark, *further = (name.strip() for name in self.benchmark.split(","))
+        self.benchmark, *further = [name for each in self.benchmark.split(",") if (name := each.strip())] or [""]
         self.also = {**self.also, **{name: self.also.get(name) or {} for name in further}}
         for name, own in self.also.items():
             self._check_further(name, own)
