@@ -149,9 +149,10 @@ class Split:
         return found
 
     def foreseen(self) -> tuple[int, bool]:
-        """Coalitions to train, and whether that is sure: it is once every operator has been tried alone."""
+        """Coalitions still to train, and whether that is sure: it is once every operator has been tried alone."""
         if all((self._dataset(each) / MANIFEST).is_file() for each in alone(self.causes)):
-            return len(self._plan().untrained), True
+            names = map(self._name, self._plan().untrained.values())
+            return sum(not all(self._answered(name, seed) for seed in self.whole.seeds) for name in names), True
         return min(2 ** len(self.causes) - len(self._arms), self.whole.explain.budget), False
 
     def hours(self, trainings: int) -> cost.Hours:
@@ -255,7 +256,11 @@ class Split:
     def _make(self, coalitions: Collection[Coalition], stages: Collection[str]) -> None:
         """The stages of some coalitions. A model that has answered is thrown away: there may be dozens of them."""
         inner = self._inner_recipe(coalitions)
-        todo = [step for step in hallway.steps(inner) if step.stage in stages and not self._done(inner, step)]
+        steps = [step for step in hallway.steps(inner) if step.stage in stages]
+        todo = [step for step in steps if not self._done(inner, step)]
+        for step in steps:
+            if step.stage == "merge" and step not in todo:  # a kill came between the answers and this
+                shutil.rmtree(hallway.output(inner, self.inner, step), ignore_errors=True)
         if not todo:
             return
         preflight.require(_plan.problems(inner, todo))
@@ -273,8 +278,10 @@ class Split:
         """What is complete; and what came before answers that are all there."""
         if step.stage == "refine":
             return (hallway.output(inner, self.inner, step) / MANIFEST).is_file()
-        walk = self.inner.walk(step.arm, self._seed(step))
-        manifest = walk.evaluation(inner.evaluate.benchmark).manifest
+        return self._answered(step.arm, self._seed(step))
+
+    def _answered(self, name: str, seed: int) -> bool:
+        manifest = self.inner.walk(name, seed).evaluation(self.whole.evaluate.benchmark).manifest
         return bool(manifest) and not manifest["errors"]
 
     def _seed(self, step: hallway.Step) -> int:

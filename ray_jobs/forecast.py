@@ -169,7 +169,11 @@ class Ladder:
 
     def _walk(self, recipe: Recipe, stages: tuple[str, ...], restart: bool) -> None:
         """The stages of all rungs. A model that has answered is thrown away."""
-        steps = [step for step in hallway.steps(recipe) if step.stage in stages and (restart or not self._done(step))]
+        every = [step for step in hallway.steps(recipe) if step.stage in stages]
+        steps = [step for step in every if restart or not self._done(step)]
+        for step in every:
+            if step.stage == "merge" and step not in steps:  # a kill came between the answers and this
+                shutil.rmtree(hallway.output(recipe, self.inner, step), ignore_errors=True)
         run.keep(recipe, self.inner)
 
         def work(step: hallway.Step) -> None:
