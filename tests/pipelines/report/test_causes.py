@@ -60,7 +60,7 @@ def test_causes_are_drawn_and_told_with_their_numbers(five: Path, text: str) -> 
 def test_in_short_has_the_numbers_of_the_files(five: Path, text: str) -> None:
     metrics = json.loads((five / "enhanced" / "dataset" / "metrics.json").read_text())
     before, after = (metrics[key]["lexical_diversity"] for key in ("before", "after"))
-    assert f"{after:.3g} {100 * (after / before - 1):+.0f} %" in text
+    assert f"{after:.3g} {100 * (after / before - 1):+.0f} %".replace("-", "\N{MINUS SIGN}") in text
     table = read_shards(five / "enhanced" / "dataset", columns=["sample_id", "caption", "recaption"])
     same = [text_metrics(table[name].to_pylist())["lexical_diversity"] for name in ("caption", "recaption")]
     assert f"{same[0]:.3g} → {same[1]:.3g}" in text
