@@ -146,6 +146,10 @@ class RunDir:
         """The result of that."""
         return self.explaining(arm) / EXPLANATION
 
+    def two_by_two(self, arm: str) -> Path:
+        """A split of an arm's gain over captions and filters by other arms of the run, where there are such."""
+        return self.root / EXPLAIN / f"{arm}.json"
+
     @property
     def forecasting(self) -> Path:
         """The directory of the run that tries this one in small."""
@@ -244,9 +248,11 @@ class Run:
 
     @property
     def explanations(self) -> dict[str, dict[str, Any]]:
-        """Arm -> what `captune explain` found."""
-        files = sorted((self.directory / EXPLAIN).glob(f"*/{EXPLANATION}"))
-        return {path.parent.name: dict(read_json(path)) for path in files}
+        """Arm -> what `captune explain` found, else what the run's own arms say."""
+        place = self.directory / EXPLAIN
+        files = {path.stem: path for path in sorted(place.glob("*.json"))}
+        files |= {path.parent.name: path for path in sorted(place.glob(f"*/{EXPLANATION}"))}
+        return {arm: dict(read_json(path)) for arm, path in files.items()}
 
     def stages(self) -> Iterator[tuple[str, Stage]]:
         """Every stage directory that exists, with its path inside the run."""

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipelines import cost, preflight
 from pipelines.attribution.causes import CAPTIONS, MIXING, ArmData, Cause, Ledger, alone, find, process_of
+from pipelines.attribution.config import TOGETHER
 from pipelines.attribution.plan import Plan, plan
 from pipelines.attribution.shapley import Coalition
 from pipelines.errors import UserError
@@ -96,6 +97,20 @@ def _dry_run(split: Split, options: SimpleNamespace) -> int:
     return _ending.tell(options, {**result, "at_most": not known, "hours": hours}, text)
 
 
+def without_training(whole: Recipe, arm: str) -> dict[str, Any] | None:
+    """The explanation of an arm's gain over captions and filters, each as one cause, where the run has an arm with its
+    captions alone and one with its filters alone; else None.
+    """
+    base, own = (whole.arms[name] for name in (whole.compare.baseline_among(whole.arms), arm))
+    same = all(getattr(base, key) == getattr(own, key) for key in (*_SAME, "mix"))
+    if not same or own.recipe is None or base.recipe is not None:
+        return None
+    if (whole.captions_of(arm), own.text) == (whole.captions_of(whole.compare.baseline_among(whole.arms)), base.text):
+        return None
+    split = Split(replace(whole, explain=replace(whole.explain, filters=TOGETHER)), arm)
+    return split.of_the_run()
+
+
 class Split:
     """One arm's gain, and the runs below the run directory that split it.
 
@@ -122,7 +137,7 @@ class Split:
                 )
         self.base, self.own = self._data_of(self.baseline), self._data_of(arm)
         self.without_rows: set[Coalition] = set()
-        self.causes = find(self.base, self.own)
+        self.causes = find(self.base, self.own, together=whole.explain.filters == TOGETHER)
 
     def run(self, *, restart: bool = False) -> dict[str, Any]:
         """Train what is needed, write `explanation.json`, and return it. Complete already, it is only read.
@@ -147,6 +162,15 @@ class Split:
         write_json(path, found)
         stage.finish(trained=found["trained"], gain=found["gain"])
         return found
+
+    def of_the_run(self) -> dict[str, Any] | None:
+        """The explanation where every coalition is an arm of the run; else None."""
+        from pipelines.attribution import explanation
+
+        if not set(alone(self.causes)) <= self._arms.keys():
+            return None
+        asked = self._plan()
+        return None if asked.untrained else explanation.explain(asked, self._measure(asked), self.whole.compare)
 
     def foreseen(self) -> tuple[int, bool]:
         """Coalitions still to train, and whether that is sure: it is once every operator has been tried alone."""
@@ -233,8 +257,8 @@ class Split:
         return found
 
     def _does(self, data: ArmData, cause: Cause) -> bool:
-        if cause.position is not None:
-            return self.own.process[cause.position] in data.process
+        if cause.positions:
+            return all(self.own.process[place] in data.process for place in cause.positions)
         return data.captions == self.own.captions if cause.kind == CAPTIONS else data.mix == self.own.mix
 
     def _dataset(self, coalition: Coalition) -> Path:

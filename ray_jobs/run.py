@@ -16,7 +16,7 @@ from pipelines.evaluate.config import CompareConfig
 from pipelines.evaluate.registry import title
 from pipelines.files import write_text
 from pipelines.lock import LOCK, hold, release
-from pipelines.manifest import MANIFEST, read_json
+from pipelines.manifest import MANIFEST, read_json, write_json
 from pipelines.progress import clock, say
 from pipelines.rundir import RunDir
 from ray_jobs import _ending, _log, _plan, _refusals, _start, cli, hallway, side_by_side
@@ -209,16 +209,29 @@ def conclude(recipe: Recipe, *, whole: bool = True, restart: bool = False) -> No
         for seed in recipe.seeds:
             comparisons[seed] = {benchmark: _compare(recipe, place, seed, benchmark) for benchmark in benchmarks}
         _write_comparison(place, comparisons, recipe.compare)
-    for arm in recipe.explain.arms if whole else ():
-        from pipelines.attribution import explanation
-        from ray_jobs.explain import Split
-
-        say(explanation.table(Split(recipe, arm).run(restart=restart)))
+        _explain(recipe, place, whole, restart)
     page.run(place.root)
     every = [found for each in comparisons.values() for found in each.values()]
     reasons = [reason for found in every for reason in compare.withheld(found)]
     if reasons:
         raise WorkFailed("; ".join(reasons))
+
+
+def _explain(recipe: Recipe, place: RunDir, whole: bool, restart: bool) -> None:
+    """Split the gains that the recipe names, and others where the run's own arms suffice for captions and filters."""
+    from pipelines.attribution import explanation
+    from ray_jobs.explain import Split, without_training
+
+    named = recipe.explain.arms if whole else ()
+    for arm in named:
+        say(explanation.table(Split(recipe, arm).run(restart=restart)))
+    for arm in recipe.arms:
+        found = None if arm in named or place.explanation(arm).is_file() else without_training(recipe, arm)
+        if found is not None:
+            write_json(place.two_by_two(arm), found)
+            say(explanation.table(found))
+        else:
+            place.two_by_two(arm).unlink(missing_ok=True)
 
 
 def _compare(recipe: Recipe, place: RunDir, seed: int, benchmark: str) -> dict:
@@ -253,8 +266,6 @@ def keep(recipe: Recipe, place: RunDir) -> Recipe:
 
 def _write_comparison(place: RunDir, comparisons: dict[int, dict[str, dict]], config: CompareConfig) -> None:
     """Say the results. `comparison.json` is the first benchmark's, and holds those of the others as `also`."""
-    from pipelines.manifest import write_json
-
     benchmarks = list(next(iter(comparisons.values())))
     found = {}
     for name in benchmarks:

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 CAPTIONS, MIXING = "captions", "mixing"
 """The causes that are no operators, and their kinds: new captions, and captions as found beside them."""
+FILTERS = "filters"
+"""All operators as one cause."""
 
 
 @dataclass(frozen=True)
@@ -32,14 +34,14 @@ class Cause:
     """One thing that an arm does.
 
     Attributes:
-        name: `captions`, `mixing`, or the operator's name (its second use is `#2`).
-        kind: `captions`, `mixing`, `filter`, `mapper` or `global`.
-        position: of the operator in the arm's Data-Juicer recipe; None for the others.
+        name: `captions`, `mixing`, or the operator's name (its second use is `#2`), or `filters` for all of them.
+        kind: `captions`, `mixing`, `filter`, `mapper` or `global`; of several operators the one that hides most.
+        positions: of its operators in the arm's Data-Juicer recipe; none for the others.
     """
 
     name: str
     kind: str
-    position: int | None = None
+    positions: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -59,8 +61,11 @@ class ArmData:
     process: Process
 
 
-def find(base: ArmData, own: ArmData) -> list[Cause]:
+def find(base: ArmData, own: ArmData, *, together: bool = False) -> list[Cause]:
     """The causes: captions, mixing, then operators in their order.
+
+    Args:
+        together: all operators are one cause.
 
     Raises:
         UserError: the baseline filters or mixes in a way that the arm does not, or the two make the same data.
@@ -74,19 +79,26 @@ def find(base: ArmData, own: ArmData) -> list[Cause]:
         raise UserError(f"arms.{base.arm}.mix: the baseline mixes captions in a way that arms.{own.arm} does not")
     causes = [Cause(CAPTIONS, CAPTIONS)] if base.captions != own.captions else []
     causes += [Cause(MIXING, MIXING)] if base.mix != own.mix else []
-    causes += [
-        Cause(operator.label, operator.kind, position)
+    operators = [
+        Cause(operator.label, operator.kind, (position,))
         for position, (entry, operator) in enumerate(zip(own.process, build(own.process), strict=True))
         if entry not in base.process
     ]
+    causes += [_as_one(operators)] if together and operators else operators
     if not causes:
         raise UserError(f"arms.{own.arm}: makes the same data as the baseline {base.arm}; there is nothing to explain")
     return causes
 
 
+def _as_one(operators: Sequence[Cause]) -> Cause:
+    kinds = {operator.kind for operator in operators}
+    kind = next(kind for kind in ("mapper", "global", "filter") if kind in kinds)
+    return Cause(FILTERS, kind, tuple(position for operator in operators for position in operator.positions))
+
+
 def process_of(coalition: Coalition, causes: Sequence[Cause], own: Process) -> Process:
     """The operators of a coalition: the arm's without those of the causes that are not in it."""
-    left_out = {cause.position for number, cause in enumerate(causes) if number not in coalition}
+    left_out = {place for number, cause in enumerate(causes) if number not in coalition for place in cause.positions}
     return [entry for position, entry in enumerate(own) if position not in left_out]
 
 
@@ -166,7 +178,7 @@ def numbers_of(causes: Sequence[Cause], kind: str) -> Coalition:
 def alone(causes: Sequence[Cause]) -> list[Coalition]:
     """Coalitions whose data say what every cause does: each operator alone, and nothing, on each text; and mixing."""
     captions, mixing = (numbers_of(causes, kind) for kind in (CAPTIONS, MIXING))
-    operators = [frozenset([number]) for number, cause in enumerate(causes) if cause.position is not None]
+    operators = [frozenset([number]) for number, cause in enumerate(causes) if cause.positions]
     texts = dict.fromkeys([frozenset[int](), captions])
     return [
         *(each | more for each in texts for more in (frozenset[int](), *operators)),

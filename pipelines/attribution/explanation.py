@@ -172,7 +172,7 @@ def _estimate(
 def _two_by_two(
     causes: Sequence[Cause], everything: Coalition, found: Measured, config: CompareConfig
 ) -> dict[str, Any] | None:
-    captions = frozenset(number for number in everything if causes[number].position is None)
+    captions = frozenset(number for number in everything if causes[number].positions == ())
     filters = everything - captions
     if not captions or not filters:
         return None

@@ -85,6 +85,6 @@ def plan(ledger: Ledger, of_the_run: Collection[Coalition], budget: int, seed: i
 
 def corners(ledger: Ledger) -> list[Coalition]:
     """Nothing, captions (with mixing) alone, operators alone, everything; of the causes that change a row."""
-    captions = frozenset(number for number in ledger.live if ledger.causes[number].position is None)
+    captions = frozenset(number for number in ledger.live if ledger.causes[number].positions == ())
     everything = frozenset(ledger.live)
     return [frozenset[int](), captions, everything - captions, everything]

@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from ray_jobs import cli
-from tests.pipelines.report.synthetic_run import build
+from tests.pipelines.report.synthetic_run import FILTERED, FIVE, PROCESS, build
 from tests.ray_jobs import planted
 
+ARMS_OF_CORNERS = ("original", "recaptioned", "original", "enhanced")
 ROOT = Path(__file__).parents[2]
 
 
@@ -82,13 +84,37 @@ def test_two_arms_that_differ_in_captions_alone_need_no_training(
     assert capsys.readouterr().out.startswith("enhanced ")
 
 
+def test_arms_of_the_run_that_are_all_coalitions_explain_it_at_once(tmp_path: Path) -> None:
+    """With captions alone and filters alone among the arms, comparing them splits the gain of both; nothing else has
+    such a split, and nothing is trained. Filters that drop none of the captions as found leave the baseline.
+    """
+    run = build(tmp_path, rows=20, questions=40, arms=FIVE)
+    (run / "filters.yaml").write_text(yaml.safe_dump({"process": PROCESS}))
+    recipe = yaml.safe_load((run / "recipe.yaml").read_text())
+    for arm in FILTERED:
+        recipe["arms"][arm]["recipe"] = str(run / "filters.yaml")
+    recipe["train"]["instruct_data"] = str(run / "instruct.json")
+    (run / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    assert cli.main(["run", str(run / "recipe.yaml"), "--stage", "compare"]) == 0
+    assert [path.name for path in (run / "explain").iterdir()] == ["enhanced.json"]
+    found = json.loads((run / "explain" / "enhanced.json").read_text())
+    assert [cause["name"] for cause in found["causes"]] == ["captions", "filters"] and found["trained"] == 0
+    assert sum(cause["part"] for cause in found["causes"]) == pytest.approx(found["gain"]["value"], abs=1e-12)
+    accuracy = {
+        name: arm["accuracy"] for name, arm in json.loads((run / "comparison.json").read_text())["arms"].items()
+    }
+    corners = dict(zip(("neither", "captions", "filters", "both"), ARMS_OF_CORNERS, strict=True))
+    assert {corner: found["two_by_two"][corner] for corner in corners} == pytest.approx(
+        {corner: accuracy[arm] for corner, arm in corners.items()}
+    )
+    assert "filters" in (run / "report" / "index.html").read_text()
+
+
 def test_what_cannot_be_explained_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Each in a sentence that names what is wrong; nothing is written."""
     run = build(tmp_path, rows=12, questions=20)
 
     def refused(*words: str, **changed: Any) -> str:
-        import yaml
-
         recipe = yaml.safe_load((run / "recipe.yaml").read_text())
         arms = {name: {**own, **changed.get(name, {})} for name, own in recipe["arms"].items()}
         other = tmp_path / "other"

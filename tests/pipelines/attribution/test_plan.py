@@ -22,7 +22,7 @@ NAMES = ("captions", "loops", "words", "idle", "same")
 def ledger(drops: dict[str, tuple[set[int], set[int]]], kinds: dict[str, str] | None = None) -> Ledger:
     """Twenty rows; what each operator drops of those with the captions as found, and of those with new ones."""
     causes = [Cause("captions", "captions")]
-    causes += [Cause(name, (kinds or {}).get(name, "filter"), at) for at, name in enumerate(drops)]
+    causes += [Cause(name, (kinds or {}).get(name, "filter"), (at,)) for at, name in enumerate(drops)]
     rows: dict[Coalition, np.ndarray] = {}
     for each in alone(causes):
         new = 0 in each
@@ -119,7 +119,7 @@ def test_an_explanation_adds_up_and_says_what_each_cause_did() -> None:
 
 
 def test_mixing_needs_new_captions_and_makes_data_of_its_own() -> None:
-    causes = [Cause("captions", "captions"), Cause("mixing", "mixing"), Cause("idle", "filter", 0)]
+    causes = [Cause("captions", "captions"), Cause("mixing", "mixing"), Cause("idle", "filter", (0,))]
     rows = {each: np.arange(5, dtype=np.uint64) + 100 * len(each - {2}) for each in alone(causes)}
     found = Ledger(causes, rows)
     assert found.live == [0, 1] and found.changed(1) == {"new": 5}
@@ -138,8 +138,8 @@ def test_an_arm_that_makes_the_same_data_or_lacks_a_filter_is_refused() -> None:
         find(replace(base, mix="random"), ArmData("b", ("", "recaption"), None, []))
     more = [*words, {"text_length_filter": {"min_len": 4}}]
     causes = find(replace(base, process=words), ArmData("b", ("", "recaption"), "random", more))
-    assert [(cause.name, cause.kind, cause.position) for cause in causes] == [
-        ("captions", "captions", None),
-        ("mixing", "mixing", None),
-        ("text_length_filter", "filter", 1),
+    assert [(cause.name, cause.kind, cause.positions) for cause in causes] == [
+        ("captions", "captions", ()),
+        ("mixing", "mixing", ()),
+        ("text_length_filter", "filter", (1,)),
     ]

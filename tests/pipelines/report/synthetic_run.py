@@ -81,7 +81,11 @@ def _text(arm: str) -> str:
 def explain(run: Path) -> None:
     """The gain of `enhanced`, split over captions, a filter that matters and one that does not, from the run's arms."""
     nothing = np.array(range(40), dtype=np.uint64)
-    causes = [Cause("captions", "captions"), Cause("word_repetition_filter", "filter", 0), Cause("idle", "filter", 1)]
+    causes = [
+        Cause("captions", "captions"),
+        Cause("word_repetition_filter", "filter", (0,)),
+        Cause("idle", "filter", (1,)),
+    ]
     rows = {each: nothing + 100 * (0 in each) for each in alone(causes)}
     rows |= {each: kept[3:] for each, kept in rows.items() if 1 in each}
     asked = plan(Ledger(causes, rows), [], 8, 0)
