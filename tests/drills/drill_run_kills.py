@@ -1,9 +1,10 @@
-"""Kill `captune run sample` with -9 in every stage of both arms; the run that is left alone at last must have the
-scores of an undisturbed one.
+"""Kill `captune run` on the sample with two arms, -9 in every stage of both; the run that is left alone at last must
+have the scores of an undisturbed one.
 
-    python tests/drills/drill_run_kills.py --undisturbed runs/sample/comparison.json
+    python tests/drills/drill_run_kills.py --undisturbed OTHER/comparison.json
 
-About a minute a kill on top of the run itself. Without `--undisturbed` that run is made first.
+About a minute a kill on top of the run itself. Without `--undisturbed` that run is made first. The arms go side by
+side, so that a kill meets both, and some moments are over before they are waited for.
 """
 
 from __future__ import annotations
@@ -19,6 +20,11 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
+TWO_ARMS = """base: sample
+arms:
+  original: {text: caption}
+  enhanced: {text: recaption, recipe: refine_captions.yaml}
+"""
 MOMENTS = {
     "drawing the sample": (r"ray: started", 1.0),
     "reading the dataset": (r"caption: reading", 0.2),
@@ -68,8 +74,11 @@ class Run:
     """One start of the recipe in a directory of its own, with its world inside."""
 
     def __init__(self, place: Path) -> None:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        recipe = place.parent / f"{place.name}.yaml"
+        recipe.write_text(TWO_ARMS)
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "ray_jobs.cli", "run", "sample", "--run_dir", str(place)],
+            [sys.executable, "-m", "ray_jobs.cli", "run", str(recipe), "--run_dir", str(place)],
             cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, errors="replace",
         )  # fmt: skip
         self.lines: list[str] = []
