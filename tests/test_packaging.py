@@ -23,7 +23,7 @@ WITH_CARDS = {"triton"}
 """PyTorch's CUDA build brings it along, the CPU build has none: imported where there is a card."""
 ASKED_FOR = "trackers"
 """The extra whose packages are imported when a key of a recipe names them, and by nobody else."""
-TOOLS = {"kubernetes-validate", "mypy", "pre-commit", "pytest-timeout", "ruff", "types-pyyaml"}
+TOOLS = {"kubernetes-validate", "mypy", "pre-commit", "pytest-timeout", "pytest-xdist", "ruff", "types-pyyaml"}
 """Of `dev`: run by their names or read as files, not imported."""
 ELSEWHERE = {"mgm"}
 """The original code, for the recorder that runs where it is."""

@@ -112,7 +112,7 @@ def test_work_for_a_gpu_goes_where_a_gpu_is(cluster: Cluster, tmp_path: Path) ->
 
 
 def test_what_is_uploaded_is_the_code(tmp_path: Path) -> None:
-    """Neither data, runs, tests nor git; about a megabyte of code and the sample's two models."""
+    """Neither data, runs, tests nor git; below two megabytes of code, and the sample's two models."""
     from ray._private.runtime_env.packaging import create_package
 
     target = tmp_path / "package.zip"
@@ -124,4 +124,4 @@ def test_what_is_uploaded_is_the_code(tmp_path: Path) -> None:
     assert "ray_jobs/run.py" in sizes
     code = sum(size for name, size in sizes.items() if not name.endswith(".safetensors"))
     assert code < 2_000_000
-    assert target.stat().st_size < 25_000_000
+    assert target.stat().st_size < 26_000_000

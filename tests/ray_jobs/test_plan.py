@@ -202,6 +202,7 @@ def test_the_reference_recipe_really_runs(brought: Path) -> None:
     learns a prefix, which its model carries through serving and evaluation.
     """
     options = {
+        "seeds": "[0]",
         "assemble.image_size_aux": 128,
         "caption.gpus_per_actor": 0,
         "caption.cpus_per_actor": 0.9,
