@@ -254,11 +254,14 @@ def _interrupted(until: Path) -> str:
     code += "from k8s import follow; from ray_jobs import cli; follow.EVERY_S = 0.05; raise SystemExit(cli.main())"
     words = [sys.executable, "-c", code, "k8s", "run", "--recipe", "mine.yaml", "--overlay", "kind"]
     call = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 120
-    while not (until.exists() and until.read_text()) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    call.send_signal(signal.SIGINT)
-    _, said = call.communicate(timeout=120)
+    try:
+        deadline = time.monotonic() + 120
+        while not (until.exists() and until.read_text()) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        call.send_signal(signal.SIGINT)
+        _, said = call.communicate(timeout=120)
+    finally:
+        call.kill()
     assert call.returncode == 130, said
     return said
 
