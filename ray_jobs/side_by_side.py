@@ -81,9 +81,7 @@ def _waits(recipe: Recipe, step: Step, *others: Collection[Step]) -> bool:
 
 
 def _alone(step: Step, running: Collection[Step]) -> bool:
-    """Two merges at once, both in this process, would build modules of each other's kind: accelerate's models without
-    weights change for all threads how a module takes its parameters.
-    """
+    """A merge computes in this process, where `pipelines.mgm.skeleton.BUILDING` lets one do so at a time."""
     return step.stage == "merge" and any(other.stage == "merge" for other in running)
 
 

@@ -50,7 +50,7 @@ from pipelines.mgm.load import (
 from pipelines.mgm.names import HEAD, TOWERS
 from pipelines.mgm.parts import ORIGINAL_DIR
 from pipelines.mgm.remote_code import add_remote_code
-from pipelines.mgm.skeleton import skeleton
+from pipelines.mgm.skeleton import BUILDING, skeleton
 from pipelines.mgm.stored import Stored
 from pipelines.mgm.tensorfiles import write_index, write_streamed
 from pipelines.modelfiles import ADAPTER, CONFIG, beside, model_identity, read_object, tensor_shapes, weight_files
@@ -86,7 +86,8 @@ def run(
     say(f"merge: {adapter} into {model}")
     quiet()
     try:
-        facts = _merge(model, adapter, output, config)
+        with BUILDING:
+            facts = _merge(model, adapter, output, config)
     except Exception:
         shutil.rmtree(output)  # half a model must never look like one
         raise
