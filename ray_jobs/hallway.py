@@ -226,21 +226,23 @@ def _of_a_model(recipe: Recipe, place: RunDir, step: Step, restart: bool) -> Non
     seed = recipe.seeds[0] if step.seed is None else step.seed
     walk, base = place.walk(step.arm, seed), Path(recipe.train.model)
     adapter, merged = walk.adapter.directory, walk.merged.directory
-    twins = partial(_twins, recipe, place, step)
+    others = [place.walk(arm, seed) for arm in alike(recipe, place, step.arm, seed)]
+    twins = partial(_twins, place, step, walk, others)
     taken = partial(same.taken, step.stage, what=str(step), restart=restart)
+    # What a stage's inputs are is read from large files, so nobody asks where there is nobody to take from.
     match step.stage:
         case "train":
             from pipelines.train import stage as loop
 
             train, data = recipe.training(step.arm, seed), place.dataset(step.arm)
-            wanted = loop.wanted(data, base, adapter, train, restart=restart)
-            if not taken(twins(wanted), adapter, wanted):
+            wanted = loop.wanted(data, base, adapter, train, restart=restart) if others else {}
+            if not (others and taken(twins(wanted), adapter, wanted)):
                 loop.run(data, base, adapter, train, arm=walk.directory.name, restart=restart)
         case "merge":
             from pipelines.adapters import config, merge
 
-            wanted = config.decides(model_identity(base), identity(adapter), recipe.merge)
-            if not taken(twins(wanted), merged, wanted):
+            wanted = config.decides(model_identity(base), identity(adapter), recipe.merge) if others else {}
+            if not (others and taken(twins(wanted), merged, wanted)):
                 merge.run(base, adapter, merged, recipe.merge, restart=restart)
         case "evaluate":
             from pipelines.evaluate import stage as evaluate
@@ -248,22 +250,21 @@ def _of_a_model(recipe: Recipe, place: RunDir, step: Step, restart: bool) -> Non
 
             with evaluate.kept(served(merged, recipe.serve, walk.directory.name)) as service:
                 for benchmark, asked in recipe.evaluate.each().items():
-                    answers, wanted = walk.evaluation(benchmark).directory, evaluate.wanted(asked, merged)
-                    if not taken(twins(wanted, benchmark), answers, wanted):
+                    answers = walk.evaluation(benchmark).directory
+                    wanted = evaluate.wanted(asked, merged) if others else {}
+                    if not (others and taken(twins(wanted, benchmark), answers, wanted)):
                         evaluate.run(answers, asked, evaluate.Served(merged, service), restart=restart)
 
 
 def _twins(
-    recipe: Recipe, place: RunDir, step: Step, wanted: dict[str, Any], benchmark: str = ""
+    place: RunDir, step: Step, mine: Walk, others: list[Walk], wanted: dict[str, Any], benchmark: str = ""
 ) -> Iterator[same.Twin]:
     """Other arms' models that are trained alike, each with the inputs by which its part is this step's work."""
-    seed = recipe.seeds[0] if step.seed is None else step.seed
-    for arm in alike(recipe, place, step.arm, seed):
-        walk = place.walk(arm, seed)
+    for walk in others:
         if step.stage == "train":
-            data = wanted["data"] | ({"align": identity(place.dataset(arm))} if "align" in wanted["data"] else {})
+            data = wanted["data"] | ({"align": identity(place.dataset(walk.arm))} if "align" in wanted["data"] else {})
             yield walk, walk.adapter, wanted | {"data": data}
-        elif step.stage == "merge" and _one_is_the_others(place.walk(step.arm, seed), walk):
+        elif step.stage == "merge" and _one_is_the_others(mine, walk):
             yield walk, walk.merged, wanted | {"adapter": identity(walk.adapter.directory)}
         elif step.stage == "evaluate" and not walk.evaluation(benchmark).manifest.get("errors"):
             yield walk, walk.evaluation(benchmark), wanted
