@@ -101,11 +101,12 @@ def without_training(whole: Recipe, arm: str) -> dict[str, Any] | None:
     """The explanation of an arm's gain over captions and filters, each as one cause, where the run has an arm with its
     captions alone and one with its filters alone; else None.
     """
-    base, own = (whole.arms[name] for name in (whole.compare.baseline_among(whole.arms), arm))
+    baseline = whole.compare.baseline_among(whole.arms)
+    base, own = whole.arms[baseline], whole.arms[arm]
     same = all(getattr(base, key) == getattr(own, key) for key in (*_SAME, "mix"))
     if not same or own.recipe is None or base.recipe is not None:
         return None
-    if (whole.captions_of(arm), own.text) == (whole.captions_of(whole.compare.baseline_among(whole.arms)), base.text):
+    if (whole.captions_of(arm), own.text) == (whole.captions_of(baseline), base.text):
         return None
     split = Split(replace(whole, explain=replace(whole.explain, filters=TOGETHER)), arm)
     return split.of_the_run()
@@ -314,14 +315,7 @@ class Split:
     def _inner_recipe(self, coalitions: Collection[Coalition]) -> Recipe:
         """The run's recipe with coalitions for arms."""
         arms = {self._name(each): self._arm_config(each) for each in coalitions}
-        return replace(
-            self.whole,
-            run_dir=str(self.inner.root),
-            arms=arms,
-            evaluate=self.whole.evaluate.each()[self.whole.evaluate.benchmark],
-            compare=replace(self.whole.compare, baseline=""),
-            explain=replace(self.whole.explain, arms=[]),
-        )
+        return self.whole.below(self.inner.root, arms)
 
     def _arm_config(self, coalition: Coalition) -> ArmConfig:
         """The arm that a coalition is; its filters are written where a run keeps them."""

@@ -144,15 +144,7 @@ class Ladder:
                     self._require_rows(kept[arm], f" that arms.{arm} keeps")
                 fewer = replace(own.subset, rows=rows) if rows and part != self.parts[-1] else own.subset
                 arms[_name(arm, part)] = replace(own, subset=fewer, train=_in_small(self.recipe, arm, 1 / part))
-        return replace(
-            self.recipe,
-            run_dir=str(self.inner.root),
-            dataset=str(self.pairs),
-            arms=arms,
-            evaluate=self.asked,
-            compare=replace(self.recipe.compare, baseline=""),
-            explain=replace(self.recipe.explain, arms=[]),
-        )
+        return replace(self.recipe.below(self.inner.root, arms), dataset=str(self.pairs))
 
     def _require_rows(self, rows: int, which: str = "") -> None:
         """Enough of the largest rung's rows for the smallest one.

@@ -221,6 +221,17 @@ class Recipe:
         """Whether an arm has data of its own: the control has none."""
         return self.arms[arm].align != NONE
 
+    def below(self, run_dir: Path, arms: dict[str, ArmConfig]) -> Recipe:
+        """A recipe of further arms for a run of its own, which asks the first benchmark alone and explains nothing."""
+        return replace(
+            self,
+            run_dir=str(run_dir),
+            arms=arms,
+            evaluate=self.evaluate.each()[self.evaluate.benchmark],
+            compare=replace(self.compare, baseline=""),
+            explain=replace(self.explain, arms=[]),
+        )
+
     def training(self, arm: str, seed: int | None = None) -> TrainConfig:
         """The section `train` as it is for an arm, with this seed.
 

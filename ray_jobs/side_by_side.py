@@ -48,7 +48,7 @@ def _at_once(recipe: Recipe, waiting: list[Step], work: Callable[[Step], None]) 
         ready = [] if failed else [step for step in waiting if not _waits(recipe, step, waiting, running)]
         for step in ready:
             full = recipe.side_by_side is not None and len(running) >= recipe.side_by_side
-            if running and (full or _alone(step, running) or not _room(nodes, _demands(recipe, [*running, step]))):
+            if running and (full or not _room(nodes, _demands(recipe, [*running, step]))):
                 continue
             waiting.remove(step)
             running.add(step)
@@ -80,13 +80,10 @@ def _waits(recipe: Recipe, step: Step, *others: Collection[Step]) -> bool:
     return any(other in before for each in others for other in each)
 
 
-def _alone(step: Step, running: Collection[Step]) -> bool:
-    """A merge computes in this process, where `pipelines.mgm.skeleton.BUILDING` lets one do so at a time."""
-    return step.stage == "merge" and any(other.stage == "merge" for other in running)
-
-
 def _demands(recipe: Recipe, steps: Sequence[Step]) -> list[Demand]:
-    """What Ray reserves for them; a merge is done in this process."""
+    """What Ray reserves for them; merges are done in this process, one at a time
+    (`pipelines.mgm.skeleton.BUILDING`).
+    """
     demands = {"train": [recipe.train.demand()], "evaluate": [recipe.serve.demand()], "merge": []}
     return [demand for step in steps for demand in demands[step.stage]]
 
