@@ -267,7 +267,12 @@ class Loader:
         for index in self.indices(position, count):
             row = self.rows.rows[index] if cache is None else self._stand_in(index, cache)
             needed.update(row.images if row is not None else ())
-        return sorted(needed - set(cache.slots if cache is not None else ()), key=lambda image: str(image).zfill(24))
+        return _in_order(needed, cache)
+
+    def every_image(self, cache: Any = None) -> list[Image]:
+        """`images` of `every_row`: no row stands in for a broken one."""
+        usable = (row for row in self.rows.rows if cache is None or cache.reason(row) is None)
+        return _in_order({image for row in usable for image in row.images}, cache)
 
     def indices(self, position: int, count: int) -> list[int]:
         """Distinct rows of this worker's `count` steps, by their place in the stream."""
@@ -370,6 +375,10 @@ class Loader:
     def _nothing(self) -> tuple[Example, list[Any]]:
         """Two tokens of padding, of which none is learned."""
         return Example(torch.full((2,), self.pad, dtype=torch.int32), torch.full((2,), IGNORE, dtype=torch.int32)), []
+
+
+def _in_order(images: set[Image], cache: Any) -> list[Image]:
+    return sorted(images - set(cache.slots if cache is not None else ()), key=lambda image: str(image).zfill(24))
 
 
 def prefetch(items: Iterable[T], depth: int) -> Iterator[T]:

@@ -95,6 +95,11 @@ class FeatureCache:
         tokens, positions = (part.index_select(0, index) for part in self.parts)
         return tokens, positions
 
+    @property
+    def bytes(self) -> int:
+        """What is kept."""
+        return sum(part.nbytes for part in self.parts)
+
     def add(self, images: list[Any], parts: Parts) -> None:
         """Keep one batch of outputs."""
         start, end = len(self.slots), len(self.slots) + len(images)
@@ -113,35 +118,37 @@ def fill(
     model: MGMModel,
     normalize: Any,
     loader: Loader,
-    position: int,
-    steps: int,
+    shown: Callable[[FeatureCache | None], list[Any]],
     limit_bytes: int,
     autocast: Any,
     progress: Callable[[int], Progress] | None = None,
 ) -> FeatureCache | None:
-    """Encode every image that `steps` steps from `position` on show, and those of the rows that come in the place of
-    broken ones; or return None, before anything is computed, when the features would not fit into `limit_bytes`.
+    """Encode every image that will be shown, and those of the rows that come in the place of broken ones; or return
+    None, before anything is computed, when the features would not fit into `limit_bytes`.
 
-    The grouping into calls depends on the rows, the steps and the model alone, so a restarted worker computes the very
-    same bits.
+    The grouping into calls depends on the images and the model alone, so a restarted worker computes the very same
+    bits.
+
+    Args:
+        shown: `loader.images` of some steps, or `loader.every_image`.
     """
     parameter = next(model.parameters())
     device = parameter.device
     with autocast():
         cast = torch.is_autocast_enabled(device.type)
         one = output_bytes(model, torch.get_autocast_dtype(device.type) if cast else parameter.dtype)
-    images = loader.images(position, steps)
+    images = shown(None)
     if one * len(images) > limit_bytes:
         return None
     cache = FeatureCache(len(images))
-    shown = None if progress is None else progress(len(images))
+    progressing = None if progress is None else progress(len(images))
     while images:  # again for the substitutes of what turned out to be broken, and for theirs
         for keys, pixels in prefetch(_groups(loader, images, cache, _images_per_call(one)), depth=2):
             with autocast():
                 cache.add(keys, tower_outputs(model, *normalize(pixels.to(device))))
-            if shown is not None:
-                shown.update(len(keys))
-        images = loader.images(position, steps, cache)
+            if progressing is not None:
+                progressing.update(len(keys))
+        images = shown(cache)
     found = ((row.name, cache.reason(row)) for row in loader.rows.rows)
     loader.rows.broken.update({name: reason for name, reason in found if reason is not None})
     return cache

@@ -25,6 +25,7 @@ from pipelines.storage import is_remote
 from pipelines.train import checkpoints
 from pipelines.train.config import PhaseConfig, TrainConfig
 from pipelines.train.held_out import most
+from pipelines.train.job import Job, train_worker
 from pipelines.train.log import drop_after
 from pipelines.train.rows import read_rows, say_broken
 from pipelines.train.stability import Stability
@@ -219,7 +220,6 @@ def _fit(
     from ray.train.v2.torch.torch_trainer import TorchTrainer
 
     from pipelines.train.fitting import try_again
-    from pipelines.train.worker import Job, train_worker
 
     try_again(output)
     _tune_ray_train(nodes=len(ray.nodes()))

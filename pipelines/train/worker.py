@@ -7,8 +7,10 @@ import json
 import logging
 import tempfile
 import time
+from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +26,16 @@ from pipelines.mgm.adapter import write_adapter
 from pipelines.mgm.configuration import MGMConfig
 from pipelines.mgm.load import load_config, load_model, load_processor, load_skeleton, quiet
 from pipelines.progress import Progress, say
-from pipelines.train import checkpoints, features, fitting, forecast
+from pipelines.train import checkpoints, fitting, forecast
 from pipelines.train.checkpoints import STATE
 from pipelines.train.compiling import Compiled, compile_layers
 from pipelines.train.config import AUTO, PhaseConfig, TrainConfig
 from pipelines.train.data import Batch, Loader, Sampler, Share, Templates
+from pipelines.train.features import FeatureCache, fill
 from pipelines.train.flops import peak_flops, step_flops
 from pipelines.train.gauges import TrainGauges
 from pipelines.train.held_out import set_aside
+from pipelines.train.job import Job
 from pipelines.train.log import TrainLog
 from pipelines.train.memory import GIB, parameter_count, peak_bytes
 from pipelines.train.methods import Method, group_of, lora_targets, make_learn, quantization
@@ -42,23 +46,6 @@ from pipelines.train.trackers import Tracker
 TRAINED = "trained.safetensors"
 _CARD_THREADS = 4
 """Rows prepared at a time for a card: at 768 pixels a processor resizes some 50 a second."""
-
-
-@dataclass
-class Job:
-    """What the driver tells every worker. `data` has a path per phase, in the order in which the phases run; `base` is
-    the model's identity; `tracker` is what the tracker's client has to know; `since` is the checkpoint of an earlier
-    start.
-    """
-
-    model: str
-    base: str
-    output: str
-    config: TrainConfig
-    data: dict[str, str]
-    what: str
-    tracker: dict[str, str]
-    since: str | None = None
 
 
 @dataclass
@@ -88,11 +75,8 @@ class State:
     phases: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
-def train_worker(settings: dict[str, Any]) -> dict[str, Any]:
-    """Ray Train's `train_loop_per_worker`. An error that no restart can mend is returned, not raised: Ray would try
-    again.
-    """
-    job: Job = settings["job"]
+def work(job: Job) -> dict[str, Any]:
+    """All of it. An error that no restart can mend is returned, not raised: Ray would try again."""
     torch.set_num_threads(max(1, int(job.config.cpus_per_worker)))
     torch.set_flush_denormal(True)  # tiny gradients make most CPUs a hundred times slower
     quiet()
@@ -130,6 +114,7 @@ class Run:
         self.compiled: Compiled | None = None
         self.stepping: PhaseConfig | None = None  # the phase within whose steps this worker is
         self.automatic: dict[str, int] = {}
+        self.held_out_features: FeatureCache | None = None
         self._check_targets()
         self.longest = min(self.config.max_length, room(load_config(job.model), self.config))
         self.templates = Templates(
@@ -236,10 +221,12 @@ class Run:
         model, method = self._model(phase)
         rows, loader = self.rows[name], self.loaders.pop(name)
         share = loader.share
-        held_out = self._loader(name, self.held_out, "instruct").every_row() if self.held_out else []
+        held_out = self._loader(name, self.held_out, "instruct") if self.held_out else None
         self.templates.cut = set(self.state.cut[name])
         if self.state.step < phase.steps:
             self._cache_features(name, model, loader, self.state.position - self.state.step * share.per_step)
+            if held_out is not None:
+                self._cache_held_out(model, held_out, loader)
         engine = self._engine(model, phase, method)
         if checkpoint is not None:
             engine.load(checkpoint)
@@ -254,7 +241,7 @@ class Run:
         self._gather_broken(name, rows)
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
-        self._steps(name, phase, engine, loader, held_out, log)
+        self._steps(name, phase, engine, loader, [] if held_out is None else held_out.every_row(), log)
         self.state.phases[name] |= self._facts(name, engine, model)
         if log is not None:
             self.state.phases[name]["stability"] = log.stability(name)
@@ -362,18 +349,30 @@ class Run:
 
         From the phase's first step, also after a restart: the same images in the same groups give the same bits.
         """
-        if self.config.feature_cache_mb == 0:
-            return
+        shown = partial(loader.images, max(start, 0), getattr(self.config, name).steps)
         what = f"{self.job.what}: {name} images"
-        loader.features = features.fill(
+        loader.features = self._features(model, loader, shown, self.config.feature_cache_mb << 20, what)
+
+    def _cache_held_out(self, model: Any, held_out: Loader, loader: Loader) -> None:
+        """Likewise the held-out images, in what the phase's leave of that memory; once for both phases."""
+        if self.held_out_features is None:
+            left = (self.config.feature_cache_mb << 20) - (loader.features.bytes if loader.features else 0)
+            self.held_out_features = self._features(model, held_out, held_out.every_image, left)
+        held_out.features = self.held_out_features
+
+    def _features(
+        self, model: Any, loader: Loader, shown: Callable[..., list[Any]], limit_bytes: int, what: str = ""
+    ) -> FeatureCache | None:
+        if self.config.feature_cache_mb == 0:
+            return None
+        return fill(
             model.model,
             self.processor.image_processor.normalize,
             loader,
-            max(start, 0),
-            getattr(self.config, name).steps,
-            self.config.feature_cache_mb << 20,
+            shown,
+            limit_bytes,
             autocast(self.device, self.config.precision),
-            (lambda images: Progress(images, what, "images")) if self.rank == 0 else None,
+            (lambda images: Progress(images, what, "images")) if what and self.rank == 0 else None,
         )
 
     def _steps(

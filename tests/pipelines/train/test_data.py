@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -227,7 +228,7 @@ def test_several_images_of_a_row_train_in_reading_order(tiny: Any, model_dir: Pa
     assert torch.equal(batch.pixels[:3], expected) and len({p.float().mean().item() for p in expected}) == 3
     model = load_model(model_dir, "float32").model
     normalize = load_processor(model_dir).image_processor.normalize
-    loader.features = features.fill(model, normalize, loader, 0, 1, 1 << 30, nullcontext)
+    loader.features = features.fill(model, normalize, loader, partial(loader.images, 0, 1), 1 << 30, nullcontext)
     assert len(loader.features.slots) == 3 and list(loader.features.bad.values()) == ["not an image"]
     (cached,) = loader.step(0)
     for part, reference in zip(cached.features, features.tower_outputs(model, *normalize(batch.pixels)), strict=True):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +74,7 @@ def test_cached_features_follow_their_rows(tiny: Any, model_dir: Path, tmp_path:
         loader = tiny.loader(model_dir, data, "instruct", micro_batch=8)
         engine, _ = _engine(tiny, model_dir, rows)
         model = engine.forward.model.model
-        loader.features = features.fill(model, normalize, loader, 0, 1, 1 << 30, nullcontext)
+        loader.features = features.fill(model, normalize, loader, partial(loader.images, 0, 1), 1 << 30, nullcontext)
         losses.append(engine.step(loader.step(0), 0.0).loss)
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
 
@@ -108,7 +109,8 @@ def test_workers_of_deepspeed_start_again_with_half(tmp_path: Path, capsys: pyte
     """Out of memory within a step of ZeRO leaves half the micro-batch to the next start, down to one sample; then the
     message, until a person starts again. The step stays the same.
     """
-    from pipelines.train.worker import Job, Run, State
+    from pipelines.train.job import Job
+    from pipelines.train.worker import Run, State
 
     phase = PhaseConfig(batch=24, micro_batch=6)
     config = TrainConfig(strategy="zero3", workers=2, instruct=phase).settled()

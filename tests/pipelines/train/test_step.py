@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -113,7 +114,9 @@ def test_cached_features_give_the_same_losses(tiny: Any, model_dir: Path, tmp_pa
         if cached:
             normalize = _normalize(model_dir)
             context = autocast(torch.device("cpu"), precision)
-            loader.features = features.fill(model.model, normalize, loader, 0, 12, 1 << 30, context)
+            loader.features = features.fill(
+                model.model, normalize, loader, partial(loader.images, 0, 12), 1 << 30, context
+            )
             assert len(loader.features.slots) == 10 and list(loader.features.bad.values()) == ["not an image"]
         losses.append(_losses(tiny, model, model_dir, loader, precision))
         assert len(loader.rows.broken) == 1
@@ -130,7 +133,8 @@ def test_the_substitute_for_a_broken_picture_is_encoded_too(tiny: Any, model_dir
     named = {row.images[0] for row in (plain.rows.rows[index] for index in plain.indices(0, 1))}
     caches = []
     for loader in (first, again):
-        loader.features = features.fill(model.model, _normalize(model_dir), loader, 0, 1, 1 << 30, nullcontext)
+        shown = partial(loader.images, 0, 1)
+        loader.features = features.fill(model.model, _normalize(model_dir), loader, shown, 1 << 30, nullcontext)
         (found,) = loader.step(0)
         assert torch.equal(found.input_ids, expected.input_ids)
         parts = features.tower_outputs(model.model, *_normalize(model_dir)(expected.pixels))
@@ -158,7 +162,7 @@ def test_features_that_do_not_fit_are_not_kept(tiny: Any, model_dir: Path, tmp_p
     def fails(pixels: torch.Tensor) -> Any:
         raise AssertionError("an image was prepared")
 
-    assert features.fill(model.model, fails, loader, 0, 3, 1000, nullcontext) is None
+    assert features.fill(model.model, fails, loader, partial(loader.images, 0, 3), 1000, nullcontext) is None
 
 
 def test_a_batch_without_images_gives_the_projector_a_gradient_of_zero(
@@ -280,6 +284,10 @@ def test_held_out_rows_are_apart_and_measuring_them_changes_nothing(tiny: Any, m
     aside.share = Share(0, 1, 8, 1)
     whole = engine.evaluate(aside.every_row())
     assert engine.evaluate([batch for batches in dealt for batch in batches]) == pytest.approx(whole, rel=1e-6)
+    towers, shown = engine.forward.model.model, aside.every_image
+    aside.features = features.fill(towers, _normalize(model_dir), aside, shown, 1 << 30, nullcontext)
+    assert len(aside.features.slots) == len(held.rows) and all(batch.pixels is None for batch in aside.every_row())
+    assert engine.evaluate(aside.every_row()) == pytest.approx(whole, rel=1e-6)
 
     results = []
     for looks in (False, True):
