@@ -9,15 +9,19 @@ and less diverse than a person would count, so compare them only with texts of t
 
 from __future__ import annotations
 
+import hashlib
 import math
 import string
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import regex
+
+if TYPE_CHECKING:
+    import numpy as np
 
 WORD_NGRAM = 2
 """Words of a sequence that `word_repetition` looks for. Data-Juicer's default of 10 cannot repeat inside a caption of
@@ -27,6 +31,7 @@ CHAR_NGRAM = 10
 MATTR_WINDOW = 500
 """Words per window. Some fifty captions: wide enough to see that captions repeat one another, small enough for a small
 dataset."""
+_FRESH_WORDS = 1 << 17
 
 _UNSPACED = regex.compile(
     r"(?V1)[[\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}]&&\p{L}]"
@@ -97,13 +102,59 @@ def mattr(stream: Sequence[int], window: int) -> float | None:
     return round(total / (window * (len(stream) - window + 1)), 6)
 
 
+class Vocabulary:
+    """How many different words there are among many. Those seen lately are kept as they are, the others as 64 bits of
+    their digest: of ten million, two have the same with a probability of three in a million.
+    """
+
+    def __init__(self) -> None:
+        self._fresh: set[str] = set()
+        self._digests: list[np.ndarray] = []  # sorted; each is larger than all after it
+
+    def add(self, words: Iterable[str]) -> None:
+        """Words that count, however often they come."""
+        self._fresh.update(words)
+        if len(self._fresh) > _FRESH_WORDS:
+            self._fold()
+
+    def merge(self, other: Vocabulary) -> None:
+        """Count the words of another one, too."""
+        for digests in other._digests:
+            self._keep(digests)
+        self.add(other._fresh)
+
+    def __len__(self) -> int:
+        if not self._digests:
+            return len(self._fresh)
+        import numpy as np
+
+        self._fold()
+        self._digests = [np.unique(np.concatenate(self._digests))]
+        return len(self._digests[0])
+
+    def _fold(self) -> None:
+        import numpy as np
+
+        digests = b"".join(hashlib.blake2b(word.encode(), digest_size=8).digest() for word in self._fresh)
+        self._keep(np.unique(np.frombuffer(digests, np.uint64)))
+        self._fresh = set()
+
+    def _keep(self, digests: np.ndarray) -> None:
+        """Arrays of like size become one, so that each digest is sorted a few times only."""
+        import numpy as np
+
+        while self._digests and len(self._digests[-1]) <= len(digests):
+            digests = np.union1d(self._digests.pop(), digests)
+        self._digests.append(digests)
+
+
 class Texts:
     """Counts of many texts, added piece by piece: what is cheap enough for a run over millions."""
 
     def __init__(self) -> None:
         self.rows = self.texts = self.words = 0
         self.repetition = 0.0
-        self.vocabulary: set[str] = set()
+        self.vocabulary = Vocabulary()
 
     def add(self, texts: Iterable[str | None]) -> None:
         """Count some texts; None is the text of a row that failed, and is no text at all."""
@@ -114,7 +165,15 @@ class Texts:
                 self.texts += 1
                 self.words += len(words)
                 self.repetition += word_repetition(words)
-                self.vocabulary.update(words)
+                self.vocabulary.add(words)
+
+    def merge(self, other: Texts) -> None:
+        """Count the texts of another one, too."""
+        self.rows += other.rows
+        self.texts += other.texts
+        self.words += other.words
+        self.repetition += other.repetition
+        self.vocabulary.merge(other.vocabulary)
 
     def metrics(self) -> dict[str, Any]:
         """The figures that manifests, `captune stats` and `metrics.json` all hold; 0 where there is nothing to divide
@@ -128,12 +187,13 @@ class Texts:
             mean_words: words / texts;
             word_rep_ratio: mean of `word_repetition` over the texts, at `word_rep_len` words.
         """
+        unique = len(self.vocabulary)
         return {
             "rows": self.rows,
             "texts": self.texts,
             "words": self.words,
-            "unique_words": len(self.vocabulary),
-            "lexical_diversity": _ratio(len(self.vocabulary), self.words),
+            "unique_words": unique,
+            "lexical_diversity": _ratio(unique, self.words),
             "mean_words": _ratio(self.words, self.texts),
             "word_rep_ratio": _ratio(self.repetition, self.texts),
             "word_rep_len": WORD_NGRAM,

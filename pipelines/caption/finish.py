@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import starmap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipelines.caption.guards import all_failed
 from pipelines.caption.index import index_files
+from pipelines.caption.join import join, results_of
 from pipelines.caption.results import SCORES
+from pipelines.caption.tasks import in_tasks
 from pipelines.errors import WorkFailed
 from pipelines.files import replacing
 from pipelines.formats import error_kind
@@ -19,55 +25,110 @@ from pipelines.text import Texts, usable_texts
 if TYPE_CHECKING:
     import pyarrow as pa
 
-_MAX_SHARD_BYTES = 512 << 20
+_MAX_SHARD_BYTES, _GROUP_BYTES = 512 << 20, 64 << 20
+"""Of a file, and of what is held of it before it is written."""
 
 
-def write_records(index: Path, table: pa.Table, output: Path, rows_per_shard: int) -> dict[str, Any]:
-    """Write the final shards and return the manifest's facts.
+@dataclass(frozen=True)
+class _Shard:
+    """What one file of records is made of.
+
+    Attributes:
+        number: of the file.
+        start: number in the dataset of its first row.
+        pieces: index files, with the first row and the number of rows of each that go into it.
+    """
+
+    number: int
+    start: int
+    pieces: tuple[tuple[Path, int, int], ...]
+
+    @property
+    def rows(self) -> int:
+        return sum(rows for *_, rows in self.pieces)
+
+    def path(self, output: Path) -> Path:
+        return output / f"part-{self.number:05d}.parquet"
+
+
+def write_records(index: Path, results: Iterable[pa.Table], output: Path, rows_per_shard: int) -> dict[str, Any]:
+    """Write the final shards, in tasks where there are several, and return the manifest's facts.
 
     Args:
-        table: results as `Results.table` gives them.
+        results: as `Results.tables` gives them.
 
     Raises:
         WorkFailed: rows that the model should have seen have no result, or not one row has a caption.
     """
-    import pyarrow as pa
-    import pyarrow.compute as pc
     import pyarrow.parquet as pq
 
-    files = index_files(index)
-    wanted = pa.concat_tables(pq.read_table(file, columns=["result_of"]) for file in files)["result_of"]
-    found = pc.index_in(wanted, value_set=table["sample_id"].combine_chunks())  # the first of an id's results
-    unused = pc.invert(pc.is_in(table["sample_id"], value_set=wanted.combine_chunks()))
-    facts = _Facts(vanished=pc.count_distinct(table["sample_id"].filter(unused)).as_py())
-    with _ShardWriter(output, rows_per_shard) as writer:
-        for file in files:
-            entries = pq.read_table(file)
-            records = _with_results(entries, table, found.slice(facts.rows, len(entries)))
-            facts.add(records)
-            writer.write(records)
-    for stale in set(output.glob("part-*.parquet")) - set(writer.paths):  # of a run over more rows
+    files, joined = index_files(index), index.parent / "joined"
+    shards = list(_shards(files, rows_per_shard))
+    bounds = [*(shard.start for shard in shards), shards[-1].start + shards[-1].rows]
+    facts = _Facts(vanished=join(files, results, joined, bounds))
+    calls = [(shard, joined, output) for shard in shards]
+    for written in in_tasks(_write, calls) if len(calls) > 1 else starmap(_write, calls):
+        facts.merge(written)
+    shutil.rmtree(joined)
+    paths = [shard.path(output) for shard in shards]
+    for stale in set(output.glob("part-*.parquet")) - set(paths):  # of a run over more rows
         stale.unlink()
     if not facts.captioned:
         raise WorkFailed(all_failed(facts.failed, facts.example))
-    rows_out = sum(pq.read_metadata(path).num_rows for path in writer.paths)
+    rows_out = sum(pq.read_metadata(path).num_rows for path in paths)
     return {"rows_in": facts.rows, "rows_out": rows_out, **facts.summary()}
 
 
-def _with_results(entries: pa.Table, results: pa.Table, found: pa.ChunkedArray) -> pa.Table:
-    """Index rows -> records; `found` is the row of `results` that each takes its text from, null where there is
-    none.
-    """
+def _shards(files: list[Path], rows_per_shard: int) -> Iterator[_Shard]:
+    """Shards of exactly `rows_per_shard` rows, fewer when their images weigh too much."""
+    import pyarrow.parquet as pq
+
+    held: list[tuple[Path, int, int]] = []
+    number = start = rows = size = 0
+    for file in files:
+        footer, first = pq.read_metadata(file), 0
+        weight = sum(footer.row_group(group).total_byte_size for group in range(footer.num_row_groups))
+        while first < footer.num_rows:
+            taken = min(rows_per_shard - rows, footer.num_rows - first)
+            held.append((file, first, taken))
+            first, rows, size = first + taken, rows + taken, size + weight * taken // footer.num_rows
+            if rows == rows_per_shard or size > _MAX_SHARD_BYTES:
+                yield _Shard(number, start, tuple(held))
+                held, number, start, rows, size = [], number + 1, start + rows, 0, 0
+    if held:
+        yield _Shard(number, start, tuple(held))
+
+
+def _write(shard: _Shard, joined: Path, output: Path) -> _Facts:
+    """One file of records, whole or absent."""
+    import numpy as np
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    said = results_of(joined, shard.number)
+    places = np.full(shard.rows, -1)
+    places[said["row"].to_numpy() - shard.start] = np.arange(len(said))
+    facts = _Facts()
+    held: list[pa.Table] = []
+    with replacing(shard.path(output)) as part, pq.ParquetWriter(part, schema(), compression="zstd") as writer:
+        for file, first, rows in shard.pieces:
+            entries = pq.ParquetFile(file).read().slice(first, rows)
+            found = places[facts.rows : facts.rows + rows]
+            held.append(_with_results(entries, said.take(pa.array(found, mask=found < 0))))
+            facts.add(held[-1])
+            if sum(table.nbytes for table in held) > _GROUP_BYTES:
+                writer.write_table(pa.concat_tables(held))
+                held = []
+        if held:
+            writer.write_table(pa.concat_tables(held))
+    return facts
+
+
+def _with_results(entries: pa.Table, said: pa.Table) -> pa.Table:
+    """Index rows -> records; `said` are their results, of nulls where there is none."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
-    lost = pc.and_(pc.invert(entries["skip"]), pc.is_null(found))
-    if pc.any(lost).as_py():
-        examples = entries.filter(lost)["where"].to_pylist()
-        raise WorkFailed(
-            f"{len(examples)} rows never came back from captioning, e.g. {examples[0]}; run the same command again"
-        )
-    said = results.take(found)
     stats = [
         _with_scores(stats, scores)
         for stats, scores in zip(entries["stats"].to_pylist(), said["scores"].to_pylist(), strict=True)
@@ -86,45 +147,6 @@ def _with_scores(stats: str, scores: list[float] | None) -> str:
     if scores is None:
         return stats
     return json.dumps({**json.loads(stats), SCORES: scores}, sort_keys=True)
-
-
-class _ShardWriter:
-    """`part-00000.parquet`, ... of exactly `rows_per_shard` rows (fewer when their images weigh too much), each whole
-    or absent.
-    """
-
-    def __init__(self, output: Path, rows_per_shard: int) -> None:
-        self._output, self._limit = output, rows_per_shard
-        self._held: list[pa.Table] = []
-        self._rows = self._bytes = 0
-        self.paths: list[Path] = []
-
-    def write(self, records: pa.Table) -> None:
-        while len(records):
-            head = records.slice(0, self._limit - self._rows)
-            records = records.slice(len(head))
-            self._held.append(head)
-            self._rows += len(head)
-            self._bytes += head.nbytes
-            if self._rows == self._limit or self._bytes > _MAX_SHARD_BYTES:
-                self._flush()
-
-    def _flush(self) -> None:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
-        path = self._output / f"part-{len(self.paths):05d}.parquet"
-        with replacing(path) as part:
-            pq.write_table(pa.concat_tables(self._held), part, compression="zstd")
-        self.paths.append(path)
-        self._held, self._rows, self._bytes = [], 0, 0
-
-    def __enter__(self) -> _ShardWriter:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is None and self._held:
-            self._flush()
 
 
 class _Facts:
@@ -153,6 +175,16 @@ class _Facts:
         self.captioned += len(usable) - int(pc.sum(duplicate).as_py() or 0)
         for name, texts in self._texts.items():
             texts.add(usable_texts(records[name].to_pylist(), errors))
+
+    def merge(self, later: _Facts) -> None:
+        """Count in the records that come next."""
+        self.rows += later.rows
+        self.captioned += later.captioned
+        self.duplicates += later.duplicates
+        self.failed += later.failed
+        self.example = self.example or later.example
+        for name, texts in self._texts.items():
+            texts.merge(later._texts[name])
 
     def summary(self) -> dict[str, Any]:
         return {

@@ -12,15 +12,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipelines import groups
 from pipelines.caption.config import CaptionConfig
 from pipelines.caption.finish import write_records
 from pipelines.caption.guards import refuse_useless
-from pipelines.caption.index import build_index, content, errors_of, index_files
+from pipelines.caption.index import build_index, content, index_files
 from pipelines.caption.results import result_schema
 from pipelines.caption.stage import GROWS, WORK
+from pipelines.caption.tasks import in_tasks
 from pipelines.connection import connect
-from pipelines.demand import CPU
 from pipelines.formats import Dataset, open_dataset
 from pipelines.images import BadImage, decode
 from pipelines.manifest import open_stage
@@ -53,8 +52,8 @@ def run(input: str, output: Path, config: CaptionConfig, *, restart: bool = Fals
     connect()
     work = output / WORK
     shutil.rmtree(work, ignore_errors=True)
-    build_index(dataset, work / "index")
-    refuse_useless(errors_of(work / "index"), config.guards)
+    seen = build_index(dataset, work / "index")
+    refuse_useless(seen.rows, seen.failed, seen.example, config.guards)
     facts = write_records(work / "index", _looked_at(work / "index"), output, config.rows_per_shard)
     failed = sum(facts["failed"].values())
     say(f"caption: {facts['rows_in']} rows in with the captions they have, {failed} failed")
@@ -67,30 +66,12 @@ def inputs(dataset: Dataset, config: CaptionConfig) -> dict[str, Any]:
     return {"captions": "found", "input": dataset.identity(), "rows_per_shard": config.rows_per_shard}
 
 
-def _looked_at(index: Path) -> pa.Table:
+def _looked_at(index: Path) -> Iterator[pa.Table]:
     """Results of the rows of an index: no caption, and an error where there is no picture."""
-    import pyarrow as pa
-    import ray
-
-    task = ray.remote(num_cpus=1, label_selector=groups.selector(CPU))(_look)
-    most = sum(int(node.cpus) for node in groups.room(groups.at_most(), CPU))
-    files = index_files(index)
-
-    def tables() -> Iterator[pa.Table]:
-        pending: list[Any] = []
-        for file in files:
-            if len(pending) >= most:
-                ready, pending = ray.wait(pending)
-                yield ray.get(ready[0])
-            pending.append(task.remote(file))
-        yield from map(ray.get, pending)
-
     with Progress(None, "caption: looking at the pictures") as progress:
-        found = []
-        for table in tables():
-            found.append(table)
+        for table in in_tasks(_look, ((file,) for file in index_files(index))):
+            yield table
             progress.update(len(table))
-    return pa.concat_tables(found).sort_by("sample_id")
 
 
 def _look(file: Path) -> pa.Table:

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 from pipelines.caption.window import Window
 from pipelines.errors import UserError, WorkFailed
-from pipelines.formats import error_kind
 
 
 @dataclass
@@ -58,23 +57,24 @@ def judge(recent: Window, guards: GuardConfig, failed: Counter[str], last_error:
     return ""
 
 
-def refuse_useless(errors: list[str | None], guards: GuardConfig) -> None:
+def refuse_useless(rows: int, failed: Counter[str], example: str, guards: GuardConfig) -> None:
     """Stop before any model loads when so many rows have no picture that the dataset must be in the wrong place: more
     than the guard allows, or all.
 
     Args:
-        errors: of each row of the dataset, None where there is none.
+        rows: of the dataset.
+        failed: those that cannot be used, by kind.
+        example: one of their errors.
 
     Raises:
         WorkFailed: the share of failed rows passes `guards.max_error_share`, or is 1.
     """
-    failed = [error for error in errors if error is not None]
-    kinds = Counter(error_kind(error) for error in failed)
-    if len(errors) >= guards.min_rows and len(failed) > guards.max_error_share * len(errors):
-        reason = _too_many_errors(len(failed) / len(errors), len(errors), guards, kinds, failed[0])
+    count = failed.total()
+    if rows >= guards.min_rows and count > guards.max_error_share * rows:
+        reason = _too_many_errors(count / rows, rows, guards, failed, example)
         raise WorkFailed(f"{reason}. Nothing was captioned; put it right and run the same command again")
-    if errors and len(failed) == len(errors):
-        raise WorkFailed(all_failed(kinds, failed[0]))
+    if rows and count == rows:
+        raise WorkFailed(all_failed(failed, example))
 
 
 def all_failed(kinds: Counter[str], example: str) -> str:

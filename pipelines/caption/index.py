@@ -11,21 +11,25 @@ from __future__ import annotations
 import json
 import shutil
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from itertools import islice
+from dataclasses import dataclass, field
+from itertools import islice, starmap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipelines.caption.partitions import Partitions, digits_for
+from pipelines.caption.tasks import in_tasks
 from pipelines.errors import UserError
-from pipelines.formats import Dataset, Row, to_record
+from pipelines.formats import Dataset, Row, error_kind, to_record
 from pipelines.formats.texts import NOTE
 from pipelines.images import BadImage, read_bytes
 from pipelines.progress import Progress, say
 from pipelines.records import sample_id, schema
-from pipelines.storage import is_remote
+from pipelines.storage import AnyPath, RemotePath, is_remote
 
 if TYPE_CHECKING:
+    import numpy as np
     import pyarrow as pa
 
 SMALLEST, LARGEST = 32, 512
@@ -33,6 +37,9 @@ _PART = 16  # a file holds this part of the rows before it
 # Reading and hashing both release the interpreter lock; far away, waiting is all there is.
 _READERS, _REMOTE_READERS = 4, 32
 _MAX_BYTES = 256 << 20
+_SMALL_BYTES = 32 << 20
+"""A file of a dataset up to this size is read sooner than a task for it has started."""
+_MARKED_TOGETHER = 32
 
 
 def index_schema() -> pa.Schema:
@@ -51,48 +58,182 @@ def index_files(directory: Path) -> list[Path]:
     return sorted(directory.glob("*.parquet"))
 
 
-def build_index(dataset: Dataset, directory: Path) -> None:
+def read_index(files: Iterable[Path], columns: Sequence[str]) -> Iterator[pa.Table]:
+    """Columns of index files, one after another."""
+    import pyarrow.parquet as pq
+
+    for file in files:
+        yield pq.ParquetFile(file).read(columns=list(columns))
+
+
+def numbered(files: Iterable[Path], columns: Sequence[str]) -> Iterator[pa.Table]:
+    """The same, with `row`: the number of a row in the dataset, from 0 on."""
+    import numpy as np
+    import pyarrow as pa
+
+    start = 0
+    for table in read_index(files, columns):
+        yield table.append_column("row", pa.array(np.arange(start, start + len(table))))
+        start += len(table)
+
+
+@dataclass
+class Seen:
+    """Counts over the rows of a dataset, or of a part of it.
+
+    Attributes:
+        failed: rows that cannot be used, by kind of error; `example` is the first error.
+        odd: rows whose old text or metadata had to be mended; `odd_example` says of the first what was wrong.
+    """
+
+    rows: int = 0
+    failed: Counter[str] = field(default_factory=Counter)
+    example: str = ""
+    odd: int = 0
+    odd_example: str = ""
+
+    def add(self, later: Seen) -> None:
+        """Count in the rows that come next."""
+        self.rows += later.rows
+        self.failed += later.failed
+        self.example = self.example or later.example
+        self.odd += later.odd
+        self.odd_example = self.odd_example or later.odd_example
+
+
+def build_index(dataset: Dataset, directory: Path) -> Seen:
     """Write the index; `directory` appears under its name only when it is whole, so a kill here costs the pass and
-    nothing else.
+    nothing else. Where a dataset is of several large files, each is read by a task.
 
     Duplicate content (same image and caption) stays in the count: the n-th row with an id gets `<id>-n`, says so in
     `meta.duplicate_of`, and is given the first one's caption instead of the model's time.
     """
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     part = directory.with_name(directory.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
-    seen: Counter[str] = Counter()
-    odd: list[str] = []
-    progress = Progress(None, "caption: reading the dataset")
-    threads = _REMOTE_READERS if is_remote(dataset.path) else _READERS
-    with progress, ThreadPoolExecutor(threads) as readers:
-        rows = dataset.rows()
-        number = 0
-        while chunk := _next_chunk(rows, min(max(SMALLEST, progress.done // _PART), LARGEST)):
-            odd += [f"{row.meta[NOTE]} ({row.where})" for row in chunk if NOTE in row.meta]
-            entries = [
-                _entry(row, record, seen) for row, record in zip(chunk, readers.map(to_record, chunk), strict=True)
-            ]
-            table = pa.Table.from_pylist(entries, schema=index_schema())
-            pq.write_table(table, part / f"{number:06d}.parquet", compression="zstd")
-            number += 1
-            progress.update(len(chunk))
-    if number == 0:
+    with Progress(None, "caption: reading the dataset") as progress:
+        seen, tasks = _read(dataset, part, progress)
+    if not seen.rows:
         raise UserError(f"{dataset.path}: this dataset has no rows")
+    _mark_duplicates(part, seen.rows, tasks)
     part.rename(directory)
-    if odd:
-        say(f"caption: odd old text or metadata in {len(odd)} rows, which are captioned all the same; e.g. {odd[0]}")
+    if seen.odd:
+        odd = f"odd old text or metadata in {seen.odd} rows, which are captioned all the same"
+        say(f"caption: {odd}; e.g. {seen.odd_example}")
+    return seen
 
 
-def errors_of(directory: Path) -> list[str | None]:
-    """Each row's error, None where there is none."""
+def _read(dataset: Dataset, directory: Path, progress: Progress) -> tuple[Seen, bool]:
+    """Index every row as if it were the only one of its content: small files and the first rows here, the rest in
+    tasks; and whether there were any.
+    """
+    seen, pieces, alone = Seen(), dataset.pieces(), 0
+    while alone < len(pieces) and (
+        alone == len(pieces) - 1 or (progress.done < _PART * LARGEST and _size(pieces[alone].path) <= _SMALL_BYTES)
+    ):
+        seen.add(_read_piece(pieces[alone], directory, alone, progress.done, progress.update))
+        alone += 1
+    calls = ((pieces[number], directory, number, _PART * LARGEST) for number in range(alone, len(pieces)))
+    for found in in_tasks(_read_piece, calls) if alone < len(pieces) else ():
+        seen.add(found)
+        progress.update(found.rows)
+    return seen, alone < len(pieces)
+
+
+def _size(path: AnyPath | str) -> int:
+    """Bytes of a file, which is never a pattern."""
+    return path.size_and_time()[0] if isinstance(path, RemotePath) else Path(path).stat().st_size
+
+
+def _read_piece(
+    piece: Dataset, directory: Path, number: int, before: int, tell: Callable[[int], None] = lambda rows: None
+) -> Seen:
+    """Index files of one piece of a dataset, `before` which there are so many rows."""
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
-    tables = (pq.read_table(file, columns=["error"]) for file in index_files(directory))
-    return [error for table in tables for error in table["error"].to_pylist()]
+    seen, files = Seen(), 0
+    with ThreadPoolExecutor(_REMOTE_READERS if is_remote(piece.path) else _READERS) as readers:
+        rows = piece.rows()
+        while chunk := _next_chunk(rows, min(max(SMALLEST, (before + seen.rows) // _PART), LARGEST)):
+            entries = [_entry(row, record) for row, record in zip(chunk, readers.map(to_record, chunk), strict=True)]
+            table = pa.Table.from_pylist(entries, schema=index_schema())
+            pq.write_table(table, directory / f"{number:06d}-{files:06d}.parquet", compression="zstd")
+            files += 1
+            seen.add(_count(chunk, entries))
+            tell(len(chunk))
+    return seen
+
+
+def _count(rows: list[Row], entries: list[dict[str, Any]]) -> Seen:
+    errors = [entry["error"] for entry in entries if entry["error"] is not None]
+    odd = [f"{row.meta[NOTE]} ({row.where})" for row in rows if NOTE in row.meta]
+    failed = Counter(map(error_kind, errors))
+    return Seen(len(rows), failed, next(iter(errors), ""), len(odd), next(iter(odd), ""))
+
+
+def _mark_duplicates(directory: Path, rows: int, tasks: bool) -> None:
+    """Rows whose content came before say so, and are skipped."""
+    found = list(_duplicates(index_files(directory), directory / "ids", rows))
+    batches = [(found[start : start + _MARKED_TOGETHER],) for start in range(0, len(found), _MARKED_TOGETHER)]
+    for _ in in_tasks(_mark, batches) if tasks else starmap(_mark, batches):
+        pass
+
+
+_Marks = tuple[Path, "np.ndarray", "np.ndarray"]
+"""An index file, rows of it, and which of the rows with its content each of them is, from 2 on."""
+
+
+def _duplicates(files: list[Path], folder: Path, rows: int) -> Iterator[_Marks]:
+    """The files that have such rows; `folder` is for ids on their way."""
+    import numpy as np
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    ids = pa.schema([("result_of", pa.string()), ("row", pa.int64())])
+    with Partitions(folder, "result_of", digits_for(rows), ids) as parts:
+        parts.add(numbered(files, ["result_of"]))
+        found = [_repeats(parts.table(name)) for name in parts.names()]
+    places, numbers = (np.concatenate(column) for column in zip(*found, strict=True))
+    order = np.argsort(places)
+    places, numbers = places[order], numbers[order]
+    first = start = 0
+    for file in files if len(places) else ():
+        end = start + pq.read_metadata(file).num_rows
+        last = int(np.searchsorted(places, end))
+        if first < last:
+            yield file, places[first:last] - start, numbers[first:last]
+        first, start = last, end
+
+
+def _repeats(ids: pa.Table) -> tuple[np.ndarray, np.ndarray]:
+    """Of a table in the dataset's order: `row` of each whose id came before, and which of its id it is."""
+    import numpy as np
+
+    codes = ids["result_of"].combine_chunks().dictionary_encode().indices.to_numpy()
+    order = np.argsort(codes, kind="stable")
+    first = np.flatnonzero(np.diff(codes[order], prepend=-1))
+    number = 1 + np.arange(len(codes)) - np.repeat(first, np.diff(first, append=len(codes)))
+    return ids["row"].to_numpy()[order][number > 1], number[number > 1]
+
+
+def _mark(marks: Sequence[_Marks]) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    for file, places, numbers in marks:
+        table = pq.ParquetFile(file).read()
+        columns = {name: table[name].to_pylist() for name in ("sample_id", "meta", "skip")}
+        for place, number in zip(places.tolist(), numbers.tolist(), strict=True):
+            first = columns["sample_id"][place]
+            meta = {**json.loads(columns["meta"][place]), "duplicate_of": first}
+            columns["sample_id"][place] = f"{first}-{number}"
+            columns["meta"][place] = json.dumps(meta, sort_keys=True, ensure_ascii=False)
+            columns["skip"][place] = True
+        for name, values in columns.items():
+            index = table.schema.get_field_index(name)
+            table = table.set_column(index, name, pa.array(values, table.schema.field(name).type))
+        pq.write_table(table, file, compression="zstd")
 
 
 def content(row: dict[str, Any]) -> bytes:
@@ -118,13 +259,5 @@ def _next_chunk(rows: Iterator[Row], size: int) -> list[Row]:
     return chunk
 
 
-def _entry(row: Row, record: Any, seen: Counter[str]) -> dict[str, Any]:
-    first = record["sample_id"]
-    seen[first] += 1
-    entry = {**record, "where": row.where, "result_of": first, "skip": record["error"] is not None or seen[first] > 1}
-    if seen[first] > 1:
-        entry["sample_id"] = f"{first}-{seen[first]}"
-        entry["meta"] = json.dumps(
-            {**json.loads(record["meta"]), "duplicate_of": first}, sort_keys=True, ensure_ascii=False
-        )
-    return entry
+def _entry(row: Row, record: Any) -> dict[str, Any]:
+    return {**record, "where": row.where, "result_of": record["sample_id"], "skip": record["error"] is not None}

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipelines.caption.index import index_files
+from pipelines.caption.index import index_files, read_index
+from pipelines.caption.partitions import Partitions, digits_for
 from pipelines.files import replacing
 from pipelines.records import shard_paths
 
@@ -56,13 +58,8 @@ class Results:
         """Whether anything is committed."""
         return bool(self._checkpoints())
 
-    def ids(self) -> pa.ChunkedArray:
-        """Ids with a committed result, an id perhaps more than once."""
-        return self.table(["sample_id"])["sample_id"]
-
-    def table(self, columns: list[str] | None = None) -> pa.Table:
-        """Committed results by id, an id perhaps more than once (Ray Data is at-least-once): those with a caption come
-        first.
+    def tables(self, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
+        """Committed results, an id perhaps more than once (Ray Data is at-least-once).
 
         A kill can leave a data file half written; its checkpoint is then still pending, and the file is not read.
         """
@@ -72,10 +69,8 @@ class Results:
         wanted = result_schema()
         if columns is not None:
             wanted = pa.schema([wanted.field(name) for name in columns])
-        tables = [wanted.empty_table()]
-        tables += [pq.read_table(file, columns=wanted.names).cast(wanted) for file in self._committed()]
-        order = [(name, "ascending") for name in ("sample_id", "recaption") if name in wanted.names]
-        return pa.concat_tables(tables).sort_by(order)
+        for file in self._committed():
+            yield pq.ParquetFile(file).read(columns=wanted.names).select(wanted.names).cast(wanted)
 
     def carry_over(self, records: Path) -> None:
         """Take the captions of finished records as committed results, so that only what is new is captioned.
@@ -157,11 +152,21 @@ def count_work(index: Path, results: Results) -> Work:
     """What is there to do."""
     import pyarrow as pa
     import pyarrow.compute as pc
-    import pyarrow.parquet as pq
 
-    tables = [pq.read_table(file, columns=["sample_id", "skip"]) for file in index_files(index)]
-    table = pa.concat_tables(tables)
-    ids = table.filter(pc.invert(table["skip"]))["sample_id"]
-    # all ids at once: the set that they are looked up in is built anew for each call
-    done = pc.sum(pc.is_in(ids, value_set=results.ids().combine_chunks())).as_py()
-    return Work(len(ids), int(done or 0))
+    def wanted() -> Iterator[pa.Table]:
+        for table in read_index(index_files(index), ["sample_id", "skip"]):
+            yield table.filter(pc.invert(table["skip"])).select(["sample_id"])
+
+    rows, done = sum(map(len, wanted())), 0
+    if results.any():
+        ids, digits = pa.schema([("sample_id", pa.string())]), digits_for(rows)
+        with (
+            Partitions(index.parent / "ids-wanted", "sample_id", digits, ids) as asked,
+            Partitions(index.parent / "ids-found", "sample_id", digits, ids) as found,
+        ):
+            asked.add(wanted())
+            found.add(results.tables(["sample_id"]))
+            for name in asked.names():
+                there = found.table(name)["sample_id"].combine_chunks()
+                done += pc.sum(pc.is_in(asked.table(name)["sample_id"], value_set=there)).as_py() or 0
+    return Work(rows, done)

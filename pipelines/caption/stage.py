@@ -25,7 +25,7 @@ from pipelines.caption.config import CaptionConfig
 from pipelines.caption.dataflow import caption_index
 from pipelines.caption.finish import write_records
 from pipelines.caption.guards import refuse_useless
-from pipelines.caption.index import build_index, errors_of
+from pipelines.caption.index import build_index
 from pipelines.caption.results import Results, count_work
 from pipelines.caption.watch import SHEET
 from pipelines.connection import connect
@@ -103,9 +103,9 @@ def _caption(
     for stale in set(index.parent.glob("index*")) - {index}:  # the dataset has changed since
         shutil.rmtree(stale)
     if not index.exists():
-        build_index(dataset, index)
+        seen = build_index(dataset, index)
         try:
-            refuse_useless(errors_of(index), config.guards)
+            refuse_useless(seen.rows, seen.failed, seen.example, config.guards)
         except WorkFailed:
             shutil.rmtree(index)  # made anew when the files are where they should be
             raise
@@ -119,7 +119,7 @@ def _caption(
     try:
         caption_index(index, results, todo, model, checkpoint.pixel_spec(model), config, sheet)
         seconds = max(time.monotonic() - started, 1e-9)
-        facts = write_records(index, results.table(), stage.directory, config.rows_per_shard)
+        facts = write_records(index, results.tables(), stage.directory, config.rows_per_shard)
     except WorkFailed as reason:
         stopped.write_text(str(reason))
         raise

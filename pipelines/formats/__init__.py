@@ -33,6 +33,8 @@ _BY_SUFFIX = {
     ".parquet": "parquet",
     ".tar": "webdataset",
 }
+_FILES_ALONE = {"parquet": "*.parquet", "webdataset": "*.tar"}
+"""Formats of which a folder is read file by file, and which files these are."""
 _LONGEST_LINE = 1 << 20
 
 
@@ -62,6 +64,13 @@ class Dataset:
                 yield from reader.rows(part)
             except OSError as error:
                 raise UserError(f"{part}: cannot be read ({error})") from error
+
+    def pieces(self) -> list[Dataset]:
+        """The files of this dataset as datasets of their own, in the order of its rows; itself, where it is one."""
+        files = self.parts
+        if not files and self.format in _FILES_ALONE and not isinstance(self.path, str):
+            files = tuple(files_in(self.path, _FILES_ALONE[self.format]))
+        return [Dataset(file, self.format) for file in files] or [self]
 
     def identity(self) -> str:
         """What the stage's fingerprint says about its input; see `pipelines.formats.identity`."""

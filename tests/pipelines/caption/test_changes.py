@@ -23,7 +23,7 @@ from pipelines.caption import stage
 from pipelines.caption.config import CaptionConfig
 from pipelines.caption.estimate import describe, estimate
 from pipelines.caption.guards import GuardConfig
-from pipelines.caption.index import build_index
+from pipelines.caption.index import build_index, index_files
 from pipelines.caption.replica import decode_batch
 from pipelines.caption.results import Results, result_schema
 from pipelines.caption.tally import Tally
@@ -98,7 +98,7 @@ def test_a_kill_while_taking_over_loses_nothing(blip2: Path, tmp_path: Path, mon
 
     def captions(index: Path, results: Results, *_: object) -> None:
         """Stands for the pass: a caption for every row without one."""
-        done = set(results.ids().to_pylist())
+        done = set(ids_of(results))
         rows = [r for file in sorted(index.glob("*.parquet")) for r in pq.read_table(file).to_pylist()]
         new = [r["sample_id"] for r in rows if r["sample_id"] not in done and not r["skip"]]
         captioned.append(len(new))
@@ -139,6 +139,10 @@ def test_a_kill_while_taking_over_loses_nothing(blip2: Path, tmp_path: Path, mon
     assert [count for count in captioned if count] == [3, 2]
 
 
+def ids_of(results: Results) -> list[str]:
+    return [found for table in results.tables(["sample_id"]) for found in table["sample_id"].to_pylist()]
+
+
 def _table(values: dict[str, list[object]]) -> pa.Table:
 
     return pa.table(values, schema=result_schema())
@@ -152,7 +156,7 @@ def test_files_that_change_or_vanish_during_the_run(tmp_path: Path) -> None:
     build_index(open_dataset(folder), tmp_path / "index")
     (folder / "001.jpg").write_bytes(picture(77))
     (folder / "002.jpg").unlink()
-    rows = decode_batch(pq.read_table(tmp_path / "index" / "000000.parquet"), SPEC).to_pylist()
+    rows = decode_batch(pq.read_table(index_files(tmp_path / "index")[0]), SPEC).to_pylist()
     assert [(row["error"] or "ok")[:12] for row in rows] == ["ok", "changed file", "missing file", "ok"]
     assert [row["pixels"] is None for row in rows] == [False, True, True, False]
 
@@ -165,7 +169,7 @@ def test_own_prompts_come_from_meta(tmp_path: Path) -> None:
     described = [{"file_name": "000.jpg", "ask": "a red"}, {"file_name": "001.jpg"}, {"file_name": "002.jpg", "ask": 5}]
     (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, described)))
     build_index(open_dataset(tmp_path), tmp_path / "index")
-    rows = decode_batch(pq.read_table(tmp_path / "index" / "000000.parquet"), SPEC, "ask").to_pylist()
+    rows = decode_batch(pq.read_table(index_files(tmp_path / "index")[0]), SPEC, "ask").to_pylist()
     assert [row["prompt"] for row in rows] == ["a red", None, None]
     assert rows[2]["error"] == "bad row: its prompt 'ask' is a int, not a text (002.jpg)"
 
@@ -206,7 +210,7 @@ def test_failed_rows_are_forgotten_in_checkpoint_and_data(tmp_path: Path) -> Non
     pq.write_table(table.select(["sample_id"]), results.checkpoint / "s_0.parquet")
     results.forget_failed()
     assert pq.read_table(results.checkpoint / "s_0.parquet")["sample_id"].to_pylist() == ["a"]
-    assert results.ids().to_pylist() == ["a"]
+    assert ids_of(results) == ["a"]
 
 
 def test_a_dataset_in_the_wrong_place_is_refused_before_a_model_loads(blip2: Path, tmp_path: Path) -> None:

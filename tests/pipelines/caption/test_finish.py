@@ -82,10 +82,10 @@ def test_doubles_and_half_files_do_not_count(work: Path, tmp_path: Path) -> None
     assert count_work(work / "index", results) == Work(149, 148)
     (tmp_path / "out").mkdir()
     with pytest.raises(WorkFailed, match=r"1 rows never came back.*set\.jsonl:151"):
-        write_records(work / "index", results.table(), tmp_path / "out", 60)
+        write_records(work / "index", results.tables(), tmp_path / "out", 60)
     commit(results, "d_000003", [(rows[-1]["sample_id"], None, "broken image: x (set.jsonl:151)")])
 
-    facts = write_records(work / "index", results.table(), tmp_path / "out", 60)
+    facts = write_records(work / "index", results.tables(), tmp_path / "out", 60)
     assert (facts["rows_in"], facts["rows_out"], facts["captioned"], facts["duplicates"]) == (151, 151, 148, 1)
     assert facts["failed"] == {"broken image": 1, "missing file": 1}
     assert facts["metrics"]["recaption"]["mean_words"] == 2
@@ -108,7 +108,7 @@ def test_one_text_has_one_measure(ray_cluster: None, work: Path, tmp_path: Path)
     failed = [(r["sample_id"], None, "broken image: x") for r in wanted[:2]]
     results = Results(work, "f")
     commit(results, "a_000000", [*done, *failed])
-    facts = write_records(work / "index", results.table(), tmp_path / "out", 60)
+    facts = write_records(work / "index", results.tables(), tmp_path / "out", 60)
     found = stats(tmp_path / "out")
     for column in ("caption", "recaption"):
         in_manifest = facts["metrics"][column]
@@ -130,7 +130,7 @@ def test_no_caption_at_all_is_a_failure(work: Path, tmp_path: Path) -> None:
     results = Results(work, "f")
     commit(results, "a_000000", [(r["sample_id"], None, f"broken image: x ({r['where']})") for r in rows])
     with pytest.raises(WorkFailed, match=r"not one row could be used: 150 broken image, 1 missing file; e.g. broken"):
-        write_records(work / "index", results.table(), tmp_path / "out", 60)
+        write_records(work / "index", results.tables(), tmp_path / "out", 60)
 
 
 def test_a_dataset_of_faults_is_a_failure_before_any_model_loads(blip2: Path, tmp_path: Path) -> None:
