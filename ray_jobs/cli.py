@@ -36,6 +36,7 @@ COMMANDS = {
     "init": Entry("ray_jobs.init", "write a recipe for the data, models and machine at hand"),
     "sample": Entry("ray_jobs.sample", "draw the embedded sample world"),
     "caption": Entry("ray_jobs.caption", "recaption an image-text dataset with BLIP-2"),
+    "analyze": Entry("ray_jobs.analyze", "what filters measure in a dataset, and bounds for them"),
     "refine": Entry("ray_jobs.refine", "choose and clean captions with a Data-Juicer recipe"),
     "export": Entry("ray_jobs.export", "write kept records in another dataset format"),
     "stats": Entry("ray_jobs.stats", "quality metrics of a dataset's captions"),

@@ -23,7 +23,7 @@ from pipelines.errors import UserError
 from pipelines.evaluate.config import CompareConfig, EvaluateConfig
 from pipelines.ladder.config import ForecastConfig
 from pipelines.mgm.assemble_config import AssembleConfig
-from pipelines.refine.config import RefineConfig
+from pipelines.refine.config import AnalyzeConfig, RefineConfig
 from pipelines.sample.config import SampleConfig
 from pipelines.storage import is_remote
 from pipelines.train.config import TrainConfig
@@ -132,6 +132,7 @@ class Recipe:
         serve: the HTTP endpoint.
         evaluate: the benchmark.
         compare: intervals and tests.
+        analyze: which bounds `captune analyze` proposes for filters.
         explain: which causes a gain has.
         forecast: the recipe in small, and what that says of the whole.
     """
@@ -151,6 +152,7 @@ class Recipe:
     serve: ServeConfig = field(default_factory=ServeConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     compare: CompareConfig = field(default_factory=CompareConfig)
+    analyze: AnalyzeConfig = field(default_factory=AnalyzeConfig)
     explain: ExplainConfig = field(default_factory=ExplainConfig)
     forecast: ForecastConfig = field(default_factory=ForecastConfig)
 

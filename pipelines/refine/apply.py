@@ -81,17 +81,60 @@ def _run_chunk(operators: Sequence[Operator], rows: Sequence[Row]) -> list[Outco
         alive = [i for i, outcome in enumerate(outcomes) if outcome.step is None]
         if not alive:
             break
-        samples: Samples = {"text": [_text_for(operator, outcomes[i].text) for i in alive]}
-        if operator.reads_images:
-            samples["images"] = [[rows[i].image_uri or rows[i].sample_id] for i in alive]
-            samples["image_bytes"] = [[images[i]] for i in alive]
-        if operator.shares_images:
-            samples[CONTEXT] = [contexts[i] for i in alive]
-        elif operator.takes_words:
-            samples[CONTEXT] = [_words(outcomes[i].text) for i in alive]
-        apply = _filter if operator.kind == "filter" else _map
-        _apply_or_blame_rows(apply, operator, samples, [outcomes[i] for i in alive])
+        tried = [outcomes[i] for i in alive]
+        _try_one(operator, [rows[i] for i in alive], tried, [images[i] for i in alive], [contexts[i] for i in alive])
     return outcomes
+
+
+def _try_one(
+    operator: Operator,
+    rows: Sequence[Row],
+    outcomes: list[Outcome],
+    images: Sequence[bytes | None],
+    contexts: Sequence[dict[str, Any]],
+) -> None:
+    """One operator over rows whose texts are those of `outcomes`."""
+    samples: Samples = {"text": [_text_for(operator, outcome.text) for outcome in outcomes]}
+    if operator.reads_images:
+        samples["images"] = [[row.image_uri or row.sample_id] for row in rows]
+        samples["image_bytes"] = [[image] for image in images]
+    if operator.shares_images:
+        samples[CONTEXT] = list(contexts)
+    elif operator.takes_words:
+        samples[CONTEXT] = [_words(outcome.text) for outcome in outcomes]
+    apply = _filter if operator.kind == "filter" else _map
+    _apply_or_blame_rows(apply, operator, samples, outcomes)
+
+
+def measure(operators: Sequence[Operator], rows: Sequence[Row]) -> list[list[Outcome]]:
+    """What every operator says of every row by itself: a row that one rejects still meets the others, with the text
+    that the mappers before them left of it.
+
+    Returns:
+        For each row one outcome per operator; one outcome alone, of step `error`, for a row whose image is gone.
+
+    Raises:
+        UserError, WorkFailed: as `run_operators`.
+    """
+    size = _IMAGE_ROWS if any(operator.reads_images for operator in operators) else max(len(rows), 1)
+    return [each for start in range(0, len(rows), size) for each in _measure(operators, rows[start : start + size])]
+
+
+def _measure(operators: Sequence[Operator], rows: Sequence[Row]) -> list[list[Outcome]]:
+    read = [Outcome(row.text) for row in rows]
+    images: Sequence[bytes | None] = [None] * len(rows)
+    if any(operator.reads_images for operator in operators):
+        images = _read_images(rows, read)
+    found: list[list[Outcome]] = [[outcome] if outcome.step else [] for outcome in read]
+    alive = [i for i, outcome in enumerate(read) if outcome.step is None]
+    texts, contexts = [rows[i].text for i in alive], [dict[str, Any]() for _ in alive]
+    for operator in operators if alive else ():
+        outcomes = [Outcome(text) for text in texts]
+        _try_one(operator, [rows[i] for i in alive], outcomes, [images[i] for i in alive], contexts)
+        texts = [outcome.text or text for outcome, text in zip(outcomes, texts, strict=True)]
+        for i, outcome in zip(alive, outcomes, strict=True):
+            found[i].append(outcome)
+    return found
 
 
 def _read_images(rows: Sequence[Row], outcomes: Sequence[Outcome]) -> list[bytes | None]:

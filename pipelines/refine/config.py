@@ -100,3 +100,44 @@ class RefineConfig:
     def demand(self, section: str = "refine") -> Demand:
         """One operator task; more run where there is room. An arm's `section` is `arms.NAME`."""
         return Demand(section, "task", 1, self.cpus_per_task, keys=("", "cpus_per_task", ""))
+
+
+BOUNDS = ("keep", "quantile", "sigma")
+
+
+@dataclass
+class AnalyzeConfig:
+    """Which bounds `captune analyze` proposes for a Data-Juicer recipe's filters, and from how many rows.
+
+    Attributes:
+        rows: rows that are looked at, drawn by chance; 0: all.
+        by: `quantile`: every bound leaves that share of the rows beyond it; `sigma`: so many standard deviations from
+            the mean; `keep`: one quantile for all bounds, chosen so that together they keep the share `keep`.
+        keep: share of the rows that all filters together leave.
+        quantile: share of the rows that a bound by itself cuts off.
+        sigma: standard deviations.
+        seed: of the drawing.
+    """
+
+    rows: int = 5000
+    by: str = "quantile"
+    keep: float | None = None
+    quantile: float = 0.01
+    sigma: float = 3.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.keep is not None and not 0 < self.keep <= 1:
+            raise UserError(f"analyze.keep is a share above 0 and up to 1, not {self.keep:g}")
+        if self.keep is not None:
+            self.by = "keep"
+        if self.by not in BOUNDS:
+            raise UserError(f"analyze.by must be one of {', '.join(BOUNDS)}, not '{self.by}'")
+        if self.by == "keep" and self.keep is None:
+            raise UserError("analyze.keep is not set: which share of the rows shall be left?")
+        if not 0 <= self.quantile < 0.5:
+            raise UserError(f"analyze.quantile is a share from 0 to below 0.5, not {self.quantile:g}")
+        if self.sigma <= 0:
+            raise UserError(f"analyze.sigma must be positive, not {self.sigma:g}")
+        if self.rows < 0:
+            raise UserError(f"analyze.rows is a number of rows, or 0 for all, not {self.rows}")

@@ -87,7 +87,7 @@ class Span:
 def waterfall(rows: Sequence[Span], label: str, tick: Format) -> Markup:
     """From one score to another, step by step: each bar begins where the one above it ends."""
     values = [value for row in rows for value in (row.start, row.end, *(row.ends or ()))]
-    step, low, high = _axis(min(0.0, *values), max(0.0, *values))
+    step, low, high = axis(min(0.0, *values), max(0.0, *values))
 
     def x(value: float) -> str:
         return _percent(2 + 96 * (value - low) / (high - low))
@@ -95,7 +95,7 @@ def waterfall(rows: Sequence[Span], label: str, tick: Format) -> Markup:
     top, pitch = 4, 46
     bottom = top + pitch * len(rows) + 4
     parts = []
-    for value in _steps(low, high, step):
+    for value in steps(low, high, step):
         parts.append(tag("line", x1=x(value), x2=x(value), y1=top, y2=bottom, class_="grid"))
         anchor = "start" if value == low else "end" if value + step > high * (1 + 1e-9) else "middle"
         parts.append(tag("text", tick(value), x=x(value), y=bottom + 18, class_="tick", text_anchor=anchor))
@@ -113,12 +113,12 @@ def waterfall(rows: Sequence[Span], label: str, tick: Format) -> Markup:
         marks.append(tag("text", row.text, x="98%", y=y - 6, class_="value", text_anchor="end"))
         marks.append(tag("title", f"{row.name}: {row.text}"))
         parts.append(tag("g", *marks, class_=style(row.index)))
-    return _figure(parts, label, height=bottom + 26)
+    return figure(parts, label, height=bottom + 26)
 
 
 def intervals(rows: Sequence[Estimate], label: str, tick: Format, *, zero: str = "") -> Markup:
     """Values with their intervals on one axis that includes 0. `zero` marks 0 with a line and these words."""
-    step, low, high = _axis(min(0.0, *(row.low for row in rows)), max(0.0, *(row.high for row in rows)))
+    step, low, high = axis(min(0.0, *(row.low for row in rows)), max(0.0, *(row.high for row in rows)))
 
     def x(value: float) -> str:
         return _percent(2 + 96 * (value - low) / (high - low))
@@ -126,7 +126,7 @@ def intervals(rows: Sequence[Estimate], label: str, tick: Format, *, zero: str =
     top, pitch = (22 if zero else 4), 50
     bottom = top + pitch * len(rows) + 4
     parts = []
-    for value in _steps(low, high, step):
+    for value in steps(low, high, step):
         parts.append(tag("line", x1=x(value), x2=x(value), y1=top, y2=bottom, class_="grid"))
         anchor = "start" if value == low else "end" if value + step > high * (1 + 1e-9) else "middle"
         parts.append(tag("text", tick(value), x=x(value), y=bottom + 18, class_="tick", text_anchor=anchor))
@@ -145,7 +145,7 @@ def intervals(rows: Sequence[Estimate], label: str, tick: Format, *, zero: str =
             tag("title", f"{row.name}: {row.text}"),
         ]
         parts.append(tag("g", *marks, class_=style(row.index)))
-    return _figure(parts, label, height=bottom + 26)
+    return figure(parts, label, height=bottom + 26)
 
 
 @dataclass(frozen=True)
@@ -177,7 +177,7 @@ def bars(rows: Sequence[Bar], label: str, *, maximum: float | None = None) -> Ma
         if row.lost:
             marks.append(tag("rect", x=solid, y=y + 19, width=lost, height=10, class_="lost"))
         parts.append(tag("g", *marks, tag("title", f"{row.name}: {row.text}"), class_=style(row.index)))
-    return _figure(parts, label, height=pitch * len(rows))
+    return figure(parts, label, height=pitch * len(rows))
 
 
 @dataclass(frozen=True)
@@ -234,7 +234,7 @@ def curves(
         parts.append(tag("line", x1=_LEFT, x2=_WIDTH - _RIGHT, y1=y(value), y2=y(value), class_="grid"))
         parts.append(tag("text", number(value), x=_LEFT - 7, y=y(value) + 4, class_="tick", text_anchor="end"))
     step = _nice(last / 5)
-    for value in _steps(0, last, step):
+    for value in steps(0, last, step):
         parts.append(
             tag("text", f"{value:,.0f}", x=x(value), y=_HEIGHT - _BOTTOM + 17, class_="tick", text_anchor="middle")
         )
@@ -245,7 +245,7 @@ def curves(
         for phase in line.phases:
             if phase:
                 parts += _curve(line, phase, x, y, number, smooth)
-    return _figure(parts, label, viewBox=f"0 0 {_WIDTH} {_HEIGHT}")
+    return figure(parts, label, viewBox=f"0 0 {_WIDTH} {_HEIGHT}")
 
 
 def moving_average(values: Sequence[float]) -> list[float]:
@@ -304,8 +304,8 @@ def _thin(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
 
 
 def _linear_scale(values: Sequence[float]) -> tuple[Callable[[float], float], list[float]]:
-    step, low, high = _axis(min(0.0, *values), max(0.0, *values))
-    return (lambda value: _down((value - low) / (high - low))), _steps(low, high, step)
+    step, low, high = axis(min(0.0, *values), max(0.0, *values))
+    return (lambda value: _down((value - low) / (high - low))), steps(low, high, step)
 
 
 def _log_scale(values: Sequence[float]) -> tuple[Callable[[float], float], list[float]]:
@@ -322,7 +322,7 @@ def _down(share: float) -> float:
     return _HEIGHT - _BOTTOM - (_HEIGHT - _BOTTOM - _TOP) * share
 
 
-def _axis(low: float, high: float) -> tuple[float, float, float]:
+def axis(low: float, high: float) -> tuple[float, float, float]:
     """Tick step, and the ends rounded outwards to it."""
     step = _nice((high - low or 1.0) / 5)
     return step, math.floor(low / step + 1e-9) * step, math.ceil(high / step - 1e-9) * step or step
@@ -334,7 +334,8 @@ def _nice(step: float) -> float:
     return next(m * power for m in (1, 2, 5, 10) if m * power >= step * (1 - 1e-9))
 
 
-def _steps(low: float, high: float, step: float) -> list[float]:
+def steps(low: float, high: float, step: float) -> list[float]:
+    """Where the ticks are."""
     return [round(low + step * i, 12) for i in range(int((high - low) / step + 1e-6) + 1)]
 
 
@@ -347,7 +348,8 @@ def _path(points: Sequence[tuple[float, float]]) -> str:
     return "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in points)
 
 
-def _figure(parts: Iterable[Markup], label: str, **attributes: Any) -> Markup:
+def figure(parts: Iterable[Markup], label: str, **attributes: Any) -> Markup:
+    """A drawing as wide as its place; `label` says what it shows to those who do not see it."""
     return tag("svg", *parts, role="img", aria_label=label, width="100%", **attributes)
 
 
