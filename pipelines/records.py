@@ -19,6 +19,8 @@ from pipelines.storage import AnyPath, files_in
 if TYPE_CHECKING:
     import pyarrow as pa
 
+SAME_PICTURE = "captune_same_picture_as"
+"""Key of a record's `meta`: the `sample_id` of the first row with the same picture and another caption."""
 COLUMNS = (
     "sample_id",
     "image",
@@ -79,12 +81,13 @@ def new_record(
     error: str | None = None,
     meta: dict[str, Any] | None = None,
     content: bytes | None = None,
+    key: str = "",
 ) -> Record:
     """A fresh record. `content` is the encoded image when only its URI is kept; it goes into the id, not into the
-    record.
+    record. `key` is the id where it is known already.
     """
     return Record(
-        sample_id=sample_id(content if content is not None else image, image_uri, caption),
+        sample_id=key or sample_id(content if content is not None else image, image_uri, caption),
         image=image,
         image_uri=image_uri,
         caption=caption,
@@ -104,13 +107,29 @@ def sample_id(image: bytes | None, image_uri: str | None, caption: str) -> str:
     It does not depend on where the file lies, on the shard or on the row, so a rerun on another machine finds its own
     work again. When the image cannot be had at all, the file's name stands in for it.
     """
+    return ids(image, image_uri, caption)[0]
+
+
+def ids(image: bytes | None, image_uri: str | None, caption: str) -> tuple[str, str]:
+    """`sample_id`, and the same key of the image alone, at the price of one."""
     digest = hashlib.blake2b(digest_size=16)
     if image is not None:
         digest.update(b"image\0" + image)
     else:
-        digest.update(b"name\0" + Path(image_uri or "").name.encode())
+        digest.update(b"name\0" + Path(image_uri or "").name.encode("utf-8", "surrogateescape"))
+    picture = digest.hexdigest()
     digest.update(b"\0caption\0" + caption.encode())
-    return digest.hexdigest()
+    return digest.hexdigest(), picture
+
+
+def repeat_id(sample_id: str, number: int) -> str:
+    """Id of the `number`-th row of a dataset with the same image and caption: the sample's own for the first."""
+    return f"{sample_id}-{number}" if number > 1 else sample_id
+
+
+def is_repeat(sample_id: str) -> bool:
+    """Whether a row before this one has the same image and caption."""
+    return "-" in sample_id
 
 
 def text_id(sample_id: str, number: int) -> str:
@@ -123,9 +142,12 @@ def source_id(text_id: str) -> str:
     return text_id.partition(".")[0]
 
 
-def read_shards(directory: Path | str, columns: Iterable[str] | None = None) -> pa.Table:
+def read_shards(directory: Path | str, columns: Iterable[str] | None = None, *, sort: bool = True) -> pa.Table:
     """All records of a directory of Parquet shards as one table, ordered by `sample_id` so that the shard layout never
     matters.
+
+    Args:
+        sort: False leaves them in the order of shards and rows, which is the dataset's as captioning writes them.
 
     Raises:
         UserError: no shard there, or a shard is truncated or has another schema (the file is named).
@@ -146,7 +168,7 @@ def read_shards(directory: Path | str, columns: Iterable[str] | None = None) -> 
         except (pa.ArrowInvalid, OSError) as error:
             raise UserError(f"{path}: not a readable Parquet shard of sample records ({error})") from error
     table = pa.concat_tables(tables, promote_options="permissive")
-    return table.sort_by("sample_id") if "sample_id" in wanted else table
+    return table.sort_by("sample_id") if sort and "sample_id" in wanted else table
 
 
 def holds_records(path: AnyPath) -> bool:

@@ -8,6 +8,7 @@ that reading needs: a format's reader does not know which of the two it has.
 from __future__ import annotations
 
 import io
+import os
 import posixpath
 from collections.abc import Iterator
 from fnmatch import fnmatchcase
@@ -119,6 +120,14 @@ class RemotePath:
         sizes = {info.path.strip("/")[below:]: int(info.size) for info in found if info.type.name == "File"}
         return [(self / name, sizes[name]) for name in sorted(sizes)]
 
+    def names(self) -> Iterator[tuple[str, bool]]:
+        """Names directly in this folder, and whether each is a folder."""
+        from pyarrow.fs import FileSelector
+
+        filesystem, path = _locate(self._uri)
+        for info in filesystem.get_file_info(FileSelector(path, allow_not_found=True)):
+            yield info.base_name, info.type.name == "Directory"
+
     def _info(self) -> FileInfo:
         filesystem, path = _locate(self._uri)
         return filesystem.get_file_info(path)
@@ -133,6 +142,15 @@ def files_in(path: AnyPath, pattern: str) -> list[AnyPath]:
         return [path]
     found: list[AnyPath] = [*path.glob(pattern)]
     return sorted(found, key=str)
+
+
+def names_in(path: AnyPath) -> Iterator[tuple[str, bool]]:
+    """Names directly in a folder, in no order, and whether each is a folder."""
+    if isinstance(path, RemotePath):
+        yield from path.names()
+        return
+    with os.scandir(path) as entries:
+        yield from ((entry.name, entry.is_dir()) for entry in entries)
 
 
 def expand(pattern: str) -> Iterator[AnyPath]:

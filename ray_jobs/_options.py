@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, get_args
 import jsonargparse
 
 from pipelines.errors import UserError
+from pipelines.formats.reading import Reading, columns_of
 from ray_jobs.recipe import ArmConfig, Recipe, expanded
 from ray_jobs.recipe_file import Given, as_known, is_section, known_keys, nearest, read_recipe
 
@@ -115,6 +116,9 @@ class Command:
 
 CONFIG_OPTION = Option("--config", "RECIPE", "recipe file, or the name of one that comes with captune", key=CONFIG)
 JSON = Option("--json", about="the result as JSON on standard output")
+COLUMNS = Option(
+    "--columns", "NAME=COLUMN", "the dataset's own name of caption or image, as in caption=TEXT", many=True
+)
 RESTART = Option("--restart", about="throw away what another run left in the output, and start over")
 
 
@@ -153,6 +157,12 @@ def parse(command: Command, argv: list[str]) -> tuple[Recipe, SimpleNamespace]:
         if option.key != CONFIG:
             setattr(options, option.attribute, _own_value(command, option, own.get(option.name, []), recipe))
     return recipe, options
+
+
+def reading_of(recipe: Recipe, options: SimpleNamespace) -> Reading:
+    """How the dataset is read: as the recipe says, with `--columns` in place of its columns."""
+    reading = recipe.caption.reading
+    return replace(reading, columns={**reading.columns, **columns_of(options.columns)})
 
 
 def required(value: Any, option: str, command: str) -> str:

@@ -222,7 +222,7 @@ class _Plan:
         config = recipe.captioning(name)
 
         def wanted() -> dict[str, Any]:
-            dataset = open_dataset(recipe.dataset)
+            dataset = open_dataset(recipe.dataset, recipe.caption.reading)
             if config is None:
                 return found.inputs(dataset, recipe.caption)
             return inputs(dataset, checkpoint.resolve(config.model), config)

@@ -9,14 +9,15 @@ from pathlib import Path
 
 from pipelines import preflight
 from ray_jobs import _ending, _start, cli
-from ray_jobs._options import RESTART, Command, Option, parse, reading, required, writing
+from ray_jobs._options import COLUMNS, RESTART, Command, Option, parse, reading, reading_of, required, writing
 
 COMMAND = Command(
     "caption",
     "Recaption an image-text dataset with BLIP-2 on Ray Data. A killed run continues; a dataset that has grown is "
     "captioned on.",
     (
-        reading("Data-Juicer JSONL, LLaVA JSON, WebDataset tars, Parquet or pictures", value="DATASET", key="dataset"),
+        reading("JSONL, LLaVA or COCO JSON, tars, Parquet or pictures", value="DATASET", key="dataset"),
+        COLUMNS,
         writing("directory for the records", needed=False),
         Option("--dry-run", about="say what the run would cost; needs no --output and writes nothing"),
         RESTART,
@@ -30,6 +31,7 @@ COMMAND = Command(
 def main(argv: list[str]) -> int:
     """`captune caption DATASET --output DIR --caption.model DIR`."""
     recipe, options = parse(COMMAND, argv)
+    recipe.caption.reading = reading_of(recipe, options)
     if options.dry_run:
         from pipelines.caption.estimate import describe, estimate
 

@@ -112,7 +112,8 @@ class Ladder:
             if step.stage in ("sample", "assemble"):  # the whole recipe's own, which it will find done
                 hallway.perform(self.recipe, self.place, step, restart=False)
         config = self.recipe.forecast
-        drawn = rows.draw(self.recipe.dataset, self.pairs, self.parts[-1], config.seed, restart=restart)
+        reading = self.recipe.caption.reading
+        drawn = rows.draw(self.recipe.dataset, self.pairs, self.parts[-1], config.seed, reading, restart=restart)
         self._require_rows(drawn["rows_out"])
         self._walk(self.rungs({}), ("caption", "refine"), restart)
         kept = {arm: self._kept(arm, self.parts[-1]) for arm in self.recipe.arms}

@@ -14,8 +14,9 @@ from types import SimpleNamespace
 from pipelines import machine, preflight
 from pipelines.errors import UserError
 from pipelines.files import write_text
+from pipelines.formats.reading import columns_of
 from ray_jobs import _ending, _plan, cli, run
-from ray_jobs._options import Command, Option, parse, reading, writing
+from ray_jobs._options import COLUMNS, Command, Option, parse, reading, writing
 
 COMMAND = Command(
     "init",
@@ -31,6 +32,7 @@ COMMAND = Command(
             "FILE",
             needed=False,
         ),
+        COLUMNS,
         Option("--run-dir", "DIR", "where the run will write; default: runs/ and the recipe's name", path=True),
         writing("recipe file to write", value="FILE"),
     ),
@@ -90,11 +92,11 @@ def _file(path: Path) -> Path:
     return path
 
 
-def _size(path: str) -> _Size:
+def _size(path: str, columns: list[str]) -> _Size:
     """Rows of a dataset, as far as they can be counted in some seconds."""
-    from pipelines.formats import open_dataset
+    from pipelines.formats import Reading, open_dataset
 
-    found, rows, until = open_dataset(path), 0, time.monotonic() + _COUNT_SECONDS
+    found, rows, until = open_dataset(path, Reading(columns_of(columns))), 0, time.monotonic() + _COUNT_SECONDS
     for _ in found.rows():
         rows += 1
         if rows % 256 == 0 and time.monotonic() > until:
@@ -104,7 +106,7 @@ def _size(path: str) -> _Size:
 
 def _recipe(options: SimpleNamespace) -> str:
     """The recipe's text."""
-    pairs, cards = _size(options.dataset), machine.cards()
+    pairs, cards = _size(options.dataset, options.columns), machine.cards()
     about = f"{len(cards)} x {cards[0].name}" if cards else "no card"
     lines = [
         f"# Written by captune init for {pairs}, and a machine of {machine.cpus()} CPUs, "
@@ -137,6 +139,8 @@ def _caption(options: SimpleNamespace, cards: int) -> list[str]:
         "  max_new_tokens: 30",
         f"  dtype: {'bfloat16' if cards else 'float32'}",
         *([f"  actors: {cards}", "  gpus_per_actor: 1"] if cards else ["  cpus_per_actor: 0.9"]),
+        *(["  reading:", "    columns:"] if options.columns else []),
+        *(f"      {name}: {_quoted(column)}" for name, column in columns_of(options.columns).items()),
     ]
 
 

@@ -103,8 +103,8 @@ class ArmConfig(RefineConfig):
 
 _OF_ALL_ARMS = ("model", "instruct_data", "seed", "workers", "cpus_per_worker", "use_gpu")
 """Keys of `train` that no arm has for itself: what they begin with and run on is the same for all."""
-_OF_ALL_SETS = ("actors", "max_actors", "cpus_per_actor", "gpus_per_actor")
-"""Keys of `caption` that no caption set has for itself: what they run on is the same for all."""
+_OF_ALL_SETS = ("actors", "max_actors", "cpus_per_actor", "gpus_per_actor", "reading")
+"""Keys of `caption` that no caption set has for itself: the dataset and what they run on are the same for all."""
 
 
 @dataclass

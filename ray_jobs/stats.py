@@ -6,12 +6,13 @@ if __name__ == "__main__":
     import _from_path  # noqa: F401
 
 from ray_jobs import _ending, cli
-from ray_jobs._options import Command, parse, reading
+from ray_jobs._options import COLUMNS, Command, parse, reading, reading_of
 
 COMMAND = Command(
     "stats",
     "Quality metrics of a dataset's captions: how varied they are, how long, and how much they repeat themselves.",
-    (reading("records, or a dataset in any format that captune caption reads", value="DATASET"),),
+    (reading("records, or a dataset in any format that captune caption reads", value="DATASET"), COLUMNS),
+    reads=("caption.reading",),
     first="--input",
     example="captune stats runs/sample/captions --json",
 )
@@ -19,10 +20,10 @@ COMMAND = Command(
 
 def main(argv: list[str]) -> int:
     """`captune stats DATASET`."""
-    _, options = parse(COMMAND, argv)
+    recipe, options = parse(COMMAND, argv)
     from pipelines.refine.metrics import stats
 
-    found = stats(options.input)
+    found = stats(options.input, reading_of(recipe, options))
     return _ending.tell(options, found, _table(found))
 
 

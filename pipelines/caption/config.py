@@ -9,6 +9,7 @@ from pipelines.blip2.config import BlipConfig
 from pipelines.caption.guards import GuardConfig
 from pipelines.demand import Demand
 from pipelines.errors import UserError
+from pipelines.formats.reading import Reading
 
 
 @dataclass
@@ -22,6 +23,7 @@ class CaptionConfig(BlipConfig):
         cpus_per_actor: CPUs that Ray reserves for a replica (fractions let it share a small machine with the decoders).
         gpus_per_actor: GPUs that Ray reserves for a replica; 0 runs on the CPU.
         rows_per_shard: most rows in one Parquet shard.
+        reading: how the dataset is read where it could be meant in more than one way.
         guards: when to stop.
     """
 
@@ -31,6 +33,7 @@ class CaptionConfig(BlipConfig):
     cpus_per_actor: float = 1.0
     gpus_per_actor: float = 0.0
     rows_per_shard: int = 10_000
+    reading: Reading = field(default_factory=Reading)
     guards: GuardConfig = field(default_factory=GuardConfig)
 
     def __post_init__(self) -> None:

@@ -40,7 +40,7 @@ def estimate(input: str, config: CaptionConfig) -> dict[str, Any]:
         UserError: no dataset, no row in it, no model.
         WorkFailed: not one row of the sample has a usable picture, so that a run would end in failure.
     """
-    dataset = open_dataset(input)
+    dataset = open_dataset(input, config.reading)
     model = checkpoint.resolve(config.model)
     checkpoint.check(model, config.prompt, config.max_new_tokens)
     spec = checkpoint.pixel_spec(model)

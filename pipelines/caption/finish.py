@@ -19,7 +19,7 @@ from pipelines.caption.tasks import in_tasks
 from pipelines.errors import WorkFailed
 from pipelines.files import replacing
 from pipelines.formats import error_kind
-from pipelines.records import COLUMNS, schema
+from pipelines.records import COLUMNS, is_repeat, schema
 from pipelines.text import Texts, usable_texts
 
 if TYPE_CHECKING:
@@ -170,9 +170,9 @@ class _Facts:
         self.failed.update(error_kind(error) for error in errors if error)
         self.example = self.example or next(filter(None, errors), "")
         usable = records.filter(pc.is_null(records["error"]))
-        duplicate = pc.match_substring(usable["meta"], '"duplicate_of"')
-        self.duplicates += int(pc.sum(duplicate).as_py() or 0)
-        self.captioned += len(usable) - int(pc.sum(duplicate).as_py() or 0)
+        repeats = sum(map(is_repeat, usable["sample_id"].to_pylist()))
+        self.duplicates += repeats
+        self.captioned += len(usable) - repeats
         for name, texts in self._texts.items():
             texts.add(usable_texts(records[name].to_pylist(), errors))
 

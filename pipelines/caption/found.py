@@ -42,7 +42,7 @@ def run(input: str, output: Path, config: CaptionConfig, *, restart: bool = Fals
         UserError: no dataset, or an output directory that holds something else.
         WorkFailed: not one row can be used.
     """
-    output, dataset = Path(output).resolve(), open_dataset(input)
+    output, dataset = Path(output).resolve(), open_dataset(input, config.reading)
     stage = open_stage(output, "caption", inputs(dataset, config), restart=restart, grows=GROWS)
     if stage.complete:
         say(f"caption: {output} is complete already ({stage.manifest['rows_out']} rows)")

@@ -21,11 +21,11 @@ from typing import TYPE_CHECKING, Any
 from pipelines.caption.partitions import Partitions, digits_for
 from pipelines.caption.tasks import in_tasks
 from pipelines.errors import UserError
-from pipelines.formats import Dataset, Row, error_kind, to_record
+from pipelines.formats import Dataset, Row, error_kind, to_record_and_picture
 from pipelines.formats.texts import NOTE
 from pipelines.images import BadImage, read_bytes
 from pipelines.progress import Progress, say
-from pipelines.records import sample_id, schema
+from pipelines.records import SAME_PICTURE, repeat_id, sample_id, schema
 from pipelines.storage import AnyPath, RemotePath, is_remote
 
 if TYPE_CHECKING:
@@ -43,14 +43,13 @@ _MARKED_TOGETHER = 32
 
 
 def index_schema() -> pa.Schema:
-    """A record plus `where` (place in the dataset), `result_of` (id whose caption is this row's too) and `skip` (the
-    model never sees it).
+    """A record plus `where` (place in the dataset), `result_of` (id whose caption is this row's too), `picture` (key of
+    what rows share that have one caption: image and prompt) and `skip` (the model never sees it).
     """
     import pyarrow as pa
 
-    return pa.unify_schemas(
-        [schema(), pa.schema([("where", pa.string()), ("result_of", pa.string()), ("skip", pa.bool_())])]
-    )
+    texts = [(name, pa.string()) for name in ("where", "result_of", "picture")]
+    return pa.unify_schemas([schema(), pa.schema([*texts, ("skip", pa.bool_())])])
 
 
 def index_files(directory: Path) -> list[Path]:
@@ -101,18 +100,22 @@ class Seen:
         self.odd_example = self.odd_example or later.odd_example
 
 
-def build_index(dataset: Dataset, directory: Path) -> Seen:
+def build_index(dataset: Dataset, directory: Path, prompt_key: str = "") -> Seen:
     """Write the index; `directory` appears under its name only when it is whole, so a kill here costs the pass and
     nothing else. Where a dataset is of several large files, each is read by a task.
 
-    Duplicate content (same image and caption) stays in the count: the n-th row with an id gets `<id>-n`, says so in
-    `meta.duplicate_of`, and is given the first one's caption instead of the model's time.
+    Duplicate content (same image and caption) stays in the count: the n-th row with an id gets `<id>-n`. It, and rows
+    with the same image under another caption, are given the first one's new caption instead of the model's time; the
+    latter say so in their `meta` (`records.SAME_PICTURE`).
+
+    Args:
+        prompt_key: field of `meta` that holds a row's own prompt; only rows with the same prompt share a caption.
     """
     part = directory.with_name(directory.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
     with Progress(None, "caption: reading the dataset") as progress:
-        seen, tasks = _read(dataset, part, progress)
+        seen, tasks = _read(dataset, part, prompt_key, progress)
     if not seen.rows:
         raise UserError(f"{dataset.path}: this dataset has no rows")
     _mark_duplicates(part, seen.rows, tasks)
@@ -123,7 +126,7 @@ def build_index(dataset: Dataset, directory: Path) -> Seen:
     return seen
 
 
-def _read(dataset: Dataset, directory: Path, progress: Progress) -> tuple[Seen, bool]:
+def _read(dataset: Dataset, directory: Path, prompt_key: str, progress: Progress) -> tuple[Seen, bool]:
     """Index every row as if it were the only one of its content: small files and the first rows here, the rest in
     tasks; and whether there were any.
     """
@@ -131,9 +134,9 @@ def _read(dataset: Dataset, directory: Path, progress: Progress) -> tuple[Seen, 
     while alone < len(pieces) and (
         alone == len(pieces) - 1 or (progress.done < _PART * LARGEST and _size(pieces[alone].path) <= _SMALL_BYTES)
     ):
-        seen.add(_read_piece(pieces[alone], directory, alone, progress.done, progress.update))
+        seen.add(_read_piece(pieces[alone], directory, prompt_key, alone, progress.done, progress.update))
         alone += 1
-    calls = ((pieces[number], directory, number, _PART * LARGEST) for number in range(alone, len(pieces)))
+    calls = ((pieces[number], directory, prompt_key, number, _PART * LARGEST) for number in range(alone, len(pieces)))
     for found in in_tasks(_read_piece, calls) if alone < len(pieces) else ():
         seen.add(found)
         progress.update(found.rows)
@@ -146,7 +149,12 @@ def _size(path: AnyPath | str) -> int:
 
 
 def _read_piece(
-    piece: Dataset, directory: Path, number: int, before: int, tell: Callable[[int], None] = lambda rows: None
+    piece: Dataset,
+    directory: Path,
+    prompt_key: str,
+    number: int,
+    before: int,
+    tell: Callable[[int], None] = lambda rows: None,
 ) -> Seen:
     """Index files of one piece of a dataset, `before` which there are so many rows."""
     import pyarrow as pa
@@ -156,7 +164,8 @@ def _read_piece(
     with ThreadPoolExecutor(_REMOTE_READERS if is_remote(piece.path) else _READERS) as readers:
         rows = piece.rows()
         while chunk := _next_chunk(rows, min(max(SMALLEST, (before + seen.rows) // _PART), LARGEST)):
-            entries = [_entry(row, record) for row, record in zip(chunk, readers.map(to_record, chunk), strict=True)]
+            found = readers.map(to_record_and_picture, chunk)
+            entries = [_entry(row, *each, prompt_key) for row, each in zip(chunk, found, strict=True)]
             table = pa.Table.from_pylist(entries, schema=index_schema())
             pq.write_table(table, directory / f"{number:06d}-{files:06d}.parquet", compression="zstd")
             files += 1
@@ -173,15 +182,16 @@ def _count(rows: list[Row], entries: list[dict[str, Any]]) -> Seen:
 
 
 def _mark_duplicates(directory: Path, rows: int, tasks: bool) -> None:
-    """Rows whose content came before say so, and are skipped."""
+    """Rows whose picture came before say so, and are skipped."""
     found = list(_duplicates(index_files(directory), directory / "ids", rows))
     batches = [(found[start : start + _MARKED_TOGETHER],) for start in range(0, len(found), _MARKED_TOGETHER)]
     for _ in in_tasks(_mark, batches) if tasks else starmap(_mark, batches):
         pass
 
 
-_Marks = tuple[Path, "np.ndarray", "np.ndarray"]
-"""An index file, rows of it, and which of the rows with its content each of them is, from 2 on."""
+_Marks = tuple[Path, "np.ndarray", "np.ndarray", "np.ndarray"]
+"""An index file, rows of it, which of the rows with its content each of them is, from 1 on, and the id of the first row
+with its picture."""
 
 
 def _duplicates(files: list[Path], folder: Path, rows: int) -> Iterator[_Marks]:
@@ -190,45 +200,64 @@ def _duplicates(files: list[Path], folder: Path, rows: int) -> Iterator[_Marks]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    ids = pa.schema([("result_of", pa.string()), ("row", pa.int64())])
-    with Partitions(folder, "result_of", digits_for(rows), ids) as parts:
-        parts.add(numbered(files, ["result_of"]))
+    ids = pa.schema([("picture", pa.string()), ("result_of", pa.string()), ("row", pa.int64())])
+    with Partitions(folder, "picture", digits_for(rows), ids) as parts:
+        parts.add(numbered(files, ["picture", "result_of"]))
         found = [_repeats(parts.table(name)) for name in parts.names()]
-    places, numbers = (np.concatenate(column) for column in zip(*found, strict=True))
+    places, numbers, firsts = (np.concatenate(column) for column in zip(*found, strict=True))
     order = np.argsort(places)
-    places, numbers = places[order], numbers[order]
+    places, numbers, firsts = places[order], numbers[order], firsts[order]
     first = start = 0
     for file in files if len(places) else ():
         end = start + pq.read_metadata(file).num_rows
         last = int(np.searchsorted(places, end))
         if first < last:
-            yield file, places[first:last] - start, numbers[first:last]
+            yield file, places[first:last] - start, numbers[first:last], firsts[first:last]
         first, start = last, end
 
 
-def _repeats(ids: pa.Table) -> tuple[np.ndarray, np.ndarray]:
-    """Of a table in the dataset's order: `row` of each whose id came before, and which of its id it is."""
+def _repeats(ids: pa.Table) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of a table in the dataset's order: `row` of each whose picture came before, which of its id it is, and the id of
+    the first row with the picture.
+    """
     import numpy as np
 
-    codes = ids["result_of"].combine_chunks().dictionary_encode().indices.to_numpy()
+    first_of_id, before = _firsts(ids["result_of"])
+    first_of_picture, _ = _firsts(ids["picture"])
+    first = first_of_picture[first_of_id]  # prompts of rows with one id may differ: they share the first one's caption
+    again = first != np.arange(len(ids))
+    names = ids["result_of"].take(first[again]).to_numpy().astype("S")
+    return ids["row"].to_numpy()[again], before[again] + 1, names
+
+
+def _firsts(column: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
+    """Of each row: the first row with its value, and how many with it came before."""
+    import numpy as np
+
+    codes = column.combine_chunks().dictionary_encode().indices.to_numpy()
     order = np.argsort(codes, kind="stable")
-    first = np.flatnonzero(np.diff(codes[order], prepend=-1))
-    number = 1 + np.arange(len(codes)) - np.repeat(first, np.diff(first, append=len(codes)))
-    return ids["row"].to_numpy()[order][number > 1], number[number > 1]
+    starts = np.flatnonzero(np.diff(codes[order], prepend=-1))
+    sizes = np.diff(starts, append=len(codes))
+    first, before = np.empty_like(order), np.empty_like(order)
+    first[order] = np.repeat(order[starts], sizes)
+    before[order] = np.arange(len(codes)) - np.repeat(starts, sizes)
+    return first, before
 
 
 def _mark(marks: Sequence[_Marks]) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    for file, places, numbers in marks:
+    for file, places, numbers, firsts in marks:
         table = pq.ParquetFile(file).read()
-        columns = {name: table[name].to_pylist() for name in ("sample_id", "meta", "skip")}
-        for place, number in zip(places.tolist(), numbers.tolist(), strict=True):
-            first = columns["sample_id"][place]
-            meta = {**json.loads(columns["meta"][place]), "duplicate_of": first}
-            columns["sample_id"][place] = f"{first}-{number}"
-            columns["meta"][place] = json.dumps(meta, sort_keys=True, ensure_ascii=False)
+        columns = {name: table[name].to_pylist() for name in ("sample_id", "meta", "result_of", "skip")}
+        for place, number, first in zip(places.tolist(), numbers.tolist(), firsts.tolist(), strict=True):
+            own, first = columns["sample_id"][place], first.decode()
+            if first != own:
+                meta = {**json.loads(columns["meta"][place]), SAME_PICTURE: first}
+                columns["meta"][place] = json.dumps(meta, sort_keys=True, ensure_ascii=False)
+            columns["sample_id"][place] = repeat_id(own, number)
+            columns["result_of"][place] = first
             columns["skip"][place] = True
         for name, values in columns.items():
             index = table.schema.get_field_index(name)
@@ -259,5 +288,7 @@ def _next_chunk(rows: Iterator[Row], size: int) -> list[Row]:
     return chunk
 
 
-def _entry(row: Row, record: Any) -> dict[str, Any]:
-    return {**record, "where": row.where, "result_of": record["sample_id"], "skip": record["error"] is not None}
+def _entry(row: Row, record: Any, picture: str, prompt_key: str) -> dict[str, Any]:
+    own = record["sample_id"]
+    shared = f"{picture}{row.meta.get(prompt_key, '')}" if picture else own
+    return {**record, "where": row.where, "result_of": own, "picture": shared, "skip": record["error"] is not None}

@@ -8,7 +8,7 @@ results: sample_id, ... -+
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -47,7 +47,7 @@ def join(files: Sequence[Path], results: Iterable[pa.Table], folder: Path, bound
         Partitions(folder / "wanted", "result_of", digits, asked) as wanted,
         Partitions(folder / "found", "sample_id", digits, result_schema()) as found,
     ):
-        wanted.add(numbered(files, ["result_of", "skip"]))
+        wanted.add(_asked(files))
         found.add(results)
         for name in sorted(wanted.names() | found.names()):
             rows, said = wanted.table(name), found.table(name)
@@ -60,6 +60,20 @@ def join(files: Sequence[Path], results: Iterable[pa.Table], folder: Path, bound
             f"{lost} rows never came back from captioning, e.g. {_where(files, first_lost)}; run the same command again"
         )
     return vanished
+
+
+def _asked(files: Sequence[Path]) -> Iterator[pa.Table]:
+    """What each row asks for. Rows that share another's picture know an earlier run's captions under their own ids, too:
+    these are asked for by no row, -1.
+    """
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    for table in numbered(files, ["sample_id", "result_of", "skip"]):
+        yield table.select(["result_of", "skip", "row"])
+        own = table.filter(pc.not_equal(table["sample_id"], table["result_of"]))["sample_id"]
+        nobody = {"skip": pa.repeat(pa.scalar(True), len(own)), "row": pa.repeat(pa.scalar(-1, pa.int64()), len(own))}
+        yield pa.table({"result_of": own, **nobody})
 
 
 def results_of(folder: Path, shard: int) -> pa.Table:
@@ -84,7 +98,7 @@ def _match(rows: pa.Table, results: pa.Table) -> tuple[pa.Table, pa.ChunkedArray
     results = results.sort_by([("sample_id", "ascending"), ("recaption", "ascending")])
     ids, wanted = results["sample_id"].combine_chunks(), rows["result_of"].combine_chunks()
     places = pc.index_in(rows["result_of"], value_set=ids)  # the first of an id's results
-    there = pc.is_valid(places)
+    there = pc.and_(pc.is_valid(places), pc.greater_equal(rows["row"], 0))
     missing = rows["row"].filter(pc.invert(pc.or_(there, rows["skip"])))
     unused = pc.count_distinct(ids.filter(pc.invert(pc.is_in(ids, value_set=wanted)))).as_py()
     matched = results.take(places.filter(there)).append_column("row", rows["row"].filter(there))

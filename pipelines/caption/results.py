@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from pipelines.caption.index import index_files, read_index
 from pipelines.caption.partitions import Partitions, digits_for
 from pipelines.files import replacing
-from pipelines.records import shard_paths
+from pipelines.records import is_repeat, shard_paths
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -130,7 +130,7 @@ def _checkpoint_of(file: Path, done: set[str]) -> str:
 
 def _is_first_and_good(record: dict[str, Any]) -> bool:
     """Ids of duplicates end in `-2`, `-3`, ...; their captions are the first one's."""
-    return record["error"] is None and "-" not in record["sample_id"]
+    return record["error"] is None and not is_repeat(record["sample_id"])
 
 
 def _write(table: pa.Table, path: Path) -> None:

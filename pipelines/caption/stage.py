@@ -103,7 +103,7 @@ def _caption(
     for stale in set(index.parent.glob("index*")) - {index}:  # the dataset has changed since
         shutil.rmtree(stale)
     if not index.exists():
-        seen = build_index(dataset, index)
+        seen = build_index(dataset, index, config.prompt_key)
         try:
             refuse_useless(seen.rows, seen.failed, seen.example, config.guards)
         except WorkFailed:

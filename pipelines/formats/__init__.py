@@ -9,31 +9,39 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from pipelines.errors import UserError
 from pipelines.formats.coco import is_coco
+from pipelines.formats.folders import choose
 from pipelines.formats.llava import is_row
-from pipelines.formats.rows import Row, error_kind, parse_json, to_record
+from pipelines.formats.packed import DAMAGED, ending, unpacked
+from pipelines.formats.reading import DEFAULT, Reading
+from pipelines.formats.rows import Row, error_kind, parse_json, to_record, to_record_and_picture
+from pipelines.formats.texts import shown
 from pipelines.manifest import require_finished
 from pipelines.storage import SCHEMES, AnyPath, RemotePath, expand, files_in, is_glob, is_remote
 
-__all__ = ["READABLE", "Dataset", "Row", "error_kind", "open_dataset", "to_record"]
+__all__ = [
+    "DEFAULT", "READABLE", "Dataset", "Reading", "Row", "error_kind", "open_dataset", "to_record",
+    "to_record_and_picture",
+]  # fmt: skip
 
 READABLE = (
     "Data-Juicer JSONL (.jsonl), LLaVA JSON or JSONL (.json, .jsonl), COCO captions (.json), "
-    "WebDataset tars (.tar), Parquet (.parquet), "
+    "WebDataset tars (.tar, .tar.gz, .tar.zst), Parquet (.parquet), Arrow files of save_to_disk, "
     "a folder of any one of these, a pattern such as shards/*.tar, or a folder of pictures"
 )
-_BY_SUFFIX = {
+_BY_ENDING = {
     ".jsonl": "datajuicer",
     ".ndjson": "datajuicer",
     ".json": "llava",
     ".parquet": "parquet",
+    ".arrow": "arrow",
     ".tar": "webdataset",
 }
-_FILES_ALONE = {"parquet": "*.parquet", "webdataset": "*.tar"}
+_FILES_ALONE = {"parquet": "*.parquet", "webdataset": "*.tar", "arrow": "*.arrow"}
 """Formats of which a folder is read file by file, and which files these are."""
 _LONGEST_LINE = 1 << 20
 
@@ -45,15 +53,17 @@ class Dataset:
     Attributes:
         path: file or folder, or the pattern that names several files.
         format: name of the module in `pipelines.formats` that reads it.
-        parts: the files that a pattern names; empty for a file or folder.
+        parts: the files that a pattern names, or those of a folder that are meant; empty for a file or whole folder.
+        reading: how it is read where it could be meant in more than one way.
     """
 
     path: AnyPath | str
     format: str
     parts: tuple[AnyPath, ...] = ()
+    reading: Reading = field(default_factory=Reading)
 
     def rows(self) -> Iterator[Row]:
-        """Rows in the order they lie in; never raises for one bad row.
+        """Rows in the order they lie in; never raises for one bad row. One with several captions is several rows.
 
         Raises:
             UserError: a file turns out not to be in this format at all, or cannot be read any more.
@@ -61,8 +71,12 @@ class Dataset:
         reader = importlib.import_module(f"pipelines.formats.{self.format}")
         for part in self.parts or (self.path,):
             try:
-                yield from reader.rows(part)
-            except OSError as error:
+                for row in reader.rows(part, self.reading):
+                    row.where = row.where if row.where.isascii() else shown(row.where)
+                    yield row
+                    if row.also and row.error is None:
+                        yield from _others(row)
+            except DAMAGED as error:
                 raise UserError(f"{part}: cannot be read ({error})") from error
 
     def pieces(self) -> list[Dataset]:
@@ -70,19 +84,25 @@ class Dataset:
         files = self.parts
         if not files and self.format in _FILES_ALONE and not isinstance(self.path, str):
             files = tuple(files_in(self.path, _FILES_ALONE[self.format]))
-        return [Dataset(file, self.format) for file in files] or [self]
+        return [replace(self, path=file, parts=()) for file in files] or [self]
 
     def identity(self) -> str:
         """What the stage's fingerprint says about its input; see `pipelines.formats.identity`."""
-        from pipelines.formats.identity import identity, identity_of_parts
+        from pipelines.formats.identity import identity, identity_of_parts, read_otherwise
 
         try:
-            return identity_of_parts(self.parts) if self.parts else identity(self.path)  # type: ignore[arg-type]
+            found = identity_of_parts(self.parts) if self.parts else identity(self.path)  # type: ignore[arg-type]
         except OSError as error:
             raise UserError(f"{self.path}: cannot be read ({error})") from error
+        return read_otherwise(found, self.reading.decides())
 
 
-def open_dataset(path: Path | str) -> Dataset:
+def _others(row: Row) -> Iterator[Row]:
+    for number, caption in enumerate(row.also, start=2):
+        yield replace(row, where=f"{row.where} caption {number}", caption=caption, also=())
+
+
+def open_dataset(path: Path | str, reading: Reading = DEFAULT) -> Dataset:
     """Pick the format by what lies at `path`: a file, a folder, or a pattern such as `shards/*.tar`, on a disk or in a
     storage system.
 
@@ -91,7 +111,7 @@ def open_dataset(path: Path | str) -> Dataset:
     """
     if is_remote(path):
         try:
-            return _open(str(path), RemotePath(str(path)))
+            return replace(_open(str(path), RemotePath(str(path))), reading=reading)
         except OSError as error:
             raise UserError(
                 f"{path}: cannot be read; credentials and endpoints come from the environment, e.g. "
@@ -102,7 +122,7 @@ def open_dataset(path: Path | str) -> Dataset:
         raise UserError(
             f"{path}: captune reads datasets from folders and from {', '.join(SCHEMES[:-1])}; download it first"
         )
-    return _open(str(path), Path(path).absolute())
+    return replace(_open(str(path), Path(path).absolute()), reading=reading)
 
 
 def _open(text: str, path: AnyPath) -> Dataset:
@@ -113,58 +133,54 @@ def _open(text: str, path: AnyPath) -> Dataset:
     parts = tuple(part for part in expand(text) if part.is_file())
     if not parts:
         raise UserError(f"{text}: no file fits this pattern")
-    formats = {part.suffix: _format_of_file(part) for part in reversed(parts)}
+    formats = {ending(part.name): _format_of_file(part) for part in reversed(parts)}
     if len(set(formats.values())) > 1:
         raise UserError(f"{text}: fits files of several formats ({', '.join(sorted(set(formats.values())))})")
-    return Dataset(text, formats[parts[0].suffix], parts)
+    return Dataset(text, formats[ending(parts[0].name)], parts)
+
+
+def _open_folder(path: AnyPath) -> Dataset:
+    if isinstance(path, Path):
+        require_finished(path)
+    chosen = choose(path)
+    if chosen is None:
+        raise UserError(f"{path}: no dataset in this folder; a dataset is {READABLE}")
+    if chosen.format == "folder":
+        return _open_folder(chosen.path)
+    if chosen.format == "file":
+        return Dataset(chosen.path, _format_of_file(chosen.path))
+    return Dataset(str(path) if chosen.parts else path, chosen.format, chosen.parts)
 
 
 def _format_of_file(path: AnyPath) -> str:
-    with path.open("rb") as stream:
-        head = stream.read(4096)
+    """Its contents say which, and its name where they are odd: then its reader will say what is wrong with it."""
+    suffix = ending(path.name)
+    try:
+        stream, _ = unpacked(path)
+        with stream:
+            head = stream.read(4096)
+    except DAMAGED as error:
+        raise UserError(f"{path}: cannot be read ({error})") from error
     text = head.removeprefix(b"\xef\xbb\xbf").lstrip()
     if head.startswith(b"PAR1"):
         return "parquet"
     if head[257:262] == b"ustar":
         return "webdataset"
-    if path.suffix.lower() in (".json", "") and is_coco(text):
+    if suffix in (".json", "") and is_coco(text):
         return "coco"
-    if text.startswith(b"{") and path.suffix.lower() in (".json", ".jsonl", ".ndjson", ""):
+    if text.startswith(b"{") and suffix in (".json", ".jsonl", ".ndjson", ""):
         return "llava" if _first_line_is_llava(path) else "datajuicer"
-    if text.startswith(b"[") and path.suffix.lower() in (".json", ""):
+    if text.startswith(b"[") and suffix in (".json", ""):
         return "llava"
-    if path.suffix.lower() in _BY_SUFFIX:  # damaged or odd, but named: its reader will say what is wrong with it
-        return _BY_SUFFIX[path.suffix.lower()]
+    if suffix in _BY_ENDING:
+        return _BY_ENDING[suffix]
     raise UserError(f"{path}: no dataset that captune reads; a dataset is {READABLE}")
 
 
 def _first_line_is_llava(path: AnyPath) -> bool:
-    with path.open("rb") as stream:
+    with unpacked(path)[0] as stream:
         line = stream.readline(_LONGEST_LINE).removeprefix(b"\xef\xbb\xbf")
     try:
         return is_row(parse_json(line))
     except ValueError:  # a reader of lines will say what is wrong with it
         return False
-
-
-def _open_folder(path: AnyPath) -> Dataset:
-    from pipelines.formats.imagefolder import METADATA, has_pictures
-
-    if isinstance(path, Path):
-        require_finished(path)
-    for suffix in (".parquet", ".tar"):
-        if any(path.glob(f"*{suffix}")):
-            return Dataset(path, _BY_SUFFIX[suffix])
-    jsonl = [p for p in files_in(path, "*.jsonl") if p.name != METADATA]
-    named = [p for p in jsonl if p.name == "dataset.jsonl"]
-    if len(jsonl) == 1 or named:
-        return Dataset((named or jsonl)[0], _format_of_file((named or jsonl)[0]))
-    if len(jsonl) > 1:
-        raise UserError(
-            f"{path}: holds several datasets ({', '.join(p.name for p in jsonl[:3])}, ...); name one of them, "
-            f"or all by "
-            f"{path}/*.jsonl"
-        )
-    if (path / METADATA).exists() or has_pictures(path):
-        return Dataset(path, "imagefolder")
-    raise UserError(f"{path}: no dataset in this folder; a dataset is {READABLE}")

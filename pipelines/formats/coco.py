@@ -10,8 +10,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from pipelines.errors import UserError
-from pipelines.formats.rows import Row, bad_row, image_folder, parse_json, with_image_path
-from pipelines.formats.texts import caption_of, noted
+from pipelines.formats.packed import unpacked
+from pipelines.formats.reading import DEFAULT, Reading
+from pipelines.formats.rows import Row, broken, captioned, image_folder, parse_json, with_image_path
 from pipelines.storage import AnyPath
 
 _FIRST_KEYS = re.compile(rb'\{\s*("(info|licenses|annotations|categories|type)"|"images"\s*:\s*\[\s*(\{|\]))')
@@ -24,33 +25,34 @@ def is_coco(head: bytes) -> bool:
     return _FIRST_KEYS.match(head) is not None
 
 
-def rows(path: AnyPath) -> Iterator[Row]:
+def rows(path: AnyPath, reading: Reading = DEFAULT) -> Iterator[Row]:
     """Rows in the order of the annotations, then pictures without one. Images lie in the file's folder, or in `images/`
     beside the file.
 
     Raises:
         UserError: the file is no such JSON, or its annotations are no captions (COCO's instances and keypoints).
     """
-    images, annotations = _read(path)
+    images, annotations = _read(path, reading)
     by_id = {str(image.get("id")): image for image in images}
     base = path.parent
-    captioned = set()
+    seen = set()
     for number, annotation in enumerate(annotations):
         where, image_id = f"{path.name} annotation {number}", str(annotation.get("image_id"))
-        caption, note = caption_of(annotation.get("caption"))
-        captioned.add(image_id)
-        if image_id not in by_id:
-            yield bad_row(where, f"no image has its id, {image_id}", caption=caption)
+        meta = {"annotation_id": annotation.get("id")}
+        seen.add(image_id)
+        if image_id in by_id:
+            yield _row(by_id[image_id], where, annotation.get("caption"), meta, base, reading)
         else:
-            yield _row(by_id[image_id], where, caption, noted({"annotation_id": annotation.get("id")}, note), base)
+            row = captioned(where, annotation.get("caption"), {}, reading)
+            yield broken(row, f"no image has its id, {image_id}")
     for number, image in enumerate(images):
-        if str(image.get("id")) not in captioned:
-            yield _row(image, f"{path.name} image {number}", "", {}, base)
+        if str(image.get("id")) not in seen:
+            yield _row(image, f"{path.name} image {number}", None, {}, base, reading)
 
 
-def _read(path: AnyPath) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+def _read(path: AnyPath, reading: Reading) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     try:
-        value = parse_json(path.read_bytes())
+        value = parse_json(unpacked(path)[0].read(), reading.encoding)
     except ValueError as error:
         raise UserError(f"{path}: no COCO dataset ({error})") from None
     found = []
@@ -65,9 +67,9 @@ def _read(path: AnyPath) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     return images, annotations
 
 
-def _row(image: dict[str, Any], where: str, caption: str, meta: dict[str, Any], base: AnyPath) -> Row:
-    meta = {**{key: value for key, value in image.items() if key != "file_name"}, **meta}
+def _row(image: dict[str, Any], where: str, caption: Any, meta: dict[str, Any], base: AnyPath, reading: Reading) -> Row:
+    row = captioned(where, caption, {**{key: image[key] for key in image if key != "file_name"}, **meta}, reading)
     name = image.get("file_name")
     if not isinstance(name, str) or not name:
-        return bad_row(where, "its image has no 'file_name'", caption=caption, meta=meta)
-    return with_image_path(Row(where, caption, meta=meta), name, image_folder(base, name))
+        return broken(row, "its image has no 'file_name'")
+    return with_image_path(row, name, image_folder(base, name))

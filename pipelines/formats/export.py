@@ -11,20 +11,12 @@ from typing import Any
 from pipelines.errors import UserError
 from pipelines.files import replacing
 from pipelines.formats import datajuicer, llava, parquet, webdataset
-from pipelines.images import BadImage, read_bytes
+from pipelines.images import BadImage, read_bytes, suffix_of
 from pipelines.manifest import CLAIM, require_finished, training_text
 from pipelines.records import Record, is_record, shard_paths
 
 FORMATS = ("datajuicer", "llava", "webdataset", "parquet")
 _BATCH = 16  # records held decoded at a time
-_MAGIC = (
-    (b"\xff\xd8", ".jpg"),
-    (b"\x89PNG", ".png"),
-    (b"GIF8", ".gif"),
-    (b"BM", ".bmp"),
-    (b"II*\0", ".tif"),
-    (b"MM\0*", ".tif"),
-)
 
 
 def export(input_dir: Path | str, output_file: Path | str, format: str, text: str = "auto") -> dict[str, Any]:
@@ -118,7 +110,7 @@ def _with_path(input_dir: Path, text: str, output_file: Path) -> Iterator[dict[s
         uri = record["image_uri"]
         if record["image"] is not None:
             pictures.mkdir(exist_ok=True)
-            file = pictures / (record["sample_id"] + _suffix(record["image"]))
+            file = pictures / (record["sample_id"] + suffix_of(record["image"]))
             file.write_bytes(record["image"])
             uri = str(file.absolute())
         assert uri is not None  # a usable record has one of the two
@@ -136,10 +128,4 @@ def _with_bytes(input_dir: Path, text: str) -> Iterator[dict[str, Any]]:
                 raise UserError(
                     f"{problem}: it was there when it was captioned (sample {record['sample_id']})"
                 ) from None
-        yield {**_sample(record, text), "image": data, "suffix": _suffix(data)}
-
-
-def _suffix(data: bytes) -> str:
-    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
-        return ".webp"
-    return next((suffix for magic, suffix in _MAGIC if data.startswith(magic)), ".jpg")
+        yield {**_sample(record, text), "image": data, "suffix": suffix_of(data)}

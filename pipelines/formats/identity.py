@@ -5,13 +5,16 @@ text.
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from pipelines import manifest
+from pipelines.formats.rows import TEXTS
 from pipelines.storage import AnyPath
 
-_TEXT = {".json", ".jsonl", ".ndjson", ".txt", ".caption"}
+_TEXT = {".json", ".jsonl", ".ndjson", ".csv", *TEXTS}
 
 
 def identity(path: AnyPath) -> str:
@@ -42,6 +45,14 @@ def identity_of_parts(parts: Sequence[AnyPath]) -> str:
         contents = identity(part) if whole else part.stat().st_size  # type: ignore[union-attr]
         digest.update(f"{part.name}\0{contents}\0".encode("utf-8", "surrogateescape"))
     return digest.hexdigest()
+
+
+def read_otherwise(identity: str, reading: dict[str, Any]) -> str:
+    """Identity of the same dataset when it is read in another way than by default; `{}` is that."""
+    if not reading:
+        return identity
+    text = json.dumps([identity, reading], sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
 def _files(path: AnyPath) -> Iterator[tuple[AnyPath, str, str]]:

@@ -1,5 +1,5 @@
-"""Parquet: shards of captune's own records, or any table with images and texts (bytes, Hugging Face's image struct, or
-paths). What is written is a table for Hugging Face's `datasets`.
+"""Parquet: shards of captune's own records, or any table with images and texts (see `tables`). What is written is a
+table for Hugging Face's `datasets`.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 from pipelines.errors import UserError
 from pipelines.files import replacing
-from pipelines.formats.rows import Row, bad_row, with_image_path, with_images
-from pipelines.formats.texts import caption_of, noted
+from pipelines.formats.reading import DEFAULT, Reading
+from pipelines.formats.rows import Row, bad_row
+from pipelines.formats.tables import Columns, row_of, values_of
 from pipelines.records import is_record
 from pipelines.storage import AnyPath, files_in
 
@@ -23,9 +24,8 @@ if TYPE_CHECKING:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-_IMAGE = ("image", "images", "image_bytes", "jpg", "image_uri", "image_path", "file_name")
-_TEXT = ("text", "caption", "txt")
-_BATCH = 64  # rows held decoded at a time: bytes columns are large
+BATCH = 64
+"""Rows held decoded at a time: columns of bytes are large."""
 _GROUP_ROWS, _GROUP_BYTES = 100, 32 << 20
 """Of a row group, which a reader decodes as a whole: what `datasets` itself writes for images, or less."""
 _SHARD_BYTES = 500 << 20
@@ -33,7 +33,7 @@ _EXPORTED = b"captune.export"
 """Key of the metadata of a table that `write` made: its `meta` holds JSON."""
 
 
-def rows(path: AnyPath) -> Iterator[Row]:
+def rows(path: AnyPath, reading: Reading = DEFAULT) -> Iterator[Row]:
     """Rows of one file or of every `*.parquet` in a folder, by file name. Rows that damage makes unreadable are still
     counted, as error rows.
 
@@ -45,16 +45,17 @@ def rows(path: AnyPath) -> Iterator[Row]:
     for file in files_in(path, "*.parquet"):
         number = 0
         shard = _open(file)
-        captune = is_record(shard.schema_arrow.names)
-        image, text = ("", "") if captune else _columns(shard, file)
-        exported = _EXPORTED in (shard.schema_arrow.metadata or {})
+        schema = shard.schema_arrow
+        captune = is_record(schema.names)
+        columns = None if captune else Columns.of(schema, file, reading)
+        exported = _EXPORTED in (schema.metadata or {})
         try:
-            for batch in shard.iter_batches(batch_size=_BATCH):
-                for value in _values(batch):
+            for batch in shard.iter_batches(batch_size=BATCH):
+                for value in values_of(batch):
                     where = f"{file.name}:{number}"
                     if exported:
                         value |= json.loads(value.pop("meta"))
-                    yield _from_record(value, where) if captune else _from_table(value, where, image, text, file.parent)
+                    yield row_of(value, where, columns, file.parent) if columns else _from_record(value, where)
                     number += 1
         except (pa.ArrowException, OSError) as error:
             for lost in range(number, shard.metadata.num_rows):
@@ -71,62 +72,9 @@ def _open(file: AnyPath) -> pq.ParquetFile:
         raise UserError(f"{file}: not a readable Parquet file ({error})") from None
 
 
-def _values(batch: pa.RecordBatch) -> list[dict[str, Any]]:
-    """Rows of a batch. A value that Python cannot hold (text that is no UTF-8, a date beyond its calendar) costs itself
-    and not its row: text becomes bytes, anything else None.
-    """
-    columns = {}
-    for name, column in zip(batch.schema.names, batch.columns, strict=True):
-        try:
-            columns[name] = column.to_pylist()
-        except (ValueError, OverflowError):
-            columns[name] = [_value(scalar) for scalar in column]
-    return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
-
-
-def _value(scalar: pa.Scalar) -> Any:
-    try:
-        return scalar.as_py()
-    except UnicodeDecodeError:
-        return scalar.as_buffer().to_pybytes() if hasattr(scalar, "as_buffer") else None
-    except (ValueError, OverflowError):
-        return None
-
-
-def _columns(shard: pq.ParquetFile, file: AnyPath) -> tuple[str, str]:
-    names = shard.schema_arrow.names
-    image = next((name for name in _IMAGE if name in names), None)
-    if image is None:
-        raise UserError(f"{file}: no image column (one of {', '.join(_IMAGE)}); it has {', '.join(names)}")
-    return image, next((name for name in _TEXT if name in names), "")
-
-
 def _from_record(value: dict[str, Any], where: str) -> Row:
     meta = json.loads(value["meta"] or "{}")
     return Row(where, value["caption"] or "", value["image"], value["image_uri"], value.get("error"), meta)
-
-
-def _from_table(value: dict[str, Any], where: str, image_column: str, text_column: str, base: AnyPath) -> Row:
-    image, caption = value.pop(image_column), value.pop(text_column, None)
-    meta = {key: item for key, item in value.items() if not isinstance(item, bytes)}
-    caption, note = caption_of(caption)
-    meta = noted(meta, note)
-    images = [_picture(one) for one in image] if isinstance(image, list) else [_picture(image)]
-    if len(images) > 1:
-        return with_images(Row(where, caption, meta=meta), images, base)
-    image = next(iter(images), None)
-    if isinstance(image, bytes):
-        return Row(where, caption, image=image, meta=meta)
-    if isinstance(image, str) and image:
-        return with_image_path(Row(where, caption, meta=meta), image, base)
-    if not image and meta.get("conversations"):
-        return Row(where, caption, meta=meta)
-    return bad_row(where, f"its column '{image_column}' holds no single image", caption=caption, meta=meta)
-
-
-def _picture(image: Any) -> Any:
-    """Bytes or a name; of Hugging Face's struct `{"bytes": ..., "path": ...}` whichever it has."""
-    return image.get("bytes") or image.get("path") if isinstance(image, dict) else image
 
 
 def write(samples: Iterable[dict[str, Any]], path: Path) -> int:

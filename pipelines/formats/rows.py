@@ -11,19 +11,22 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.errors import UserError
-from pipelines.formats.texts import decode, noted
+from pipelines.formats.packed import unpacked
+from pipelines.formats.reading import DEFAULT, Reading
+from pipelines.formats.texts import captions_of, decode, noted
 from pipelines.images import BadImage, read_bytes
-from pipelines.records import Record, new_record
+from pipelines.records import Record, ids, new_record
 from pipelines.storage import AnyPath, is_remote
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 _KIND = re.compile(r"[a-z]+(?: [a-z]+)*")
 SUFFIXES = {
-    ".avif", ".bmp", ".dib", ".gif", ".ico", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".pbm", ".pcx", ".pgm",
-    ".png", ".pnm",
-    ".ppm", ".tga", ".tif", ".tiff", ".webp",
+    ".avif", ".bmp", ".dds", ".dib", ".gif", ".icns", ".ico", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".pbm", ".pcx",
+    ".pgm", ".png", ".pnm", ".ppm", ".sgi", ".tga", ".tif", ".tiff", ".webp",
 }  # fmt: skip
 """File name endings that make a file a picture in a folder or a tar."""
+TEXTS = (".txt", ".text", ".caption")
+"""Those of the caption beside it."""
 
 
 @dataclass
@@ -34,6 +37,7 @@ class Row:
         where: file and line, tar and key, or file name: what a person needs to find the row again, e.g.
             `dataset.jsonl:7`.
         caption: the text as found, without any format's special tokens.
+        also: further captions of the same picture; `Dataset.rows` makes a row of each.
         image: encoded bytes, for formats that hold them.
         image_uri: absolute path or storage address, for formats that name a file. A row that has neither is text only:
             fit to train on, not to be captioned.
@@ -50,6 +54,7 @@ class Row:
     error: str | None = None
     meta: dict[str, Any] = field(default_factory=dict)
     images: tuple[bytes | str, ...] = ()
+    also: tuple[str, ...] = ()
 
     @property
     def pictures(self) -> tuple[bytes | str, ...]:
@@ -63,10 +68,28 @@ def bad_row(where: str, reason: str, **known: Any) -> Row:
     return Row(where, error=f"bad row: {reason} ({where})", **known)
 
 
+def broken(row: Row, reason: str) -> Row:
+    """A row of which all but the picture is known."""
+    return bad_row(row.where, reason, caption=row.caption, meta=row.meta)
+
+
 def error_kind(error: str) -> str:
     """Kind of a record's error, for counting: `missing file: /a/b.jpg (x.jsonl:7)` is a `missing file`."""
     match = _KIND.match(error)
     return match.group() if match else "other"
+
+
+def captioned(where: str, value: Any, meta: dict[str, Any], reading: Reading, *notes: str) -> Row:
+    """A row without its picture.
+
+    Args:
+        value: whatever stands where its captions should.
+        meta: the rest of it.
+        notes: what else was odd about it.
+    """
+    found, note = captions_of(value, reading.encoding)
+    caption, *others = reading.chosen(found)
+    return Row(where, caption, meta=noted(meta, "; ".join(filter(None, [*notes, note]))), also=tuple(others))
 
 
 def with_image_path(row: Row, image: str, base: AnyPath) -> Row:
@@ -92,7 +115,7 @@ def with_images(row: Row, images: Sequence[Any], base: AnyPath) -> Row:
     found: list[bytes | str] = []
     for image in images:
         if not isinstance(image, (bytes, str)) or not image:
-            return bad_row(row.where, f"not a picture's name: {str(image)[:80]}", caption=row.caption, meta=row.meta)
+            return broken(row, f"not a picture's name: {str(image)[:80]}")
         place = Row(row.where)
         if isinstance(image, str):
             place = with_image_path(place, image, image_folder(base, image))
@@ -111,14 +134,17 @@ def image_folder(base: AnyPath, image: str) -> AnyPath:
     return base
 
 
-def parse_json(data: bytes | str) -> Any:
+def parse_json(data: bytes | str, encoding: str = "") -> Any:
     """JSON whose every string can be stored. An object, or an object of a list, whose text had to be mended for that
     says so under `NOTE`.
+
+    Args:
+        encoding: as for `texts.decode`.
 
     Raises:
         ValueError: no JSON; the text says why.
     """
-    text, note = decode(data) if isinstance(data, bytes) else (data, "")
+    text, note = decode(data, encoding) if isinstance(data, bytes) else (data, "")
     foreign = not text and bool(data)
     try:
         value = json.loads(data.decode("utf-8", "replace") if foreign and isinstance(data, bytes) else text)
@@ -126,6 +152,11 @@ def parse_json(data: bytes | str) -> Any:
         raise ValueError(f"not valid JSON, {error.msg} at column {error.colno}") from None
     except RecursionError:
         raise ValueError("not valid JSON, nested too deeply") from None
+    return mended(value, text, note)
+
+
+def mended(value: Any, text: str, note: str = "") -> Any:
+    """A JSON value as it can be stored: `text` is what it was read from, `note` what was odd about that."""
     if not note and "\\ud" not in text.lower():
         return value
     return [_mended(item, note) for item in value] if isinstance(value, list) else _mended(value, note)
@@ -152,7 +183,7 @@ def _each_string(value: Any, change: Callable[[str], str]) -> Any:
     return change(value) if isinstance(value, str) else value
 
 
-def rows_of_lines(path: AnyPath, read: Callable[[Any, str, AnyPath], Row]) -> Iterator[Row]:
+def rows_of_lines(path: AnyPath, read: Callable[[Any, str, AnyPath], Row], reading: Reading = DEFAULT) -> Iterator[Row]:
     """Rows of a file with a JSON value a line; blank lines are no rows.
 
     Args:
@@ -162,7 +193,8 @@ def rows_of_lines(path: AnyPath, read: Callable[[Any, str, AnyPath], Row]) -> It
         UserError: not one of the first 100 lines is a JSON object, so this is no JSONL at all.
     """
     good = seen = 0
-    with path.open("rb") as stream:
+    stream, _ = unpacked(path)
+    with stream:
         for number, line in enumerate(stream, start=1):
             if number == 1:
                 line = line.removeprefix(b"\xef\xbb\xbf")
@@ -170,7 +202,7 @@ def rows_of_lines(path: AnyPath, read: Callable[[Any, str, AnyPath], Row]) -> It
                 continue
             where, seen = f"{path.name}:{number}", seen + 1
             try:
-                value = parse_json(line)
+                value = parse_json(line, reading.encoding)
                 good += isinstance(value, dict)
                 row = read(value, where, path.parent)
             except ValueError as error:
@@ -185,6 +217,11 @@ def rows_of_lines(path: AnyPath, read: Callable[[Any, str, AnyPath], Row]) -> It
 
 def to_record(row: Row) -> Record:
     """Read the image once for its content key; a record whose image is a file keeps the path and not the bytes."""
+    return to_record_and_picture(row)[0]
+
+
+def to_record_and_picture(row: Row) -> tuple[Record, str]:
+    """The record, and the key of its picture, which rows with other captions may share; empty where there is none."""
     content, error = row.image, row.error
     if error is None and row.images:
         error = f"bad row: it has {len(row.images)} images, and a caption is about one ({row.where})"
@@ -199,6 +236,6 @@ def to_record(row: Row) -> Record:
         error = f"empty file: the image has no bytes ({row.where})"
     if content is None and row.image_uri is None:
         content = row.where.encode()  # nothing else tells such rows apart
-    return new_record(
-        row.caption, image=row.image, image_uri=row.image_uri, error=error, meta=row.meta, content=content
-    )
+    sample, picture = ids(content, row.image_uri, row.caption)
+    record = new_record(row.caption, image=row.image, image_uri=row.image_uri, error=error, meta=row.meta, key=sample)
+    return record, "" if error else picture

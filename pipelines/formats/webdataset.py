@@ -6,92 +6,154 @@ import io
 import json
 import tarfile
 from collections.abc import Iterable, Iterator
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 from pipelines.errors import UserError
-from pipelines.formats.rows import SUFFIXES, Row, bad_row, parse_json
-from pipelines.formats.texts import caption_of, noted
+from pipelines.formats.packed import DAMAGED, unpacked
+from pipelines.formats.reading import DEFAULT, Reading
+from pipelines.formats.rows import SUFFIXES, TEXTS, Row, bad_row, broken, captioned, parse_json
+from pipelines.formats.texts import captions_of, shown
 from pipelines.storage import AnyPath, files_in
 
-_TEXTS = (".txt", ".text", ".caption")
+Parts = list[tuple[str, bytes]]
+"""Files of a sample: ending and contents."""
 
 
-def rows(path: AnyPath) -> Iterator[Row]:
+class _Member(NamedTuple):
+    """A file in a tar, and where its contents lie."""
+
+    key: str
+    suffix: str
+    offset: int
+    size: int
+
+
+def rows(path: AnyPath, reading: Reading = DEFAULT) -> Iterator[Row]:
     """Samples of one tar or of every `*.tar` in a folder, by file name. A tar that breaks off gives its whole samples
     and one error row.
 
+    Files of a sample need not lie next to each other in a tar on a disk. In one that is compressed or far away they
+    have to.
+
     Raises:
-        UserError: a file is no tar at all.
+        UserError: a file is no tar at all, or cannot be read in its order.
     """
     for file in files_in(path, "*.tar"):
-        yield from _shard(file)
+        stream, packed = unpacked(file)
+        with stream:
+            near = isinstance(file, Path) and not packed
+            samples = _by_key(file, stream) if near else _in_order(file, stream, packed)
+            for where, key, parts in samples:
+                yield _row(parts, where, key, reading) if isinstance(parts, list) else bad_row(where, parts)
 
 
-def _shard(file: AnyPath) -> Iterator[Row]:
-    key, reading, broken = "", False, ""
-    parts: list[tuple[str, bytes]] = []
+def _by_key(file: AnyPath, raw: BinaryIO) -> Iterator[tuple[str, str, Parts | str]]:
+    """Place, key and files of every sample of a tar that can be sought in; in place of files what is wrong with them.
+
+    All headers come first, since the file that makes a sample whole may be the tar's last.
+    """
+    members, damage = [], ""
     try:
-        with file.open("rb") as raw, tarfile.open(fileobj=raw, mode="r:") as tar:
+        with tarfile.open(fileobj=raw, mode="r:") as tar:
             for member in _members(tar, raw):
+                members.append(_Member(*_split(member.name), member.offset_data, member.size))
+    except (tarfile.TarError, *DAMAGED) as error:
+        if not members:
+            raise UserError(f"{file}: not a readable tar ({error})") from None
+        damage = f"the tar breaks off here, {error}"
+    first: dict[str, int] = {}
+    for number, found in enumerate(members):
+        first.setdefault(found.key, number)
+    short = ""
+    for key, group in groupby(sorted(members, key=lambda member: first[member.key]), key=itemgetter(0)):
+        parts: Parts = []
+        for part in group:
+            raw.seek(part.offset)
+            parts.append((part.suffix, raw.read(part.size)))
+            short = key if len(parts[-1][1]) < part.size else short
+        yield f"{file.name}/{key}", key, damage if short == key and damage else parts
+    if damage and not short:  # after a sample it is a row of its own
+        yield file.name, "", damage
+
+
+def _in_order(file: AnyPath, stream: BinaryIO, packed: bool) -> Iterator[tuple[str, str, Parts | str]]:
+    """The same of a tar that can only be read once."""
+    key, reading, damage = "", False, ""
+    parts: Parts = []
+    done: set[str] = set()
+    try:
+        with tarfile.open(fileobj=stream, mode="r|" if packed else "r:") as tar:
+            for member in _members(tar, None if packed else stream):
                 stem, suffix = _split(member.name)
                 if parts and stem != key:
-                    yield _row(parts, f"{file.name}/{key}", key)
+                    yield f"{file.name}/{key}", key, parts
+                    done.add(key)
                     parts = []
+                if stem in done:
+                    raise UserError(
+                        f"{file}: not sorted, the files of sample '{stem}' are apart; captune reads such a tar when "
+                        "it is on a disk and not compressed, or put files of one name together (tar --sort=name)"
+                    )
                 key, reading = stem, True
-                stream = tar.extractfile(member)
-                assert stream is not None  # it is a file
-                parts.append((suffix, stream.read()))
+                contents = tar.extractfile(member)
+                assert contents is not None  # it is a file
+                parts.append((suffix, contents.read()))
                 reading = False
-    except (tarfile.TarError, OSError, EOFError) as error:
+    except (tarfile.TarError, *DAMAGED) as error:
         if not key:
             raise UserError(f"{file}: not a readable tar ({error})") from None
-        broken = f"the tar breaks off here, {error}"
+        damage = f"the tar breaks off here, {error}"
     if parts and not reading:
-        yield _row(parts, f"{file.name}/{key}", key)
-    if broken:  # in the middle of a sample it is that sample's fault, after one it is a row of its own
-        yield bad_row(f"{file.name}/{key}" if reading else file.name, broken)
+        yield f"{file.name}/{key}", key, parts
+    if damage:
+        yield f"{file.name}/{key}" if reading else file.name, key, damage
 
 
-def _members(tar: tarfile.TarFile, raw: BinaryIO) -> Iterator[tarfile.TarInfo]:
-    for member in tar:
+def _members(tar: tarfile.TarFile, raw: BinaryIO | None) -> Iterator[tarfile.TarInfo]:
+    while member := tar.next():
+        tar.members.clear()  # type: ignore[attr-defined]  # of which Python would keep every one
         if member.isfile() and not PurePosixPath(member.name).name.startswith("."):
             yield member
     # Python takes a damaged header after the first for the end of the tar; the true end is a block of zeros, or
     # nothing.
-    raw.seek(tar.offset)
-    if raw.read(tarfile.BLOCKSIZE).strip(b"\0"):
-        raise tarfile.ReadError(f"no valid header at byte {tar.offset:,}")
+    if raw is not None:
+        raw.seek(tar.offset)
+        if raw.read(tarfile.BLOCKSIZE).strip(b"\0"):
+            raise tarfile.ReadError(f"no valid header at byte {tar.offset:,}")
 
 
 def _split(name: str) -> tuple[str, str]:
     """`a/b.seg.png` -> (`a/b`, `.seg.png`): WebDataset splits at the first dot of the base name."""
-    folder, _, base = name.rpartition("/")
+    folder, _, base = shown(name).removeprefix("./").rpartition("/")
     stem, dot, suffix = base.partition(".")
     return (f"{folder}/{stem}" if folder else stem), (dot + suffix).lower()
 
 
-def _row(parts: list[tuple[str, bytes]], where: str, key: str) -> Row:
+def _row(parts: Parts, where: str, key: str, reading: Reading) -> Row:
     pictures = [data for suffix, data in parts if suffix in SUFFIXES]
-    row, notes = Row(where, meta={"__key__": key}), []
+    meta: dict[str, Any] = {"__key__": key}
+    texts: list[str] = []
+    notes = []
     for suffix, data in parts:
-        if suffix in _TEXTS:
-            row.caption, note = caption_of(data)
+        if suffix in TEXTS:
+            found, note = captions_of(data, reading.encoding)
+            texts += found
             notes.append(note)
         elif suffix == ".json":
             try:
-                value = parse_json(data)
+                value = parse_json(data, reading.encoding)
             except ValueError as error:
                 notes.append(f"its JSON is {error}")
                 continue
-            row.meta = {"__key__": key, **(value if isinstance(value, dict) else {"json": value})}
-    if not row.caption:
-        row.caption, note = caption_of(row.meta.get("caption") or row.meta.get("text"))
-        notes.append(note)
-    row.meta = noted(row.meta, "; ".join(filter(None, notes)))
+            meta = {"__key__": key, **(value if isinstance(value, dict) else {"json": value})}
+    column = reading.caption_column(meta)
+    named = reading.columns.get("caption") in meta
+    row = captioned(where, texts if texts and not named else meta.get(column), meta, reading, *notes)
     if len(pictures) != 1:
-        found = f"holds {len(pictures)} images" if pictures else "lacks an image"
-        return bad_row(where, f"the sample {found}", caption=row.caption, meta=row.meta)
+        return broken(row, f"the sample {f'holds {len(pictures)} images' if pictures else 'lacks an image'}")
     row.image = pictures[0]
     return row
 
@@ -105,10 +167,11 @@ def write(samples: Iterable[dict[str, Any]], path: Path) -> int:
         for sample in samples:
             count += 1
             meta = {key: value for key, value in sample["meta"].items() if key not in ("__key__", "caption", "text")}
-            _add(tar, sample["sample_id"] + sample["suffix"], sample["image"])
-            _add(tar, sample["sample_id"] + ".txt", sample["caption"].encode())
+            name = sample["sample_id"].replace(".", "_")  # at a dot WebDataset parts key and ending
+            _add(tar, name + sample["suffix"], sample["image"])
+            _add(tar, name + ".txt", sample["caption"].encode())
             if meta:
-                _add(tar, sample["sample_id"] + ".json", json.dumps(meta, ensure_ascii=False).encode())
+                _add(tar, name + ".json", json.dumps(meta, ensure_ascii=False).encode())
     return count
 
 

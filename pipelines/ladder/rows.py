@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.errors import UserError
-from pipelines.formats import open_dataset, to_record
+from pipelines.formats import DEFAULT, Reading, open_dataset, to_record
 from pipelines.manifest import open_stage
 from pipelines.records import Record, write_shard
 
@@ -15,7 +15,9 @@ _SHARD_ROWS = 10_000
 _RANGE = 1 << 64
 
 
-def draw(dataset: str, output: Path, part: int, seed: int, *, restart: bool = False) -> dict[str, Any]:
+def draw(
+    dataset: str, output: Path, part: int, seed: int, reading: Reading = DEFAULT, *, restart: bool = False
+) -> dict[str, Any]:
     """Write about one row in `part` of a dataset as records, and return the manifest: `rows_in` and `rows_out`.
 
     Which ones is decided by what they are (their `sample_id`), so the same rows are drawn wherever they lie.
@@ -23,7 +25,7 @@ def draw(dataset: str, output: Path, part: int, seed: int, *, restart: bool = Fa
     Raises:
         UserError: no dataset; or so few rows that none is drawn.
     """
-    source = open_dataset(dataset)
+    source = open_dataset(dataset, reading)
     stage = open_stage(output, "draw", {"input": source.identity(), "part": part, "seed": seed}, restart=restart)
     if stage.complete:
         return stage.manifest

@@ -95,6 +95,9 @@ def _try_one(
 ) -> None:
     """One operator over rows whose texts are those of `outcomes`."""
     samples: Samples = {"text": [_text_for(operator, outcome.text) for outcome in outcomes]}
+    if operator.reads_fields:
+        names = dict.fromkeys(name for row in rows for name in row.fields if name not in samples)
+        samples |= {name: [row.fields.get(name) for row in rows] for name in names}
     if operator.reads_images:
         samples["images"] = [[row.image_uri or row.sample_id] for row in rows]
         samples["image_bytes"] = [[image] for image in images]

@@ -8,6 +8,7 @@ missing packages with pip in the middle of a run, and it logs every import.
 
 from __future__ import annotations
 
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,13 @@ GLOBAL_OPERATORS = ("document_deduplicator",)
 """Operators that must see all rows at once; captune runs each as a pass of its own."""
 
 _OTHER_MEDIA = ("video_", "audio_")
+_OF_FIELDS = ("general_field_filter", "specified_field_filter", "specified_numeric_field_filter")
+"""Filters that look at whatever else came with a row."""
+_NEEDS_ELSEWHERE = {
+    "general_fused_op": "list its operators one by one",
+    "suffix_filter": "captune's rows have no file of their own",
+}
+_EXPONENT = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+")
 _FIXED_KEYS = {"text_key": "text", "image_key": "images", "image_bytes_key": "image_bytes"}
 
 
@@ -44,6 +52,7 @@ class Operator:
             on text alone would count that token as characters, so it gets the bare text.
         shares_images: Data-Juicer lets it keep decoded images in a context that the next image operator reuses.
         takes_words: Data-Juicer lets it find a text's words in that context instead of splitting at white space.
+        reads_fields: it looks at the other fields of a row, which are its `meta`.
     """
 
     label: str
@@ -53,6 +62,7 @@ class Operator:
     wants_token: bool
     shares_images: bool
     takes_words: bool
+    reads_fields: bool
 
 
 def read_recipe(path: str | Path) -> Process:
@@ -70,7 +80,7 @@ def read_recipe(path: str | Path) -> Process:
     if not path.is_file():
         raise UserError(f"refine.recipe: {path}: no such file")
     try:
-        recipe = yaml.safe_load(path.read_text())
+        recipe = yaml.load(path.read_text(), _loader())  # noqa: S506  (a safe loader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"refine.recipe: {path}: not valid YAML ({error})") from error
     if not isinstance(recipe, dict) or not isinstance(recipe.get("process"), list) or not recipe["process"]:
@@ -81,6 +91,22 @@ def read_recipe(path: str | Path) -> Process:
     if ignored:
         say(f"refine: {path}: ignoring {', '.join(ignored)} (only `process` counts here)")
     return [_entry(path, number, entry) for number, entry in enumerate(recipe["process"], start=1)]
+
+
+def _loader() -> Any:
+    """A safe loader that reads `2e5` as the number that YAML 1.2 and Data-Juicer take it for."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        """YAML 1.1 with the exponents of 1.2."""
+
+    def number(loader: Any, node: Any) -> float:
+        value = float(loader.construct_scalar(node))
+        return int(value) if value.is_integer() else value
+
+    Loader.add_implicit_resolver("!exponent", _EXPONENT, list("-+.0123456789"))
+    Loader.add_constructor("!exponent", number)
+    return Loader
 
 
 def _entry(path: Path, number: int, entry: Any) -> dict[str, dict[str, Any]]:
@@ -229,6 +255,8 @@ def _kind(name: str, operator: Any) -> str:
 
     if name in GLOBAL_OPERATORS:
         return "global"
+    if name in _NEEDS_ELSEWHERE:
+        raise UserError(f"refine.recipe: {name} cannot run here: {_NEEDS_ELSEWHERE[name]}")
     if name.startswith(_OTHER_MEDIA):
         raise UserError(f"refine.recipe: {name} works on video or audio, and captune's samples are images with text")
     if name.endswith("_deduplicator"):
@@ -238,6 +266,8 @@ def _kind(name: str, operator: Any) -> str:
         )
     if issubclass(operator, Filter):
         return "filter"
+    if issubclass(operator, Mapper) and "Fields.meta" in _source(operator):
+        raise UserError(f"refine.recipe: {name} writes beside a row's text, into `__dj__meta__`, which captune drops")
     if issubclass(operator, Mapper) and not name.startswith("image_"):
         return "mapper"
     kind = "an image mapper" if issubclass(operator, Mapper) else f"a {operator.__mro__[1].__name__.lower()}"
@@ -246,13 +276,17 @@ def _kind(name: str, operator: Any) -> str:
     )
 
 
-def _describe(label: str, name: str, op: Any, kind: str) -> Operator:
-    """What an operator looks at is said nowhere in Data-Juicer's interface, so its source is asked."""
+def _source(operator: type) -> str:
     import inspect
 
+    return inspect.getsource(sys.modules[operator.__module__])
+
+
+def _describe(label: str, name: str, op: Any, kind: str) -> Operator:
+    """What an operator looks at is said nowhere in Data-Juicer's interface, so its source is asked."""
     from data_juicer.ops.op_fusion import INTER_WORDS, LOADED_IMAGES
 
-    source = inspect.getsource(sys.modules[type(op).__module__])
+    source = _source(type(op))
     return Operator(
         label=label,
         op=op,
@@ -261,4 +295,5 @@ def _describe(label: str, name: str, op: Any, kind: str) -> Operator:
         wants_token="SpecialTokens." in source,
         shares_images=kind == "filter" and name in LOADED_IMAGES.modules,
         takes_words=kind == "filter" and name in INTER_WORDS.modules,
+        reads_fields=name in _OF_FIELDS,
     )

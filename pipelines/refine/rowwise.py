@@ -63,6 +63,8 @@ def run_stretch(
     columns = ["sample_id"]
     if any(operator.reads_images for _, operator in stretch):
         columns += ["image", "image_uri"]
+    if any(operator.reads_fields for _, operator in stretch):
+        columns.append("meta")
     with groups.data_context(CPU) as context:
         context.enable_progress_bars = False  # our own line says it
         dataset = ray.data.read_parquet([str(path) for path in shards]).select_columns(columns)
@@ -110,8 +112,8 @@ def _names(stretch: Sequence[tuple[int, Operator]]) -> str:
 
 
 def _verdicts(batch: pa.Table, *, process: str, positions: tuple[int, ...], alive: ray.ObjectRef) -> pa.Table:
-    """One Ray Data batch (columns `sample_id` and perhaps `image`, `image_uri`) to verdicts on those of its texts that
-    are alive.
+    """One Ray Data batch (columns `sample_id` and perhaps `image`, `image_uri`, `meta`) to verdicts on those of its
+    texts that are alive.
     """
     import numpy as np
     import pyarrow as pa
@@ -123,7 +125,13 @@ def _verdicts(batch: pa.Table, *, process: str, positions: tuple[int, ...], aliv
     found = end > first
     records = batch.filter(pa.array(found)).to_pylist()
     rows = [
-        Row(keys[at].as_py(), texts[at].as_py(), record.get("image"), record.get("image_uri"))
+        Row(
+            keys[at].as_py(),
+            texts[at].as_py(),
+            record.get("image"),
+            record.get("image_uri"),
+            json.loads(record.get("meta") or "{}"),
+        )
         for record, begin, stop in zip(records, first[found].tolist(), end[found].tolist(), strict=True)
         for at in range(begin, stop)  # a sample may have several texts
     ]

@@ -22,7 +22,16 @@ from pipelines.errors import WorkFailed
 from pipelines.formats import error_kind
 from pipelines.manifest import MANIFEST, identity, open_stage, require_finished, write_json
 from pipelines.progress import say
-from pipelines.records import Record, read_shards, shard_paths, source_id, text_id, write_shard
+from pipelines.records import (
+    SAME_PICTURE,
+    Record,
+    is_repeat,
+    read_shards,
+    shard_paths,
+    source_id,
+    text_id,
+    write_shard,
+)
 from pipelines.refine.apply import Outcome
 from pipelines.refine.config import RefineConfig
 from pipelines.refine.operators import Operator, Process, build, read_recipe
@@ -73,7 +82,8 @@ def run(
         return open_stage(output, "refine", wanted).manifest  # complete, or refused as another run's
     # Before the directory is claimed: a recipe or a shard that is broken must not leave a claim behind.
     operators = build(process)
-    table = read_shards(input, columns=["sample_id", "caption", "candidates", "recaption", "error", "meta"])
+    columns = ["sample_id", "caption", "candidates", "recaption", "error", "meta"]
+    table = read_shards(input, columns=columns, sort=False)
     stage = open_stage(output, "refine", wanted, restart=restart)
     _remove_leftovers(output)
     connect()
@@ -102,7 +112,9 @@ def run(
         "retention": round(kept / samples, 6) if samples else 0.0,
     }
     steps = [*SCREEN, *(operator.label for operator in operators), *_after(config)]
-    write_json(output / "metrics.json", {**facts, **_metrics(table, outcomes, samples, steps, what)})
+    write_json(
+        output / "metrics.json", {**facts, **_metrics(table.sort_by("sample_id"), outcomes, samples, steps, what)}
+    )
     return stage.finish(**facts, rows_digest=digest(output, config.text))
 
 
@@ -126,10 +138,12 @@ def _remove_leftovers(output: Path) -> None:
 
 
 def _screen(table: pa.Table, texts: Texts) -> Outcomes:
-    """Outcome of every text of every distinct sample before any operator sees it. Rows that repeat a sample's id are
-    counted when written.
+    """Outcome of every text of every distinct sample before any operator sees it, in the dataset's order. Rows that
+    repeat a sample's id are counted when written; of rows with one picture and one text the first stays.
     """
     outcomes: Outcomes = {}
+    pictures = _pictures(table)
+    shared, texts_of = set(pictures.values()), set[tuple[str, str]]()
     for row in table.to_pylist():
         if row["sample_id"] in outcomes:
             continue
@@ -137,14 +151,26 @@ def _screen(table: pa.Table, texts: Texts) -> Outcomes:
             outcomes[row["sample_id"]] = outcome = Outcome("")
             outcome.reject("error", row["error"])
             continue
-        again = '"duplicate_of"' in (row["meta"] or "") and json.loads(row["meta"]).get("duplicate_of")
+        again = is_repeat(row["sample_id"])
+        picture = pictures.get(row["sample_id"], row["sample_id"])
         for number, text in enumerate([*texts.of(row)][: 1 if again else None]):
             outcomes[text_id(row["sample_id"], number)] = outcome = Outcome(text)
             if not text.strip():
                 outcome.step = outcome.reason = "empty_text"
-            elif again:
+            elif again or (picture, text) in texts_of:
                 outcome.step = outcome.reason = "duplicate"
+            elif picture in shared:
+                texts_of.add((picture, text))
     return outcomes
+
+
+def _pictures(table: pa.Table) -> dict[str, str]:
+    """Samples with another one's picture -> that one."""
+    import pyarrow.compute as pc
+
+    marked = table.filter(pc.match_substring(table["meta"], f'"{SAME_PICTURE}"'))
+    rows = zip(marked["sample_id"].to_pylist(), marked["meta"].to_pylist(), strict=True)
+    return {sample: str(json.loads(meta).get(SAME_PICTURE, sample)) for sample, meta in rows}
 
 
 def _run_recipe(
@@ -166,13 +192,11 @@ def _run_recipe(
 
 
 def _drop_same_documents(operator: Operator, outcomes: Outcomes) -> None:
-    """document_deduplicator: of equal texts the one with the first `sample_id` stays, whatever the order of the
-    shards.
-    """
+    """document_deduplicator: of equal texts the first stays, as it does in Data-Juicer."""
     from data_juicer.utils.constant import HashKeys
 
     first: dict[str, str] = {}
-    for sample_id, outcome in sorted(outcomes.items()):
+    for sample_id, outcome in outcomes.items():
         if outcome.step is None:
             digest = operator.op.compute_hash({"text": outcome.text})[HashKeys.hash]
             original = first.setdefault(digest, sample_id)

@@ -21,7 +21,7 @@ from pipelines.caption.results import Results, Work, count_work, result_schema
 from pipelines.caption.tally import Tally
 from pipelines.errors import UserError, WorkFailed
 from pipelines.formats import open_dataset
-from pipelines.records import iter_records
+from pipelines.records import SAME_PICTURE, iter_records, repeat_id
 from pipelines.refine.metrics import stats
 
 from ..tiny_blip2 import picture
@@ -66,6 +66,28 @@ def test_index_is_small_files_in_order(work: Path) -> None:
     assert sum(not row["skip"] for row in rows) == 149
     assert rows[70]["sample_id"] == rows[3]["sample_id"] + "-2" and rows[70]["result_of"] == rows[3]["sample_id"]
     assert rows[9]["error"].startswith("missing file") and "set.jsonl:10)" in rows[9]["error"]
+
+
+def test_a_picture_with_several_captions_is_captioned_once(tmp_path: Path) -> None:
+    """Rows that share a picture share its new caption, unless their own prompts differ; which one it is stands in their
+    meta, whatever columns somebody has.
+    """
+    (tmp_path / "1.jpg").write_bytes(picture(1, (16, 16)))
+    lines: list[dict[str, object]] = [{"text": f"c{n}", "images": ["1.jpg"], "duplicate_of": n} for n in range(3)]
+    lines += [{**lines[1]}, {"text": "c4", "images": ["1.jpg"], "ask": "What is it?"}]
+    (tmp_path / "set.jsonl").write_text("\n".join(json.dumps(line) for line in lines))
+    for prompt_key, works in (("", 1), ("ask", 2)):
+        index = tmp_path / f"index{prompt_key}"
+        build_index(open_dataset(tmp_path / "set.jsonl"), index, prompt_key)
+        rows = [row for file in index_files(index) for row in pq.read_table(file).to_pylist()]
+        first = rows[0]["sample_id"]
+        assert count_work(index, Results(tmp_path, "f")) == Work(works, 0)
+        assert [row["result_of"] for row in rows[:4]] == [first] * 4
+        assert rows[3]["sample_id"] == repeat_id(rows[1]["sample_id"], 2)
+        meta = [json.loads(row["meta"]) for row in rows]
+        assert [found.get("duplicate_of") for found in meta] == [0, 1, 2, 1, None]
+        assert [found.get(SAME_PICTURE) for found in meta[:4]] == [None, first, first, first]
+        assert (meta[4].get(SAME_PICTURE) == first) == (works == 1)
 
 
 def test_doubles_and_half_files_do_not_count(work: Path, tmp_path: Path) -> None:

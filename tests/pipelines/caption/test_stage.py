@@ -21,7 +21,7 @@ from pipelines.caption import stage
 from pipelines.caption.config import CaptionConfig
 from pipelines.caption.sizing import rows_per_batch, size_pass
 from pipelines.errors import UserError
-from pipelines.records import Record, iter_records
+from pipelines.records import Record, is_repeat, iter_records
 
 from ..tiny_blip2 import picture
 
@@ -146,7 +146,7 @@ def test_mixed_bag_keeps_every_row_and_names_every_fault(ray_cluster: None, blip
         assert kind is None or (record["error"] or "").startswith(kind), record["error"]
     broken = by_caption(tmp_path / "out")["truncated.jpg"]
     assert "set.jsonl:8" in (broken["error"] or "") and json.loads(broken["meta"]) == {"tag": "truncated.jpg"}
-    doubles = [record for record in records if "duplicate_of" in record["meta"]]
+    doubles = [record for record in records if is_repeat(record["sample_id"])]
     assert {record["sample_id"][-2:] for record in doubles} == {"-2", "-3"}
     assert len({record["recaption"] for record in records if record["caption"] == "good.jpg"}) == 1
     assert sorted(p.name for p in (tmp_path / "out").iterdir() if not p.name.startswith(".")) == [

@@ -183,20 +183,22 @@ def test_lines_of_llava_and_of_data_juicer_are_told_apart(records: Path, tmp_pat
 
 
 @pytest.mark.parametrize(
-    ("conversations", "request_kept"),
+    ("conversations", "asked"),
     [
-        ([TURNS[0], TURNS[1]], True),
-        (TURNS, False),
-        ([{"from": "human", "value": "no picture"}, TURNS[1]], False),
-        ([None, 3], False),
-        (None, False),
+        ([TURNS[0], TURNS[1]], TURNS[0]["value"]),
+        (TURNS, llava.REQUEST),
+        ([{"from": "human", "value": "What is this?"}, TURNS[1]], "<image>\nWhat is this?"),
+        ([{"from": "human", "value": "<image> or <image>?"}, TURNS[1]], llava.REQUEST),
+        ([None, 3], llava.REQUEST),
+        (None, llava.REQUEST),
     ],
 )
-def test_a_caption_is_taught_with_the_samples_own_request(conversations: Any, request_kept: bool) -> None:
-    """Where the request is not about the one picture, LLaVA's own wording takes its place."""
-    request, answer = llava.about("a red sign", conversations)
-    assert answer == ("assistant", "a red sign")
-    assert request == ("user", TURNS[0]["value"] if request_kept else llava.REQUEST)
+def test_a_caption_is_taught_with_the_samples_own_request(conversations: Any, asked: str) -> None:
+    """Where the request is not about the one picture, LLaVA's own wording takes its place; either has exactly one
+    placeholder, whatever the caption says.
+    """
+    request, answer = llava.about("a sign that says <image>", conversations)
+    assert (request, answer) == (("user", asked), ("assistant", "a sign that says < image>"))
 
 
 def test_coco_captions(tmp_path: Path, jpeg: Jpeg) -> None:

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipelines.formats import Row, open_dataset, to_record
-from pipelines.formats.texts import NOTE, caption_of, decode
+from pipelines.formats.texts import NOTE, captions_of, decode
 
 Jpeg = Callable[[int], bytes]
 VALUES = [
@@ -22,9 +22,10 @@ VALUES = [
     (" a tile ", "a tile", ""),
     (7, "", "of type int"),
     ({"en": "a tile"}, "", "of type dict"),
-    (["", "a tile", "blue"], "a tile", "first of a list of 3"),
-    ([], "", "list of 0"),
-    ([3], "", "of type list"),
+    (["", "a tile", " "], "a tile", ""),
+    ([], "", ""),
+    ([{"raw": "a tile", "id": 3}], "a tile", ""),
+    ([3], "", "of type int"),
 ]
 
 
@@ -61,8 +62,8 @@ def good(rows: list[Row], captions: list[str], odd: list[str]) -> None:
 
 @pytest.mark.parametrize(("value", "caption", "odd"), VALUES)
 def test_whatever_stands_for_a_caption(value: Any, caption: str, odd: str) -> None:
-    found, note = caption_of(value)
-    assert found == caption and odd in note and bool(odd) == bool(note)
+    found, note = captions_of(value)
+    assert found == [caption] * bool(caption) and odd in note and bool(odd) == bool(note)
 
 
 def test_lines(tmp_path: Path, jpeg: Jpeg) -> None:
@@ -100,7 +101,7 @@ def test_tar(tmp_path: Path, jpeg: Jpeg) -> None:
             info.size = len(data)
             tar.addfile(info, io.BytesIO(data))
     rows = list(open_dataset(tmp_path / "a.tar").rows())
-    good(rows, ["a blue tile", "a café", "one"], ["its JSON is not valid JSON", "Windows-1252", "first of a list"])
+    good(rows, ["a blue tile", "a café", "one", "two"], ["its JSON is not valid JSON", "Windows-1252", "", ""])
 
 
 def test_folder(tmp_path: Path, jpeg: Jpeg) -> None:
@@ -110,8 +111,8 @@ def test_folder(tmp_path: Path, jpeg: Jpeg) -> None:
     (tmp_path / "1.txt").write_bytes("a grün tile".encode("utf-16"))
     lines = [{"file_name": "2.jpg", "text": None, "caption": 5}, {"file_name": "3.jpg", "text": ["a", "b"]}]
     (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    odd = ["Windows-1252", "UTF-16", "of type int", "first of a list"]
-    good(list(open_dataset(tmp_path).rows()), ["a café", "a grün tile", "", "a"], odd)
+    odd = ["Windows-1252", "UTF-16", "of type int", "", ""]
+    good(list(open_dataset(tmp_path).rows()), ["a café", "a grün tile", "", "a", "b"], odd)
 
 
 def test_parquet(tmp_path: Path, jpeg: Jpeg) -> None:
@@ -123,7 +124,7 @@ def test_parquet(tmp_path: Path, jpeg: Jpeg) -> None:
     for name, texts, captions, odd in (
         ("strings", broken, ["a café", "fine"], ["Windows-1252", ""]),
         ("bytes", western, ["a café", "fine"], ["Windows-1252", ""]),
-        ("lists", pa.array([["a", "b"], None]), ["a", ""], ["first of a list of 2", ""]),
+        ("lists", pa.array([["a", "b"], None]), ["a", "b", ""], ["", "", ""]),
     ):
         pq.write_table(pa.table({"image": pictures, "text": texts, "when": when}), tmp_path / f"{name}.parquet")
         good(list(open_dataset(tmp_path / f"{name}.parquet").rows()), captions, odd)

@@ -239,6 +239,38 @@ def test_mappers_change_the_text_and_later_filters_see_it() -> None:
     assert found[1].reason == "clean_links_mapper: left no text"
 
 
+def test_filters_of_fields_see_what_came_with_a_row() -> None:
+    """Numbers, words and fields within fields; a row without the field is let go or costs itself, and nothing else."""
+    fields = [{"similarity": 0.1 * n, "lang": "de" if n % 2 else "en", "meta": {"score": n + 1}} for n in range(4)]
+    rows = [Row(str(n), "x", fields=each) for n, each in enumerate([*fields, {}])]
+    for process, kept in (
+        ({"general_field_filter": {"filter_condition": "similarity >= 0.15 and lang != 'en'"}}, ["3"]),
+        ({"general_field_filter": {"filter_condition": "meta.score >= 3"}}, ["2", "3"]),
+        ({"specified_field_filter": {"field_key": "lang", "target_value": ["de"]}}, ["1", "3"]),
+        ({"specified_numeric_field_filter": {"field_key": "meta.score", "max_value": 2}}, ["0", "1"]),
+    ):
+        found = run_operators(dj.build([process]), rows)
+        assert [row.sample_id for row, outcome in zip(rows, found, strict=True) if outcome.step is None] == kept
+
+
+def test_numbers_are_read_as_data_juicer_reads_them(tmp_path: Path) -> None:
+    """Published recipes say `max_len: 2e5`; quoted it is a text."""
+    path = recipe(tmp_path, "process:\n  - text_length_filter: {min_len: 2, max_len: 2e5}\n")
+    ((_, limits),) = dj.read_recipe(path)[0].items()
+    assert limits == {"min_len": 2, "max_len": 200_000} and dj.build(dj.read_recipe(path))
+    path = recipe(tmp_path, "process:\n  - x: {a: 1e-2, b: '2e5', c: 1.5, d: 1e}\n")
+    assert dj.read_recipe(path) == [{"x": {"a": 0.01, "b": "2e5", "c": 1.5, "d": "1e"}}]
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [("general_fused_op", {"fused_op_list": []}), ("extract_keyword_mapper", {}), ("suffix_filter", {"suffixes": []})],
+)
+def test_what_cannot_work_later_is_refused_when_it_is_read(name: str, parameters: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=f"refine.recipe: {name} "):
+        dj.build([{name: parameters}])
+
+
 def test_one_broken_image_costs_only_its_own_row() -> None:
     operators = dj.build([{"image_shape_filter": {"min_width": 10}}])
     found = run_operators(

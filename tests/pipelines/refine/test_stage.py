@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from pipelines.errors import UserError, WorkFailed
-from pipelines.records import Record, new_record, read_shards, write_shard
+from pipelines.records import SAME_PICTURE, Record, new_record, read_shards, repeat_id, write_shard
 from pipelines.refine import stage
 from pipelines.refine.config import RefineConfig
 from pipelines.refine.metrics import stats
@@ -48,8 +48,7 @@ def records(folder: Path) -> list[Record]:
     rows.append(new_record("", image_uri=str(folder / "gone.jpg"), error=f"missing file: {folder}/gone.jpg"))
     again = dict(rows[1])
     rows.append(again)  # the same row twice, in another shard
-    meta = json.dumps({"duplicate_of": rows[0]["sample_id"]})
-    rows.append({**rows[0], "sample_id": rows[0]["sample_id"] + "-2", "meta": meta})
+    rows.append({**rows[0], "sample_id": repeat_id(rows[0]["sample_id"], 2)})
     return rows
 
 
@@ -211,6 +210,27 @@ def test_mappers_and_the_global_deduplicator_work_in_recipe_order(captions: Path
     reasons = read_shards(tmp_path / "out" / "rejects")["reject_reason"].to_pylist()
     assert reasons.count(f"document_deduplicator: duplicate_of={kept[0]['sample_id']}") == 6
     assert "text_len" in json.loads(kept[0]["stats"])
+
+
+def test_the_first_of_equal_rows_stays(tmp_path: Path) -> None:
+    """One picture with one new text is one row to train on, however many captions it had; `document_deduplicator` keeps
+    the dataset's first row, as Data-Juicer does. A column of somebody's own called duplicate_of means nothing.
+    """
+    rows: list[Any] = [new_record(f"c{n}", image=picture(90, 80, n // 3), meta={"n": n}) for n in range(6)]
+    for n, row in enumerate(rows):
+        row["recaption"] = "one text" if n < 3 else f"text {n}"
+        own = {"n": n, "duplicate_of": "mine"}
+        row["meta"] = json.dumps({**own, SAME_PICTURE: rows[n // 3 * 3]["sample_id"]} if n % 3 else own)
+    write_shard(tmp_path / "captions" / "part-0.parquet", rows)
+    stage.run(tmp_path / "captions", tmp_path / "out", RefineConfig())
+    assert sorted(json.loads(meta)["n"] for meta in read_shards(tmp_path / "out")["meta"].to_pylist()) == [0, 3, 4, 5]
+    assert read_shards(tmp_path / "out" / "rejects")["reject_reason"].to_pylist() == ["duplicate"] * 2
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        "process:\n  - replace_content_mapper: {pattern: '[0-9]', repl: ''}\n  - document_deduplicator: {}\n"
+    )
+    stage.run(tmp_path / "captions", tmp_path / "b", RefineConfig(recipe=str(recipe)))
+    assert sorted(json.loads(meta)["n"] for meta in read_shards(tmp_path / "b")["meta"].to_pylist()) == [0, 3]
 
 
 def test_a_broken_shard_is_named(captions: Path, tmp_path: Path) -> None:
