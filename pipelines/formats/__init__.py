@@ -30,7 +30,7 @@ __all__ = [
 
 READABLE = (
     "Data-Juicer JSONL (.jsonl), LLaVA JSON or JSONL (.json, .jsonl), COCO captions (.json), "
-    "WebDataset tars (.tar, .tar.gz, .tar.zst), Parquet (.parquet), Arrow files of save_to_disk, "
+    "WebDataset tars (.tar, .tar.gz, .tar.zst), Parquet (.parquet), Arrow files of save_to_disk, CSV (.csv, .tsv), "
     "a folder of any one of these, a pattern such as shards/*.tar, or a folder of pictures"
 )
 _BY_ENDING = {
@@ -40,6 +40,8 @@ _BY_ENDING = {
     ".parquet": "parquet",
     ".arrow": "arrow",
     ".tar": "webdataset",
+    ".csv": "delimited",
+    ".tsv": "delimited",
 }
 _FILES_ALONE = {"parquet": "*.parquet", "webdataset": "*.tar", "arrow": "*.arrow"}
 """Formats of which a folder is read file by file, and which files these are."""

@@ -11,9 +11,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from pipelines.errors import UserError
-from pipelines.formats import arrow, imagefolder
+from pipelines.formats import arrow, delimited, imagefolder
 from pipelines.formats.coco import is_coco
 from pipelines.formats.packed import ending, unpacked
+from pipelines.formats.reading import DEFAULT
 from pipelines.progress import say
 from pipelines.storage import AnyPath, names_in
 
@@ -74,7 +75,7 @@ def _names(path: AnyPath) -> _Names:
             found.folders.append(name)
         elif imagefolder.is_picture(name):
             found.pictures.add(os.path.splitext(name)[0])
-        elif ending(name) in (*_SHARDS, *_LINES, ".json", ".csv"):
+        elif ending(name) in (*_SHARDS, *_LINES, ".json", *delimited.ENDINGS):
             found.files.setdefault(ending(name), []).append(name)
     for names in (*found.files.values(), found.folders):
         names.sort()
@@ -137,8 +138,9 @@ def _one_file(path: AnyPath, names: _Names) -> Chosen | None:
 
 
 def _listed(names: _Names) -> Sequence[str]:
-    """JSON that is neither about one picture nor about the dataset."""
-    return [
+    """Tables in text, and JSON that is neither about one picture nor about the dataset."""
+    tables = [name for each in delimited.ENDINGS for name in names.files.get(each, ())]
+    return [name for name in tables if name not in imagefolder.METADATA] + [
         name
         for name in names.files.get(".json", ())
         if name not in _ABOUT and not name.endswith("_stats.json") and name.partition(".")[0] not in names.pictures
@@ -146,7 +148,10 @@ def _listed(names: _Names) -> Sequence[str]:
 
 
 def _holds_rows(file: AnyPath) -> bool:
-    """LLaVA's list or COCO's captions, by how a file begins."""
+    """LLaVA's list, COCO's captions or a table with pictures and captions, by how a file begins."""
+    if ending(file.name) in delimited.ENDINGS:
+        columns = delimited.columns_of(file)
+        return bool(DEFAULT.image_column(columns) and DEFAULT.caption_column(columns))
     with unpacked(file)[0] as stream:
         head = stream.read(1 << 16).removeprefix(b"\xef\xbb\xbf").lstrip()
     return is_coco(head) or (head.startswith(b"[") and _ROW.search(head) is not None)

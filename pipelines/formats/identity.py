@@ -14,7 +14,7 @@ from pipelines import manifest
 from pipelines.formats.rows import TEXTS
 from pipelines.storage import AnyPath
 
-_TEXT = {".json", ".jsonl", ".ndjson", ".csv", *TEXTS}
+_TEXT = {".json", ".jsonl", ".ndjson", ".csv", ".tsv", *TEXTS}
 
 
 def identity(path: AnyPath) -> str:

@@ -4,8 +4,6 @@ from `metadata.csv`, `.jsonl` or `.parquet` in its folder or one above; otherwis
 
 from __future__ import annotations
 
-import csv
-import io
 import os
 import posixpath
 from collections.abc import Iterator, Sequence
@@ -14,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.errors import UserError
+from pipelines.formats import delimited
 from pipelines.formats.llava import first_answer
 from pipelines.formats.reading import DEFAULT, Reading
 from pipelines.formats.rows import SUFFIXES, TEXTS, Row, bad_row, captioned, parse_json, with_image_path
-from pipelines.formats.texts import captions_of, decode, shown
+from pipelines.formats.texts import captions_of, shown
 from pipelines.images import BadImage, read_bytes
 from pipelines.storage import AnyPath, RemotePath
 
@@ -113,9 +112,11 @@ def _described(
     elif not caption:
         column, caption = _caption_in(sidecar, reading)
     meta = {**sidecar, **entry}
+    named = reading.columns.get("caption")
+    lacking = f"it has no '{named}'" if named and named not in meta else ""
     if column and meta.get(column) is caption:
         del meta[column]
-    return captioned(where, caption, meta, reading, *notes)
+    return captioned(where, caption, meta, reading, *notes, lacking)
 
 
 def _caption_in(entry: Entry, reading: Reading) -> tuple[str, Any]:
@@ -160,11 +161,10 @@ def _metadata(path: AnyPath, name: str, reading: Reading) -> Iterator[tuple[str,
     if name.endswith(".jsonl"):
         yield from _lines(file, name, reading)
         return
-    table = _csv(file, reading) if name.endswith(".csv") else _parquet(file)
+    table = delimited.lines(file, reading) if name.endswith(".csv") else _parquet(file)
     for number, value in enumerate(table, start=1):
-        key = reading.columns.get("image") or _NAME
-        if key not in value:
-            raise UserError(f"{file}: no column '{key}' of picture's names; it has {', '.join(map(str, value))}")
+        if not (key := _name_in(value, reading)):
+            raise UserError(f"{file}: no column '{_NAME}' of pictures' names; it has {', '.join(map(str, value))}")
         yield _entry(f"{name}:{number}", key, value)
 
 
@@ -179,22 +179,19 @@ def _lines(file: AnyPath, name: str, reading: Reading) -> Iterator[tuple[str, st
             except ValueError as error:
                 yield where, str(error), None
                 continue
-            yield _entry(where, reading.columns.get("image") or _NAME, value)
+            yield _entry(where, _name_in(value, reading) if isinstance(value, dict) else "", value)
+
+
+def _name_in(entry: Entry, reading: Reading) -> str:
+    """Key of a picture's name; empty where there is none."""
+    column = _NAME if _NAME in entry and "image" not in reading.columns else reading.image_column(entry)
+    return column if column in entry else ""
 
 
 def _entry(where: str, key: str, value: Any) -> tuple[str, str, Entry | None]:
-    if not isinstance(value, dict) or not isinstance(value.get(key), str) or not value[key]:
-        return where, f"it lacks '{key}'", None
+    if not key or not isinstance(value[key], str) or not value[key]:
+        return where, f"it lacks '{key or _NAME}'", None
     return where, value.pop(key), value
-
-
-def _csv(file: AnyPath, reading: Reading) -> Iterator[dict[Any, Any]]:
-    text, note = decode(file.read_bytes(), reading.encoding)
-    if note and not text:
-        raise UserError(f"{file}: {note}")
-    for line in csv.DictReader(io.StringIO(text, newline="")):
-        further = line.pop(None, None)  # type: ignore[call-overload]  # fields without a name
-        yield {**line, **({"further": further} if further else {})}
 
 
 def _parquet(file: AnyPath) -> Iterator[dict[str, Any]]:

@@ -150,8 +150,11 @@ def _row(parts: Parts, where: str, key: str, reading: Reading) -> Row:
                 continue
             meta = {"__key__": key, **(value if isinstance(value, dict) else {"json": value})}
     column = reading.caption_column(meta)
-    named = reading.columns.get("caption") in meta
-    row = captioned(where, texts if texts and not named else meta.get(column), meta, reading, *notes)
+    named = reading.columns.get("caption")
+    if named and named not in meta:
+        notes.append(f"it has no '{named}'")
+    caption = texts if texts and named not in meta else meta.get(column)
+    row = captioned(where, caption, meta, reading, *notes)
     if len(pictures) != 1:
         return broken(row, f"the sample {f'holds {len(pictures)} images' if pictures else 'lacks an image'}")
     row.image = pictures[0]

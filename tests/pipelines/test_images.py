@@ -7,13 +7,16 @@ from __future__ import annotations
 import io
 import random
 import struct
+import zlib
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
 from pipelines import images
-from pipelines.images import BadImage, decode, read_bytes
+from pipelines.formats.rows import SUFFIXES
+from pipelines.images import BadImage, decode, read_bytes, suffix_of
 
 
 def encode(image: Image.Image, format: str, **options: object) -> bytes:
@@ -54,6 +57,63 @@ def test_floats_of_a_picture_are_not_black() -> None:
     for value in (200.0, 200 / 255):
         shade = decode(encode(Image.new("F", (4, 4), value), "TIFF")).getpixel((0, 0))
         assert isinstance(shade, tuple) and abs(shade[0] - 200) <= 1
+
+
+def test_a_few_wild_pixels_do_not_decide_what_is_white() -> None:
+    """Infinite, absurd or no number at all: the rest of a depth map looks as it does without them."""
+    depth = np.tile(np.linspace(0.1, 0.9, 64, dtype=np.float32), (64, 1))
+    clean = np.asarray(decode(encode(Image.fromarray(depth), "TIFF")), np.int16)
+    assert clean.max() - clean.min() > 190
+    for wild in (np.inf, -np.inf, np.nan, 1e30, 300.0):
+        depth[3, 5] = wild
+        odd = np.asarray(decode(encode(Image.fromarray(depth), "TIFF")), np.int16)
+        assert np.abs(odd - clean).mean() < 0.1
+
+
+def png_with(whole: bytes, name: bytes, data: bytes, *, wrong: bool = False) -> bytes:
+    """A PNG with one more chunk after its header."""
+    checksum = zlib.crc32(name + data) ^ wrong
+    return whole[:33] + struct.pack(">I", len(data)) + name + data + struct.pack(">I", checksum) + whole[33:]
+
+
+def test_damaged_metadata_cost_no_picture(gradient: Image.Image) -> None:
+    """A colour profile of megabytes, compressed text that is a bomb, wrong checksums of either, EXIF that is none; an
+    orientation that is whole still counts.
+    """
+    whole = encode(gradient, "PNG")
+    bomb = zlib.compress(bytes(3 << 20))
+    for name, data in ((b"iCCP", b"p\0\0" + bomb), (b"zTXt", b"k\0\0" + bomb), (b"eXIf", b"no TIFF")):
+        assert decode(png_with(whole, name, data)).tobytes() == decode(whole).tobytes()
+    assert decode(png_with(whole, b"iCCP", b"p\0\0" + bomb, wrong=True)).tobytes() == decode(whole).tobytes()
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    for format in ("PNG", "JPEG", "WEBP"):
+        assert decode(encode(gradient, format, exif=turned)).size == (48, 64)
+        assert decode(encode(gradient, format, exif=b"Exif\0\0II*\0" + b"\xff" * 60)).size == (64, 48)
+    clear = Image.new("P", (8, 8), 0)
+    clear.putpalette([255, 0, 0])
+    kept = decode(png_with(encode(clear, "PNG", transparency=0), b"zTXt", b"k\0\0" + bomb))
+    assert kept.getpixel((0, 0)) == (255, 255, 255)
+
+
+@pytest.mark.parametrize(
+    ("format", "suffix"),
+    [
+        ("JPEG", ".jpg"),
+        ("PNG", ".png"),
+        ("GIF", ".gif"),
+        ("BMP", ".bmp"),
+        ("TIFF", ".tif"),
+        ("WEBP", ".webp"),
+        ("AVIF", ".avif"),
+        ("JPEG2000", ".jp2"),
+        ("PPM", ".ppm"),
+        ("ICO", ".ico"),
+        ("TGA", ".tga"),
+    ],
+)
+def test_the_ending_is_that_of_the_contents(gradient: Image.Image, format: str, suffix: str) -> None:
+    assert suffix_of(encode(gradient, format)) == suffix and suffix in SUFFIXES
 
 
 def test_transparency_animation_and_orientation(gradient: Image.Image) -> None:

@@ -12,13 +12,14 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
 from pipelines.errors import UserError
 from pipelines.formats import Row, error_kind, llava, open_dataset, to_record
 from pipelines.formats.export import export
 from pipelines.formats.texts import NOTE
 from pipelines.manifest import open_stage
-from pipelines.records import Record, new_record, write_shard
+from pipelines.records import Record, new_record, text_id, write_shard
 
 Jpeg = Callable[[int], bytes]
 
@@ -83,6 +84,36 @@ def test_export_is_asked_the_right_thing(records: Path, tmp_path: Path) -> None:
     for refused in (lambda: export(records, tmp_path / "y", "llava"), lambda: open_dataset(records)):
         with pytest.raises(UserError, match="captune caption has not finished"):
             refused()
+
+
+def test_export_is_the_mirror(tmp_path: Path, jpeg: Jpeg) -> None:
+    """Rows of several texts of a sample stay apart in a tar; what a caption itself says is no token; a picture is named
+    by its contents.
+    """
+    sample, webp = (
+        new_record("x", image=jpeg(1), meta={"conversations": [{"from": "human", "value": "Hm?"}]}),
+        io.BytesIO(),
+    )
+    Image.new("RGB", (8, 8)).save(webp, "AVIF")
+    said = "a sign says <image> <__dj__image> <|__dj__eoc|>"
+    rows = [sample, {**sample, "sample_id": text_id(sample["sample_id"], 1)}, new_record("y", image=avif.getvalue())]
+    stage = open_stage(tmp_path / "captions", "caption", {})
+    write_shard(tmp_path / "captions" / "part-0.parquet", [{**row, "recaption": said} for row in rows])  # type: ignore[list-item,typeddict-item]
+    stage.finish()
+    for format, name in (("webdataset", "a.tar"), ("llava", "a.json"), ("datajuicer", "a.jsonl")):
+        export(tmp_path / "captions", tmp_path / name, format)
+        assert len(rows_of(tmp_path / name)) == 3
+    with tarfile.open(tmp_path / "a.tar") as tar:
+        names = [name for name in tar.getnames() if not name.endswith((".txt", ".json"))]
+    assert sorted(name.rpartition(".")[2] for name in names) == ["avif", "jpg", "jpg"]
+    assert all(name.count(".") == 1 for name in names)
+    assert [row.caption for row in rows_of(tmp_path / "a.tar")] == [said] * 3
+    for item in json.loads((tmp_path / "a.json").read_text()):
+        asked, answered = (turn["value"] for turn in item["conversations"])
+        assert (asked.count("<image>"), answered.count("<image>")) == (1, 0) and "a sign says" in answered
+    for line in (tmp_path / "a.jsonl").read_text().splitlines():
+        text = json.loads(line)["text"]
+        assert (text.count("<__dj__image>"), text.count("<|__dj__eoc|>")) == (1, 1)
 
 
 def test_webdataset_bytes_are_the_same_every_time(records: Path, tmp_path: Path) -> None:
