@@ -161,7 +161,7 @@ def _train(options: SimpleNamespace, pairs: _Size, cards: int) -> list[str]:
         f"  align: {_phase(pairs.rows, _ALIGN_BATCH, workers)}",
     ]
     if options.instruct:
-        rows = _size(options.instruct).rows
+        rows = _size(options.instruct, []).rows
         lines += [f"  # once through {rows:,} instructions"]
         lines += [f"  instruct: {_phase(rows, _INSTRUCT_BATCH, workers)}"]
     return lines

@@ -90,11 +90,8 @@ def test_export_is_the_mirror(tmp_path: Path, jpeg: Jpeg) -> None:
     """Rows of several texts of a sample stay apart in a tar; what a caption itself says is no token; a picture is named
     by its contents.
     """
-    sample, webp = (
-        new_record("x", image=jpeg(1), meta={"conversations": [{"from": "human", "value": "Hm?"}]}),
-        io.BytesIO(),
-    )
-    Image.new("RGB", (8, 8)).save(webp, "AVIF")
+    sample, avif = new_record("x", image=jpeg(1), meta={"conversations": TURNS[:1]}), io.BytesIO()
+    Image.new("RGB", (8, 8)).save(avif, "AVIF")
     said = "a sign says <image> <__dj__image> <|__dj__eoc|>"
     rows = [sample, {**sample, "sample_id": text_id(sample["sample_id"], 1)}, new_record("y", image=avif.getvalue())]
     stage = open_stage(tmp_path / "captions", "caption", {})
