@@ -63,8 +63,8 @@ def join(files: Sequence[Path], results: Iterable[pa.Table], folder: Path, bound
 
 
 def _asked(files: Sequence[Path]) -> Iterator[pa.Table]:
-    """What each row asks for. Rows that share another's picture know an earlier run's captions under their own ids, too:
-    these are asked for by no row, -1.
+    """What each row asks for. Rows that share another's picture may have an earlier run's captions under their own ids,
+    too: nobody asks for these, row -1.
     """
     import pyarrow as pa
     import pyarrow.compute as pc

@@ -90,7 +90,7 @@ def test_a_picture_with_several_captions_is_captioned_once(tmp_path: Path) -> No
         assert (meta[4].get(SAME_PICTURE) == first) == (works == 1)
 
 
-def test_doubles_and_half_files_do_not_count(work: Path, tmp_path: Path) -> None:
+def test_doubles_and_half_files_do_not_count(ray_cluster: None, work: Path, tmp_path: Path) -> None:
     """An id written twice appears once; a file whose checkpoint is pending is not even opened; duplicates share their
     text.
     """
