@@ -87,6 +87,8 @@ def captioned(where: str, value: Any, meta: dict[str, Any], reading: Reading, *n
         meta: the rest of it.
         notes: what else was odd about it.
     """
+    if isinstance(value, str):  # nearly always, and worth the haste
+        return Row(where, value.strip(), meta=noted(meta, "; ".join(filter(None, notes))))
     found, note = captions_of(value, reading.encoding)
     caption, *others = reading.chosen(found)
     return Row(where, caption, meta=noted(meta, "; ".join(filter(None, [*notes, note]))), also=tuple(others))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import heapq
+import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -159,11 +160,11 @@ def _of_records(directory: Path, text: str) -> Iterator[tuple[Row, str]]:
     import pyarrow.parquet as pq
 
     for shard in shard_paths(directory):
-        columns = ["sample_id", "image", "image_uri", text, "error"]
+        columns = ["sample_id", "image", "image_uri", text, "error", "meta"]
         for batch in pq.ParquetFile(shard).iter_batches(_CHUNK, columns=columns):
             for row in batch.to_pylist():
                 words = row[text] or ""
-                found = Row(row["sample_id"], words, row["image"], row["image_uri"])
+                found = Row(row["sample_id"], words, row["image"], row["image_uri"], json.loads(row["meta"] or "{}"))
                 yield found, row["error"] or ("" if words.strip() else f"no text: {text} is empty")
 
 
@@ -172,7 +173,7 @@ def _of_dataset(input: str) -> Iterator[tuple[Row, str]]:
         reason = row.error or ("" if row.caption.strip() else "no text: its caption is empty")
         if not reason and row.image is None and row.image_uri is None:
             reason = f"bad row: it has {len(row.pictures) or 'no'} image(s)"
-        yield Row(row.where, row.caption, row.image, row.image_uri), reason
+        yield Row(row.where, row.caption, row.image, row.image_uri, row.meta), reason
 
 
 def _draw(rows: Iterator[Any], config: AnalyzeConfig) -> tuple[int, set[int] | None]:
