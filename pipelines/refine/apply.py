@@ -26,13 +26,14 @@ Samples = dict[str, list[Any]]
 @dataclass(slots=True)
 class Row:
     """What operators may look at. `image` holds encoded bytes, or None when only `image_uri` (a local path) is
-    known.
+    known; `fields` is what else came with the row.
     """
 
     sample_id: str
     text: str
     image: bytes | None = None
     image_uri: str | None = None
+    fields: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(slots=True)

@@ -26,10 +26,6 @@ GLOBAL_OPERATORS = ("document_deduplicator",)
 _OTHER_MEDIA = ("video_", "audio_")
 _OF_FIELDS = ("general_field_filter", "specified_field_filter", "specified_numeric_field_filter")
 """Filters that look at whatever else came with a row."""
-_NEEDS_ELSEWHERE = {
-    "general_fused_op": "list its operators one by one",
-    "suffix_filter": "captune's rows have no file of their own",
-}
 _EXPONENT = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+")
 _FIXED_KEYS = {"text_key": "text", "image_key": "images", "image_bytes_key": "image_bytes"}
 
@@ -232,6 +228,8 @@ def _check_values(name: str, operator: Any, parameters: dict[str, Any]) -> None:
     from data_juicer.core.preflight import _get_valid_params
     from pydantic import TypeAdapter, ValidationError
 
+    if name == "suffix_filter" and parameters.get("suffixes"):
+        raise UserError(f"refine.recipe: {name} looks at the name of a row's file, and captune's rows have none")
     annotations = _get_valid_params(operator)
     for key, value in parameters.items():
         if key in _FIXED_KEYS and value != _FIXED_KEYS[key]:
@@ -255,8 +253,8 @@ def _kind(name: str, operator: Any) -> str:
 
     if name in GLOBAL_OPERATORS:
         return "global"
-    if name in _NEEDS_ELSEWHERE:
-        raise UserError(f"refine.recipe: {name} cannot run here: {_NEEDS_ELSEWHERE[name]}")
+    if name == "general_fused_op":
+        raise UserError(f"refine.recipe: {name} cannot run here; list its operators one by one")
     if name.startswith(_OTHER_MEDIA):
         raise UserError(f"refine.recipe: {name} works on video or audio, and captune's samples are images with text")
     if name.endswith("_deduplicator"):

@@ -264,7 +264,11 @@ def test_numbers_are_read_as_data_juicer_reads_them(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "parameters"),
-    [("general_fused_op", {"fused_op_list": []}), ("extract_keyword_mapper", {}), ("suffix_filter", {"suffixes": []})],
+    [
+        ("general_fused_op", {"fused_op_list": []}),
+        ("extract_keyword_mapper", {}),
+        ("suffix_filter", {"suffixes": [".txt"]}),
+    ],
 )
 def test_what_cannot_work_later_is_refused_when_it_is_read(name: str, parameters: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=f"refine.recipe: {name} "):
