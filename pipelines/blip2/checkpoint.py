@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from pipelines.blip2.pixels import PixelSpec, spec_from_config
+from pipelines.blip2.pixels import RESIZES, PixelSpec, spec_from_config
 from pipelines.errors import UserError
 from pipelines.modelfiles import PROCESSOR, TOKENIZER, check_files, read_object
 
@@ -92,16 +92,16 @@ def check_clip(directory: Path) -> None:
     check_files(directory, "clip", _CLIP_PARTS)
 
 
-def pixel_spec(directory: Path) -> PixelSpec:
+def pixel_spec(directory: Path, resize: str = RESIZES[0]) -> PixelSpec:
     """The image processor's settings, from `processor_config.json` (transformers 5) or `preprocessor_config.json`
-    (older).
+    (older); `resize` says who resizes.
     """
     for name in PROCESSOR:
         if (directory / name).exists():
             config = read_object(directory / name)
             config = config.get("image_processor", config)
             if "size" in config:
-                return spec_from_config(config, str(directory / name))
+                return spec_from_config(config, str(directory / name), resize)
     raise UserError(f"{directory}: no image processor settings ({' or '.join(PROCESSOR)})")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from pipelines.blip2.pixels import RESIZES
 from pipelines.errors import UserError
 
 METHODS = ("greedy", "beam", "sample")
@@ -105,6 +106,8 @@ class BlipConfig:
         dtype: weights and activations of the model: float32, bfloat16 or float16.
         products: dtype, or fp8: the large products of vision tower and language model in float8 (e4m3, a scale for
             every row), on GPUs that have it. Faster, with captions that differ in some words.
+        resize: torch, or pillow: who makes a decoded picture as small as the model wants it. Torch is faster; Pillow
+            gives the very pixels of the model's own processor.
     """
 
     model: str = ""
@@ -115,6 +118,7 @@ class BlipConfig:
     candidates: CandidateConfig = field(default_factory=CandidateConfig)
     dtype: str = "float32"
     products: str = "dtype"
+    resize: str = RESIZES[0]
 
     def __post_init__(self) -> None:
         for key in ("batch_size", "max_new_tokens"):
@@ -122,6 +126,8 @@ class BlipConfig:
                 raise UserError(f"caption.{key} must be at least 1, not {getattr(self, key)}")
         if self.dtype not in ("float32", "bfloat16", "float16"):
             raise UserError(f"caption.dtype must be float32, bfloat16 or float16, not '{self.dtype}'")
+        if self.resize not in RESIZES:
+            raise UserError(f"caption.resize must be {' or '.join(RESIZES)}, not '{self.resize}'")
         if self.products not in ("dtype", "fp8"):
             raise UserError(f"caption.products must be dtype or fp8, not '{self.products}'")
         if self.products == "fp8" and self.dtype != "bfloat16":

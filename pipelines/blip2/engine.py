@@ -108,7 +108,7 @@ class BlipCaptioner:
     ) -> None:
         directory, config = Path(model_dir), config or BlipConfig()
         checkpoint.check(directory, config.prompt, config.max_new_tokens)
-        spec, tokenizer = checkpoint.pixel_spec(directory), AutoTokenizer.from_pretrained(directory)
+        spec, tokenizer = checkpoint.pixel_spec(directory, config.resize), AutoTokenizer.from_pretrained(directory)
         model = load_complete(Blip2ForConditionalGeneration, directory, dtype=getattr(torch, config.dtype))
         model = model.to(device).eval()
         checkpoint.refuse_other_image_token(

@@ -1,5 +1,8 @@
-"""From a decoded picture to the model's uint8 pixels, without torch, so that decoding tasks start fast and stay
-small.
+"""From a decoded picture to the model's uint8 pixels.
+
+Torch resizes bytes two to three times faster than Pillow (`tests/bench/bench_decode.py`), with the same filters. Fewer
+than one byte in a hundred differs, by 1; in pictures so tall that Pillow (13) resizes columns before rows, which torch
+never does, up to a fifth of them, by no more in photographs.
 """
 
 from __future__ import annotations
@@ -15,6 +18,11 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 
+RESIZES = ("torch", "pillow")
+_OF_TORCH = {2: "bilinear", 3: "bicubic"}
+"""Pillow's filter numbers -> torch's names; the other filters only Pillow has."""
+
+
 @dataclass(frozen=True)
 class PixelSpec:
     """What a checkpoint's image processor does, split at the point where pixels are still bytes.
@@ -23,6 +31,7 @@ class PixelSpec:
         height, width: the model's input size.
         resample: Pillow's filter number.
         scale, mean, std: of the normalization that the engine does on its device: `(pixel * scale - mean) / std`.
+        resize: who resizes; Pillow gives the very pixels of the image processor.
     """
 
     height: int
@@ -31,6 +40,7 @@ class PixelSpec:
     scale: float
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    resize: str = RESIZES[0]
 
     @property
     def draft_side(self) -> int:
@@ -45,10 +55,12 @@ class PixelSpec:
         return 3 * self.height * self.width
 
     def pixels(self, picture: Image) -> np.ndarray:
-        """RGB picture of any size -> uint8 (3, height, width), the same pixels as the image processor's own resize."""
+        """RGB picture of any size -> uint8 (3, height, width)."""
         import numpy as np
         from PIL.Image import Resampling
 
+        if self.resize == "torch" and self.resample in _OF_TORCH:
+            return _resized_by_torch(picture, self.height, self.width, _OF_TORCH[self.resample])
         resized = picture.resize((self.width, self.height), Resampling(self.resample))
         return np.ascontiguousarray(np.asarray(resized, dtype=np.uint8).transpose(2, 0, 1))
 
@@ -61,8 +73,23 @@ class PixelSpec:
         return np.stack([self.pixels(picture) for picture in pictures])
 
 
-def spec_from_config(config: dict[str, Any], where: str) -> PixelSpec:
+def _resized_by_torch(picture: Image, height: int, width: int, mode: str) -> np.ndarray:
+    import numpy as np
+    import torch
+
+    rgb = torch.from_numpy(np.array(picture, dtype=np.uint8))  # (H, W, 3), a copy: torch wants to own what it reads
+    resized = torch.nn.functional.interpolate(
+        rgb.permute(2, 0, 1)[None], size=(height, width), mode=mode, antialias=True
+    )
+    return resized[0].contiguous().numpy()
+
+
+def spec_from_config(config: dict[str, Any], where: str, resize: str = RESIZES[0]) -> PixelSpec:
     """Read an image processor's configuration.
+
+    Args:
+        where: it stands.
+        resize: one of `RESIZES`.
 
     Raises:
         UserError: it does something other than resize, rescale and normalize.
@@ -82,4 +109,5 @@ def spec_from_config(config: dict[str, Any], where: str) -> PixelSpec:
         scale=float(config.get("rescale_factor", 1 / 255)),
         mean=tuple(config.get("image_mean", (0.48145466, 0.4578275, 0.40821073))),
         std=tuple(config.get("image_std", (0.26862954, 0.26130258, 0.27577711))),
+        resize=resize,
     )

@@ -58,7 +58,9 @@ class CaptionConfig(BlipConfig):
 
         Not batch size, actors, CPUs or guards: they may change between a kill and its rerun.
         """
-        keys = ("prompt", "prompt_key", "max_new_tokens", "dtype", *(["products"] if self.products != "dtype" else []))
+        # what earlier versions did stands for itself, so that their work can go on
+        later = {"products": self.products != "dtype", "resize": self.resize != "pillow"}
+        keys = ("prompt", "prompt_key", "max_new_tokens", "dtype", *(key for key, told in later.items() if told))
         sections = {"decoding": asdict(self.decoding), "candidates": asdict(self.candidates)}
         if self.candidates.clip_model:
             from pipelines.blip2.checkpoint import resolve

@@ -126,6 +126,7 @@ class CaptuneImageCaptioningMapper(Mapper):
             batch_size=gpu_batch_size,
             max_new_tokens=max_new_tokens or _room(directory, prompt or ""),
             dtype=dtype,
+            resize="pillow",  # as Data-Juicer
             decoding=DecodingConfig(method, beams=beams, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed),
             candidates=CandidateConfig(caption_num, keep_candidate_mode, clip_model=clip_model),
         )

@@ -43,7 +43,7 @@ def estimate(input: str, config: CaptionConfig) -> dict[str, Any]:
     dataset = open_dataset(input, config.reading)
     model = checkpoint.resolve(config.model)
     checkpoint.check(model, config.prompt, config.max_new_tokens)
-    spec = checkpoint.pixel_spec(model)
+    spec = checkpoint.pixel_spec(model, config.resize)
     counted = _count(dataset)
     if not counted["rows"]:
         raise UserError(f"{input}: this dataset has no rows")

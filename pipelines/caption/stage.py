@@ -117,7 +117,7 @@ def _caption(
     sheet = index.parent / SHEET
     started = time.monotonic()
     try:
-        caption_index(index, results, todo, model, checkpoint.pixel_spec(model), config, sheet)
+        caption_index(index, results, todo, model, checkpoint.pixel_spec(model, config.resize), config, sheet)
         seconds = max(time.monotonic() - started, 1e-9)
         facts = write_records(index, results.tables(), stage.directory, config.rows_per_shard)
     except WorkFailed as reason:

@@ -62,9 +62,9 @@ def reference(engine: BlipCaptioner, request: Request, **options: object) -> lis
 @pytest.mark.parametrize("prompt", ["", "a red"])
 def test_equals_plain_generate(blip2: Path, photos: list[Image.Image], prompt: str) -> None:
     """uint8 pixels, own normalization and batching change no token against processor + `generate`, with and without a
-    prompt.
+    prompt, where Pillow resizes, as the processor does.
     """
-    engine = BlipCaptioner(blip2, CaptionConfig(prompt=prompt, max_new_tokens=12))
+    engine = BlipCaptioner(blip2, CaptionConfig(prompt=prompt, max_new_tokens=12, resize="pillow"))
     processor = Blip2Processor.from_pretrained(blip2)
     processor.image_processor = BlipImageProcessorPil.from_pretrained(blip2)  # torchvision's, where it is, resizes anew
     model = Blip2ForConditionalGeneration.from_pretrained(blip2).eval()
