@@ -23,6 +23,7 @@ from pipelines.evaluate.benchmark import Question
 from pipelines.evaluate.config import EvaluateConfig
 from pipelines.files import refusal
 from pipelines.mgm.assemble_config import AssembleConfig
+from pipelines.overlapping import overlapping
 from pipelines.refine.config import RefineConfig
 from pipelines.train import trackers
 from pipelines.train.config import TrainConfig
@@ -89,6 +90,8 @@ def refine(config: RefineConfig, section: str = "refine", *, done: bool = False)
     """
     from pipelines.refine.operators import build, read_recipe
 
+    if without := config.without:
+        yield from found(f"{section}.without", lambda: overlapping(without, f"{section}.without"))
     if not (recipe := config.recipe):
         return
     unread = [Problem(f"{section}.recipe", p.message) for p in found("refine.recipe", lambda: read_recipe(recipe))]

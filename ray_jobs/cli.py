@@ -53,6 +53,7 @@ COMMANDS = {
     "compare": Entry("ray_jobs.compare", "hold evaluations against each other"),
     "forecast": Entry("ray_jobs.forecast", "foretell a recipe's gain and hours from a part of its rows"),
     "explain": Entry("ray_jobs.explain", "split a gain over its causes: captions, each filter"),
+    "overlap": Entry("ray_jobs.overlap", "what training data and a benchmark have in common"),
     "report": Entry("ray_jobs.report", "draw the HTML report of a run directory"),
     "runs": Entry("ray_jobs.runs", "list runs: data, result, cost"),
     "k8s": Entry("k8s.command", "run a recipe on Kubernetes; what a cluster lacks; manifests"),

@@ -46,7 +46,7 @@ COMMAND = Command(
     first="--run_dir",
     example="captune explain runs/sample --arm enhanced --explain.budget 16",
 )
-_SAME = ("align", "instruct_data", "subset", "train")
+_SAME = ("align", "instruct_data", "subset", "train", "without")
 """Keys of an arm in which it must not differ from its baseline."""
 
 

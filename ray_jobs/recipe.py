@@ -23,6 +23,7 @@ from pipelines.errors import UserError
 from pipelines.evaluate.config import CompareConfig, EvaluateConfig
 from pipelines.ladder.config import ForecastConfig
 from pipelines.mgm.assemble_config import AssembleConfig
+from pipelines.overlap.config import OverlapConfig
 from pipelines.refine.config import AnalyzeConfig, RefineConfig
 from pipelines.sample.config import SampleConfig
 from pipelines.storage import is_remote
@@ -45,6 +46,8 @@ PATHS = (
     "captions.*.candidates.clip_model",
     "refine.recipe",
     "arms.*.recipe",
+    "refine.without",
+    "arms.*.without",
     "arms.*.instruct_data",
     "train.model",
     "train.instruct_data",
@@ -55,6 +58,7 @@ PATHS = (
     "evaluate.also.*.images",
     "evaluate.also.*.ocr",
     "compare.pilot",
+    "compare.overlap",
 )
 """Keys that hold a path; `*` stands for every arm, caption set or further benchmark. A model may also be a hub id, a
 dataset an address or a pattern."""
@@ -133,6 +137,7 @@ class Recipe:
         evaluate: the benchmark.
         compare: intervals and tests.
         analyze: which bounds `captune analyze` proposes for filters.
+        overlap: when a row counts as a benchmark's.
         explain: which causes a gain has.
         forecast: the recipe in small, and what that says of the whole.
     """
@@ -153,6 +158,7 @@ class Recipe:
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     compare: CompareConfig = field(default_factory=CompareConfig)
     analyze: AnalyzeConfig = field(default_factory=AnalyzeConfig)
+    overlap: OverlapConfig = field(default_factory=OverlapConfig)
     explain: ExplainConfig = field(default_factory=ExplainConfig)
     forecast: ForecastConfig = field(default_factory=ForecastConfig)
 

@@ -13,7 +13,7 @@ FLOORS = [
     {"ground"},  # files directly in pipelines/, but for the two below
     {"formats", "blip2", "mgm"},
     {"adapters", "caption", "refine", "train", "evaluate", "sample"},
-    {"attribution", "ladder"},
+    {"attribution", "ladder", "overlap"},
     {"report", "preflight"},
     {"cluster"},
     {"serve"},

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from pipelines.evaluate import statistics
 from pipelines.evaluate.config import CompareConfig
 from pipelines.evaluate.stage import read_scores
 from pipelines.manifest import write_json
+from pipelines.overlapping import overlapping
 from pipelines.rundir import COMPARISON
 
 
@@ -82,7 +83,48 @@ def compare(arms: dict[str, dict[str, Any]], config: CompareConfig) -> dict[str,
                 **_won_and_lost(rows[baseline], rows[name], ids, config.examples),
                 "kinds": _by_kind(rows[baseline], rows[name], ids),
             }
-    return result
+    return result | _without_overlap(arms, config)
+
+
+def _without_overlap(arms: dict[str, dict[str, Any]], config: CompareConfig) -> dict[str, Any]:
+    """`clean`: the same without the questions whose picture training data show; nothing where that was not looked for
+    in this benchmark.
+    """
+    baseline = config.baseline_among(arms)
+    found = overlapping(config.overlap, "compare.overlap") if config.overlap else None
+    if found is None or found["benchmark"] != arms[baseline].get("benchmark"):
+        return {}
+    known = set(found["contaminated"])
+    left = {name: [row for row in arm["questions"] if row["question_id"] not in known] for name, arm in arms.items()}
+    count = len(left[baseline])
+    clean: dict[str, Any] = {"left_out": len(arms[baseline]["questions"]) - count, "count": count}
+    if not clean["left_out"] or not count:
+        return {"clean": clean}
+    fewer = {
+        name: arm | {"questions": left[name], "accuracy": math.fsum(row["score"] for row in left[name]) / count}
+        for name, arm in arms.items()
+    }
+    same = compare(fewer, replace(config, overlap=""))
+    clean["arms"] = {name: {key: arm[key] for key in ("accuracy", "interval")} for name, arm in same["arms"].items()}
+    kept = ("difference", "interval", "p_value_together", "excludes_zero")
+    clean["differences"] = {name: {key: each[key] for key in kept} for name, each in same["differences"].items()}
+    return {"clean": clean}
+
+
+def clean_sentence(comparison: dict[str, Any], arm: str) -> str:
+    """What is left of an arm's result without the questions whose picture is trained on; empty where nobody looked."""
+    clean = comparison.get("clean")
+    if clean is None:
+        return ""
+    if not clean["left_out"]:
+        return "no question's picture is among those that were trained on"
+    if not clean["count"]:
+        return "every question's picture was trained on"
+    found = clean["differences"][arm]
+    return (
+        f"without the {clean['left_out']} questions whose picture was trained on {100 * found['difference']:+.1f} "
+        f"points ({_points(found['interval'])}){'' if found['excludes_zero'] else ', which does not exclude zero'}"
+    )
 
 
 @dataclass(frozen=True)
@@ -172,7 +214,8 @@ def sentence(comparison: dict[str, Any], arm: str) -> str:
         text += f"; equal within {100 * comparison['margin']:g} point(s)"
     elif not found["excludes_zero"] and found["detectable"] is not None:
         text += f"; {100 * found['detectable']:.1f} points would have been seen in 4 of 5 such runs"
-    return text
+    clean = clean_sentence(comparison, arm)
+    return f"{text}; {clean}" if clean else text
 
 
 def level(confidence: float) -> str:

@@ -111,6 +111,8 @@ class CompareConfig:
             equal.
         pilot: run directory, or `comparison.json`, of an earlier run that says how much scores differ by chance; a dry
             run foresees from it what this one can show, else from stated assumptions.
+        overlap: what `captune overlap` wrote: the result is also given without the questions whose picture is trained
+            on.
         seed: of the bootstrap.
         examples: questions won and lost that the report shows, of each kind.
     """
@@ -120,6 +122,7 @@ class CompareConfig:
     confidence: float = 0.95
     margin: float = 0.01
     pilot: str = ""
+    overlap: str = ""
     seed: int = 0
     examples: int = 24
 

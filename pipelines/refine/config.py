@@ -73,6 +73,7 @@ class RefineConfig:
         text: the record column that becomes the training text: `caption` (as found) or `recaption`.
         recipe: a Data-Juicer recipe (YAML); its operators decide what is kept. None keeps every row that has an image
             and a text.
+        without: what `captune overlap` wrote: rows that show a benchmark's picture are rejected.
         mix: captions as found beside new ones.
         subset: fewer rows than are kept.
         batch_size: rows per call of an operator.
@@ -82,6 +83,7 @@ class RefineConfig:
     texts: ClassVar[tuple[str, ...]] = ("caption", "recaption")
     text: str = "recaption"
     recipe: str | None = None
+    without: str | None = None
     mix: MixConfig = field(default_factory=MixConfig)
     subset: SubsetConfig = field(default_factory=SubsetConfig)
     batch_size: int = 256

@@ -21,6 +21,7 @@ from pipelines.demand import CPU
 from pipelines.errors import WorkFailed
 from pipelines.formats import error_kind
 from pipelines.manifest import MANIFEST, identity, open_stage, require_finished, write_json
+from pipelines.overlapping import overlapping
 from pipelines.progress import say
 from pipelines.records import (
     SAME_PICTURE,
@@ -48,6 +49,8 @@ Outcomes = dict[str, Outcome]
 """What became of each text of each distinct sample, by `records.text_id`."""
 SCREEN = ("error", "empty_text", "duplicate")
 """Reasons to reject a row before any operator sees it, in the order in which they are asked."""
+BENCHMARK = "benchmark"
+"""The reason between the first and the second of them, with `refine.without`: the benchmark's name and its picture."""
 
 
 def run(
@@ -89,7 +92,7 @@ def run(
     connect()
 
     what = f"refine {arm}".strip()
-    outcomes = _screen(table, Texts(input, config))
+    outcomes = _screen(table, Texts(input, config), _shown(config))
     samples = table.num_rows + len(outcomes) - len(set(map(source_id, outcomes)))
     _run_recipe(process, operators, shards, outcomes, config, what)
     _refuse_all_failed(outcomes, input)
@@ -111,7 +114,7 @@ def run(
         "rejected": rejected,
         "retention": round(kept / samples, 6) if samples else 0.0,
     }
-    steps = [*SCREEN, *(operator.label for operator in operators), *_after(config)]
+    steps = [*_screens(config), *(operator.label for operator in operators), *_after(config)]
     write_json(
         output / "metrics.json", {**facts, **_metrics(table.sort_by("sample_id"), outcomes, samples, steps, what)}
     )
@@ -122,7 +125,25 @@ def inputs(records: str, process: Process, config: RefineConfig) -> dict[str, An
     """Everything that decides what is kept; `records` is the identity of the directory that is refined."""
     wanted: dict[str, Any] = {"input": records, "text": config.text, "process": process}
     wanted |= {"mix": asdict(config.mix)} if config.mix.by != "none" else {}
+    wanted |= {"without": _shown(config)} if config.without else {}
     return wanted | ({"subset": asdict(config.subset)} if config.subset.rows else {})
+
+
+def _shown(config: RefineConfig) -> dict[str, str]:
+    """`sample_id` -> the benchmark's picture that the sample shows, of `config.without`.
+
+    Raises:
+        UserError: that is no file of `captune overlap`.
+    """
+    if not config.without:
+        return {}
+    found = overlapping(config.without, "refine.without")
+    return {row["sample_id"]: f"{found['benchmark']} {row['image_id']}" for row in found["rows"] if row["sample_id"]}
+
+
+def _screens(config: RefineConfig) -> list[str]:
+    first, *others = SCREEN
+    return [first, *[BENCHMARK] * bool(config.without), *others]
 
 
 def _after(config: RefineConfig) -> list[str]:
@@ -137,7 +158,7 @@ def _remove_leftovers(output: Path) -> None:
             path.unlink()
 
 
-def _screen(table: pa.Table, texts: Texts) -> Outcomes:
+def _screen(table: pa.Table, texts: Texts, shown: dict[str, str]) -> Outcomes:
     """Outcome of every text of every distinct sample before any operator sees it, in the dataset's order. Rows that
     repeat a sample's id are counted when written; of rows with one picture and one text the first stays.
     """
@@ -150,6 +171,10 @@ def _screen(table: pa.Table, texts: Texts) -> Outcomes:
         if row["error"]:
             outcomes[row["sample_id"]] = outcome = Outcome("")
             outcome.reject("error", row["error"])
+            continue
+        if row["sample_id"] in shown:
+            outcomes[row["sample_id"]] = outcome = Outcome(row["caption"] or "")
+            outcome.reject(BENCHMARK, shown[row["sample_id"]])
             continue
         again = is_repeat(row["sample_id"])
         picture = pictures.get(row["sample_id"], row["sample_id"])

@@ -7,7 +7,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from pipelines.evaluate.compare import level
+from pipelines.evaluate.compare import clean_sentence, level
 from pipelines.evaluate.registry import asked, title
 from pipelines.report import charts, numbers
 from pipelines.rundir import Run
@@ -95,7 +95,9 @@ def _single(comparison: dict[str, Any], arm: str) -> Answer:
         low=numbers.points(low),
         high=numbers.points(high),
     )
-    return Answer(arm, mood, word, sentence + (_why_open(found) if mood == "open" else ""))
+    clean = clean_sentence(comparison, arm)
+    sentence += (_why_open(found) if mood == "open" else "") + (f" {clean[0].upper()}{clean[1:]}." if clean else "")
+    return Answer(arm, mood, word, sentence)
 
 
 def _why_open(found: dict[str, Any]) -> Markup:
