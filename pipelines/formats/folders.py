@@ -15,6 +15,7 @@ from pipelines.formats import arrow, delimited, imagefolder
 from pipelines.formats.coco import is_coco
 from pipelines.formats.packed import ending, unpacked
 from pipelines.formats.reading import DEFAULT
+from pipelines.formats.rows import parse_json
 from pipelines.progress import say
 from pipelines.storage import AnyPath, names_in
 
@@ -98,16 +99,22 @@ def _shards(path: AnyPath, names: _Names) -> Chosen | None:
     found = tars or tables or names.files.get(".arrow", [])
     if not found:
         return None
-    _refuse_indices(path, names)
-    chosen = _one_split(path, found)
+    saved = kind == ".arrow" and arrow.STATE in names.files.get(".json", ())
+    chosen = _saved(path) if saved else _one_split(path, found)
     whole = chosen == found and all(name.endswith(kind) for name in found)
     return Chosen(_SHARDS[kind], path, () if whole else tuple(path / name for name in chosen))
 
 
-def _refuse_indices(path: AnyPath, names: _Names) -> None:
-    """Older `save_to_disk` could write a selection of rows beside all of them."""
-    if arrow.STATE in names.files.get(".json", ()) and b'"_indices_data_files": [' in (path / arrow.STATE).read_bytes():
+def _saved(path: AnyPath) -> list[str]:
+    """Files that `save_to_disk` wrote, among which later ones of `datasets`' cache may lie."""
+    try:
+        state = parse_json((path / arrow.STATE).read_bytes())
+        names = [str(file["filename"]) for file in state["_data_files"]]
+    except (ValueError, LookupError, TypeError):
+        raise UserError(f"{path / arrow.STATE}: does not say which files hold the dataset") from None
+    if state.get("_indices_data_files"):  # older versions of `datasets`
         raise UserError(f"{path}: a selection of rows was saved here; save it anew after flatten_indices()")
+    return names
 
 
 def _one_split(path: AnyPath, names: list[str]) -> list[str]:
@@ -167,8 +174,12 @@ def _within(path: AnyPath, names: _Names) -> Chosen | None:
             f"{path}: holds several datasets ({', '.join(found[:3])}, ...); name one of them, or their files by a "
             f"pattern such as {path}/*/*{_has_shards(path / found[0])}"
         )
+    if found and names.pictures:
+        raise UserError(f"{path}: holds pictures, and a dataset in {found[0]}; name {path / found[0]}, or move it away")
     if not found and not names.pictures and {"train"} < set(names.folders) & (_TRAIN | _OTHERS):
         found = _one_split(path, [name for name in names.folders if name in _TRAIN | _OTHERS])
+    elif found:
+        say(f"{path}: reading the dataset in {found[0]}")
     return Chosen("folder", path / found[0]) if found else None
 
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 import io
 import json
 import tarfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
-from operator import itemgetter
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, NamedTuple
 
@@ -64,19 +63,32 @@ def _by_key(file: AnyPath, raw: BinaryIO) -> Iterator[tuple[str, str, Parts | st
         if not members:
             raise UserError(f"{file}: not a readable tar ({error})") from None
         damage = f"the tar breaks off here, {error}"
-    first: dict[str, int] = {}
-    for number, found in enumerate(members):
-        first.setdefault(found.key, number)
-    short = ""
-    for key, group in groupby(sorted(members, key=lambda member: first[member.key]), key=itemgetter(0)):
+    places, short = _samples(members), ""
+    for place, group in groupby(sorted(range(len(members)), key=places.__getitem__), key=places.__getitem__):
         parts: Parts = []
-        for part in group:
+        key = members[place].key
+        for part in map(members.__getitem__, group):
             raw.seek(part.offset)
             parts.append((part.suffix, raw.read(part.size)))
             short = key if len(parts[-1][1]) < part.size else short
         yield f"{file.name}/{key}", key, damage if short == key and damage else parts
     if damage and not short:  # after a sample it is a row of its own
         yield file.name, "", damage
+
+
+def _samples(members: Sequence[_Member]) -> list[int]:
+    """Of each file the first one of its sample. A second file of the same name begins a sample of its own: tars were
+    appended to one another.
+    """
+    places: list[int] = []
+    begun: dict[str, tuple[int, str]] = {}
+    for number, member in enumerate(members):
+        first, suffixes = begun.get(member.key, (number, ""))
+        if f"{member.suffix}|" in suffixes:
+            first, suffixes = number, ""
+        begun[member.key] = first, f"{suffixes}{member.suffix}|"
+        places.append(first)
+    return places
 
 
 def _in_order(file: AnyPath, stream: BinaryIO, packed: bool) -> Iterator[tuple[str, str, Parts | str]]:

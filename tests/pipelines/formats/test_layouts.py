@@ -116,6 +116,7 @@ def _coco(folder: Path, jpeg: Jpeg) -> Path:
 
 def _webdataset(folder: Path, jpeg: Jpeg) -> Path:
     apart = [("./0.jpg", jpeg(0)), ("./1.jpg", jpeg(1)), ("./0.txt", b"zero"), ("./1.txt", b"one")]
+    apart += [("./0.jpg", jpeg(2)), ("./0.txt", b"appended")]
     whole = tar([("2.jpg", jpeg(2)), ("2.txt", b"two")])
     zst = pa.compress(whole, "zstd", asbytes=True)
     put(folder, {"0.tar": tar(apart), "1.tar.gz": gzip.compress(whole), "2.tar.zst": zst})
@@ -154,7 +155,8 @@ def _save_to_disk(folder: Path, jpeg: Jpeg) -> Path:
     rows = {"image": [{"bytes": jpeg(1), "path": None}] * 70, "caption": [f"c{n}" for n in range(70)]}
     split = datasets.Dataset.from_dict(rows, features=features)
     datasets.DatasetDict({"train": split, "test": split.select(range(3))}).save_to_disk(folder)
-    return folder
+    written = next((folder / "train").glob("data-*.arrow"))
+    return put(folder, {"train/cache-0a1b2c.arrow": written.read_bytes()})
 
 
 def _records(folder: Path, jpeg: Jpeg) -> Path:
@@ -174,7 +176,7 @@ LAYOUTS: dict[str, tuple[Make, list[str]]] = {
     "LLaVA": (_llava, ["a red sign"] * 3),
     "LAVIS and BLIP": (_lavis, ["a red sign", "two cups", "cups"]),
     "COCO captions": (_coco, ["a red sign", "red", ""]),
-    "WebDataset": (_webdataset, ["zero", "one", "two", "two", "two", "two", "two"]),
+    "WebDataset": (_webdataset, ["zero", "one", "appended", *["two"] * 5]),
     "img2dataset and NeMo Curator": (_img2dataset, ["a red sign"]),
     "Parquet": (_parquet, ["a red sign", "two", "cups"]),
     "A repository of the Hugging Face hub": (_hub, ["train-00000", "train-00001"]),
@@ -216,6 +218,9 @@ def test_what_could_be_meant_in_two_ways_is_refused(tmp_path: Path, jpeg: Jpeg) 
             UserError, match=f"{folder.name}: holds .*(one, two|one.json, two.json|0.tar, other.parquet)"
         ):
             open_dataset(folder)
+    table(put(tmp_path / "mine", {"a.jpg": jpeg(1)}) / "backup" / "0.parquet", image=[jpeg(1)])
+    with pytest.raises(UserError, match=r"mine: holds pictures, and a dataset in backup"):
+        open_dataset(tmp_path / "mine")
     apart = tar([("0.jpg", jpeg(0)), ("1.jpg", jpeg(1)), ("0.txt", b"zero")])
     put(tmp_path, {"apart.tar.gz": gzip.compress(apart)})
     with pytest.raises(UserError, match="apart.tar.gz: not sorted, the files of sample '0' are apart"):
