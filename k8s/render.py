@@ -22,6 +22,7 @@ from pipelines.storage import is_remote
 from ray_jobs import hallway
 from ray_jobs.recipe import RECIPES, Recipe, paths, recipe_yaml
 from ray_jobs.recipe_file import digest
+from serve import front
 from serve.config import ServeConfig
 
 FOLDER = Path(__file__).parent
@@ -114,6 +115,19 @@ def fill(objects: list[Object], recipe: Recipe, serving: int, step: Step) -> Non
             needs.describe(cluster_spec(found))
         if found["kind"] == "RayService":
             found["spec"]["serveConfigV2"] = _yaml(serve_config(recipe, step.arm, step.seed, serving))
+            _guard(cluster_spec(found), recipe)
+
+
+def _guard(cluster: Object, recipe: Recipe) -> None:
+    """Tell the endpoint's proxies, which start with Ray and not with the application, what stands in front of them,
+    where it is another than the overlay's.
+    """
+    settings = front.environment(recipe.serve)[front.SETTINGS]
+    if settings == front.environment(ServeConfig())[front.SETTINGS]:
+        return
+    for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
+        ray = group["template"]["spec"]["containers"][0]
+        ray["env"] = [*ray.get("env", []), {"name": front.SETTINGS, "value": settings}]
 
 
 def cluster_spec(found: Object) -> Object:

@@ -5,55 +5,36 @@ what the command line and the tests call. How full batches are is in Prometheus 
 /stats`.
 """
 
-# No `from __future__ import annotations`: Ray Serve and FastAPI read the annotations at run time.
-import asyncio
+# No `from __future__ import annotations`: Ray Serve reads the annotations at run time.
 import logging
 import time
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import asdict
-from functools import partial
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import fastapi
 import ray
-from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field
 from ray import serve
 from ray.exceptions import RayActorError
 from ray.serve import Application
-from starlette.exceptions import HTTPException
 
 from pipelines import groups
 from pipelines.adapters.unmerged import refuse_misfit
 from pipelines.errors import UserError, WorkFailed
-from pipelines.manifest import identity
-from pipelines.modelfiles import model_identity
-from serve.api import ApiError, ChatRequest, completion, models, parse
+from serve import front, keys, limits
 from serve.config import ServeConfig
-from serve.gate import BatchGate
 from serve.port import free_port
+from serve.replica import Captune
 
 _HEALTHY_WITHIN_S = 60.0
 _SHUTDOWN_S = 30.0
+_ROOM = 64
+"""Requests that a replica has in hand besides those that wait: health, refusals on their way."""
 _PROXY_READY_S = 60
 """Ray Serve kills a proxy that is not up within this time; its own 5 s are too few for a machine that also trains."""
 _PROXY_GRACE_S = 2.0
 """The proxy gives up this much later than the replica, so that the client gets the replica's error body."""
-
-api = fastapi.FastAPI(title="captune", docs_url=None, redoc_url=None)
-
-
-@api.exception_handler(ApiError)
-async def _refuse(request: fastapi.Request, error: ApiError) -> JSONResponse:
-    return JSONResponse(error.body(), error.status)
-
-
-@api.exception_handler(HTTPException)
-async def _refuse_route(request: fastapi.Request, error: HTTPException) -> JSONResponse:
-    """Unknown routes and methods, in the same shape as every other refusal."""
-    return JSONResponse(ApiError(error.status_code, f"{request.url.path}: {error.detail}").body(), error.status_code)
 
 
 class BuildArgs(BaseModel):
@@ -78,86 +59,6 @@ class BuildArgs(BaseModel):
     start_tries: int = Field(default=2, ge=1)
 
 
-@serve.deployment
-@serve.ingress(api)
-class Captune:
-    """One replica: decodes and prepares requests on a few threads, generates in batches on one."""
-
-    def __init__(self, args: dict[str, Any]) -> None:
-        import torch
-        from transformers.utils import logging as transformers_logging
-
-        from serve.engine import Engine
-
-        transformers_logging.disable_progress_bar()
-        self.name = args["name"]
-        self.config = ServeConfig(**args["config"])
-        threads = max(1, int(self.config.cpus_per_replica))
-        torch.set_num_threads(threads)
-        self.identity = model_identity(args["model"])
-        if args["adapter"]:
-            self.identity += f"+{identity(args['adapter'])}"
-        self.engine = Engine(args["model"], adapter=args["adapter"], dtype=self.config.dtype)
-        self.preparing = ThreadPoolExecutor(max(2, threads), thread_name_prefix="prepare")
-        self.generating = ThreadPoolExecutor(1, thread_name_prefix="generate")
-        self.gate = BatchGate(self.config.max_batch_size)
-        self.created = int(time.time())
-        self.batch_sizes: dict[int, int] = {}
-        batched: Any = self._batched  # `serve.batch` adds the setters
-        batched.set_max_batch_size(self.config.max_batch_size)
-        batched.set_batch_wait_timeout_s(self.config.batch_wait_s)
-
-    @api.post("/v1/chat/completions")
-    async def chat(self, request: fastapi.Request) -> JSONResponse:
-        """Answer one conversation."""
-        body = await request.body()
-        try:
-            async with asyncio.timeout(self.config.request_timeout_s):
-                return JSONResponse(await self._answer(body))
-        except TimeoutError:
-            raise ApiError(408, f"no answer within {self.config.request_timeout_s:g} s", code="timeout") from None
-
-    @api.get("/v1/models")
-    async def models(self) -> JSONResponse:
-        """The one model here, and its identity."""
-        return JSONResponse(models(self.name, self.created, self.identity))
-
-    @api.get("/health")
-    @api.get("/healthz")
-    async def health(self) -> JSONResponse:
-        """Answers once the model is loaded."""
-        return JSONResponse({"status": "ok", "model": self.name})
-
-    @api.get("/stats")
-    async def stats(self) -> JSONResponse:
-        """Batches of this replica so far, by size."""
-        sizes = {str(size): count for size, count in sorted(self.batch_sizes.items())}
-        requests = sum(size * count for size, count in self.batch_sizes.items())
-        return JSONResponse({"batches": sum(self.batch_sizes.values()), "requests": requests, "batch_sizes": sizes})
-
-    async def _answer(self, body: bytes) -> dict[str, Any]:
-        loop = asyncio.get_running_loop()
-        chat, prepared = await loop.run_in_executor(self.preparing, partial(self._prepare, body))
-        async with self.gate:
-            answer = await self._batched(prepared)
-        if answer.error is not None:
-            raise ApiError(500, answer.error)
-        return completion(chat, answer, self.identity)
-
-    def _prepare(self, body: bytes) -> tuple[ChatRequest, Any]:
-        chat, request = parse(body, self.name, self.config)
-        prepared = self.engine.prepare(request)
-        if prepared.error is not None:
-            raise ApiError(400, prepared.error, param="messages")
-        return chat, prepared
-
-    @serve.batch
-    async def _batched(self, batch: list[Any]) -> list[Any]:
-        self.batch_sizes[len(batch)] = self.batch_sizes.get(len(batch), 0) + 1
-        with self.gate.running():
-            return await asyncio.get_running_loop().run_in_executor(self.generating, self.engine.generate, batch)
-
-
 def build(args: BuildArgs) -> Application:
     """The application for a model directory; the builder of a Serve config file, on a cluster of its own.
 
@@ -173,11 +74,13 @@ def _application(args: BuildArgs, where: dict[str, str]) -> Application:
     """`where`: labels of the nodes that replicas run on."""
     config = args.config
     captune: Any = Captune  # a class to mypy, a deployment since `serve.deployment`
+    most = 2 * config.max_batch_size + config.max_queued_requests + _ROOM
     deployment = captune.options(
         num_replicas=config.replicas,
-        # A batch in the model and the next one prepared in front of the gate; health and stats besides.
-        max_ongoing_requests=2 * config.max_batch_size + 8,
-        max_queued_requests=config.max_queued_requests,
+        # All that `Desk` lets in, so that it refuses the rest and health never queues behind them; and so many may wait
+        # while a replica starts, or takes over what another had in hand.
+        max_ongoing_requests=most,
+        max_queued_requests=most,
         backpressure_config={"status_code": 429, "retry_after_s": 1},
         ray_actor_options={
             "num_cpus": config.cpus_per_replica,
@@ -217,10 +120,13 @@ def start(
     _refuse_incomplete(model)
     if adapter is not None:
         refuse_misfit(Path(model), adapter)
+    config = replace(config, keys=_absolute(config.keys), audit=_absolute(config.audit))
+    if config.keys:
+        keys.read(Path(config.keys))
     logging.getLogger("ray.serve").setLevel(logging.WARNING)  # importing Ray Serve has set it to INFO
     place = str(adapter.resolve()) if adapter is not None else ""
     args = BuildArgs(model=str(Path(model).resolve()), adapter=place, name=name, config=config)
-    root = _start_http(host, port, config.request_timeout_s + _PROXY_GRACE_S)
+    root = _start_http(host, port, config)
     try:
         serve.run(_application(args, groups.selector(config.demand().group)), name=name, route_prefix=route_prefix)
     except RuntimeError as error:
@@ -229,6 +135,11 @@ def start(
     base = root + route_prefix.rstrip("/")
     _wait_until_healthy(base)
     return base
+
+
+def _absolute(place: str) -> str:
+    """For processes that work elsewhere."""
+    return str(Path(place).resolve()) if place else ""
 
 
 def _answers() -> bool:
@@ -262,12 +173,13 @@ def shutdown() -> None:
     client: Any = ray.is_initialized() and serve.context._get_global_client(raise_if_no_controller_running=False)
     if client and not serve.status().applications:
         # The controller's last task kills the controller itself; `serve.shutdown` lets Ray retry it, and Ray complains.
+        limits.end()
         with suppress(RayActorError):
             ray.get(client._controller.graceful_shutdown.options(max_task_retries=0).remote(), timeout=_SHUTDOWN_S)
         serve.shutdown()
 
 
-def _start_http(host: str, port: int, timeout_s: float) -> str:
+def _start_http(host: str, port: int, config: ServeConfig) -> str:
     running = serve.context._get_global_client(raise_if_no_controller_running=False)
     if running is not None:
         options = running.http_config
@@ -278,13 +190,12 @@ def _start_http(host: str, port: int, timeout_s: float) -> str:
             )
         return f"http://{_reachable(options.host or host)}:{options.port}"
     port = free_port(host, port)
+    settings = front.environment(config) | {"RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": str(_PROXY_READY_S)}
     try:
         serve.start(
-            http_options={"host": host, "port": port, "request_timeout_s": timeout_s},
+            http_options={"host": host, "port": port, "request_timeout_s": config.request_timeout_s + _PROXY_GRACE_S},
             logging_config={"log_level": "WARNING"},
-            controller_options={
-                "runtime_env": {"env_vars": {"RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": str(_PROXY_READY_S)}}
-            },
+            controller_options={"runtime_env": {"env_vars": settings}},  # what it starts inherits them
         )
     except TimeoutError as error:
         raise WorkFailed(f"{host}:{port}: Ray Serve's HTTP proxy did not come up ({error})") from error

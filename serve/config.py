@@ -18,13 +18,19 @@ class ServeConfig:
         gpus_per_replica: GPUs that Ray reserves for a replica; 0 runs on the CPU.
         max_batch_size: questions answered in one call of the model.
         batch_wait_s: longest time the first question of a batch waits for others, in seconds.
-        max_new_tokens: upper limit for `max_tokens` of a request.
-        max_queued_requests: further requests get 429 with Retry-After.
-        request_timeout_s: a request that takes longer gets 408.
+        max_new_tokens: longest answer; `max_tokens` of a request above it means this.
+        max_queued_requests: wait at each replica beside the two batches in hand; more get 429 with Retry-After.
+        request_timeout_s: a request that takes longer gets 408, its body's way here not counted.
+        max_body_bytes: larger requests are refused with 413.
+        body_timeout_s: a body that takes longer to get here is refused with 408.
         max_image_pixels: larger pictures are refused with 400.
         max_image_bytes: larger files are refused with 413.
         max_images: pictures in one request; more are refused with 400.
+        max_request_pixels: of all pictures of a request together; more are refused with 400.
         dtype: auto, float32, bfloat16 or float16.
+        keys: file of API keys (python -m serve.keys makes it); empty: anybody may ask.
+        audit: folder for a line about each request; empty: none.
+        audit_contents: write down messages and answers, too.
     """
 
     replicas: int = 1
@@ -35,20 +41,27 @@ class ServeConfig:
     max_new_tokens: int = 128
     max_queued_requests: int = 512
     request_timeout_s: float = 60.0
+    max_body_bytes: int = 64_000_000
+    body_timeout_s: float = 60.0
     max_image_pixels: int = 50_000_000
     max_image_bytes: int = 20_000_000
     max_images: int = 16
+    max_request_pixels: int = 200_000_000
     dtype: str = "auto"
+    keys: str = ""
+    audit: str = ""
+    audit_contents: bool = False
 
     def __post_init__(self) -> None:
         counts = ("replicas", "max_batch_size", "max_new_tokens", "max_queued_requests")
-        for key in (*counts, "max_image_pixels", "max_image_bytes", "max_images"):
+        sizes = ("max_body_bytes", "max_image_pixels", "max_image_bytes", "max_images", "max_request_pixels")
+        for key in (*counts, *sizes):
             if getattr(self, key) < 1:
                 raise UserError(f"serve.{key} must be at least 1, not {getattr(self, key)}")
         if self.cpus_per_replica < 0 or self.gpus_per_replica < 0:
             raise UserError("serve: cpus_per_replica and gpus_per_replica cannot be negative")
-        if self.request_timeout_s <= 0 or self.batch_wait_s < 0:
-            raise UserError("serve: request_timeout_s must be positive and batch_wait_s not negative")
+        if self.request_timeout_s <= 0 or self.body_timeout_s <= 0 or self.batch_wait_s < 0:
+            raise UserError("serve: request_timeout_s and body_timeout_s must be positive, batch_wait_s not negative")
         if self.dtype not in ("auto", "float32", "bfloat16", "float16"):
             raise UserError(f"serve.dtype must be auto, float32, bfloat16 or float16, not '{self.dtype}'")
 

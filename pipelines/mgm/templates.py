@@ -81,12 +81,21 @@ def get_template(name: str) -> Template:
         raise ValueError(f"no conversation template {name!r}; there are {', '.join(sorted(TEMPLATES))}") from None
 
 
+_IMAGES_FIRST = (
+    "{%- for part in message['content'] if part['type'] == 'image' -%}{{- '<image>\\n' -}}{%- endfor -%}"
+    "{%- for part in message['content'] if part['type'] == 'text' -%}{{- part['text'] -}}{%- endfor -%}"
+)
+_IN_ORDER = (
+    "{%- for part in message['content'] -%}"
+    "{%- if part['type'] == 'text' -%}{{- part['text'] -}}"
+    "{%- else -%}{{- ('\\n' if loop.previtem is defined and loop.previtem['type'] == 'text' else '') + '<image>\\n' -}}"
+    "{%- endif -%}{%- endfor -%}"
+)
 _CHAT = (
     # One message: images, then text. `content` may also be a plain string.
     "{%- macro render(message) -%}"
     "{%- if message['content'] is string -%}{{- message['content'] -}}{%- else -%}"
-    "{%- for part in message['content'] if part['type'] == 'image' -%}{{- '<image>\\n' -}}{%- endfor -%}"
-    "{%- for part in message['content'] if part['type'] == 'text' -%}{{- part['text'] -}}{%- endfor -%}"
+    f"{_IMAGES_FIRST}"
     "{%- endif -%}{%- endmacro -%}"
     "{{- BOS -}}"
     "{%- set system = render(messages[0]) if messages[0]['role'] == 'system' else '' -%}"
@@ -100,6 +109,13 @@ _CHAT = (
     "{%- endfor -%}"
     "{%- if add_generation_prompt -%}{{- PROMPT -}}{%- endif -%}"
 )
+
+
+def in_order(chat_template: str) -> str:
+    """The chat template with a turn's images where they stand among its texts, each on a line of its own, not in front
+    of them; another's template is what it was.
+    """
+    return chat_template.replace(_IMAGES_FIRST, _IN_ORDER)
 
 
 def _quote(text: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+import json
 import posixpath
 import re
 import shlex
@@ -24,6 +25,7 @@ from k8s import kustomize, names, needs, render
 from pipelines.errors import UserError
 from ray_jobs import _options, cli, hallway, recipe_file, run
 from ray_jobs.recipe import RECIPES, Recipe
+from serve import front
 from tests.k8s import checks, schemas
 from tests.k8s.checks import README, SECRETS, complaints
 
@@ -262,6 +264,20 @@ def test_serve_accepts_the_endpoints_configuration(overlay: str) -> None:
     scaling = application.deployments[0].autoscaling_config
     assert scaling["target_ongoing_requests"] <= deployment.max_ongoing_requests
     assert config["http_options"]["request_timeout_s"] == arguments.config.request_timeout_s + app._PROXY_GRACE_S
+
+
+def test_proxies_of_the_endpoint_are_guarded_as_the_recipe_says() -> None:
+    """Everywhere by the function that Ray Serve asks, and where a key changes it, with the changed settings."""
+    plain = recipe("sample")
+    changed = replace(plain, serve=replace(plain.serve, keys="/data/keys.yaml"))
+    for serving, expected in ((plain, None), (changed, "/data/keys.yaml")):
+        found = next(each for each in render.render(serving, "kind", "serve") if each["kind"] == "RayService")
+        spec = render.cluster_spec(found)
+        for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"]):
+            env = {e["name"]: e.get("value") for e in group["template"]["spec"]["containers"][0]["env"]}
+            module, _, function = env[front.CALLBACK].partition(":")
+            assert callable(getattr(importlib.import_module(module), function))
+            assert json.loads(env.get(front.SETTINGS, '{"keys": null}'))["keys"] == expected
 
 
 @pytest.mark.parametrize(
