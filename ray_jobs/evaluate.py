@@ -119,7 +119,7 @@ def served(model: Path, config: ServeConfig, name: str = "") -> Iterator[str]:
         from serve import app
 
         with _starting:
-            base = app.start(model, config, name=name, route_prefix=route, port=0)
+            base = app.start(model, config.private(), name=name, route_prefix=route, port=0)
         try:
             yield base
         finally:

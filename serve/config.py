@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pipelines.demand import Demand
 from pipelines.errors import UserError
@@ -64,6 +64,10 @@ class ServeConfig:
             raise UserError("serve: request_timeout_s and body_timeout_s must be positive, batch_wait_s not negative")
         if self.dtype not in ("auto", "float32", "bfloat16", "float16"):
             raise UserError(f"serve.dtype must be auto, float32, bfloat16 or float16, not '{self.dtype}'")
+
+    def private(self) -> ServeConfig:
+        """The same without keys and audit log: of a service that a command starts for itself alone."""
+        return replace(self, keys="", audit="")
 
     def demand(self) -> Demand:
         """All replicas: the service is up when every one of them is."""
