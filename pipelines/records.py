@@ -185,7 +185,7 @@ def holds_records(path: AnyPath) -> bool:
         return False
     try:
         names = pq.read_schema(file if isinstance(file, Path) else file.open()).names
-    except (pa.ArrowInvalid, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise UserError(f"{file}: not a readable Parquet file ({error})") from error
     return is_record(names)
 

@@ -36,12 +36,13 @@ def rows(path: AnyPath, reading: Reading = DEFAULT) -> Iterator[Row]:
         number, columns = 0, None
         try:
             for batch in _batches(file):
+                batch.validate(full=True)  # Arrow believes a damaged file, and reads beyond its memory
                 columns = columns or Columns.of(batch.schema, file, reading)
                 for start in range(0, len(batch), BATCH):
                     for value in values_of(batch.slice(start, BATCH)):
                         yield row_of(value, f"{file.name}:{number}", columns, file.parent)
                         number += 1
-        except (pa.ArrowException, OSError, EOFError) as error:
+        except (pa.ArrowException, OSError, EOFError, UnicodeDecodeError) as error:
             if columns is None:
                 raise UserError(f"{file}: not a readable Arrow file ({error})") from None
             yield bad_row(f"{file.name}:{number}", f"its file cannot be read from row {number} on, {error}")

@@ -44,18 +44,24 @@ def lines(path: AnyPath, reading: Reading) -> Iterator[dict[str, Any]]:
     """Column -> text of each line; fields beyond the named ones are a list under `further`.
 
     Raises:
-        UserError: the text is in an encoding that nobody can tell.
+        UserError: the text is in an encoding that nobody can tell, or no table.
     """
     with unpacked(path)[0] as stream:
         text, note = decode(stream.read(), reading.encoding)
     if note and not text:
         raise UserError(f"{path}: {note}")
     table = csv.DictReader(io.StringIO(text, newline=""), delimiter=_DELIMITERS[ending(path.name)], restkey="further")
-    yield from table
+    try:
+        yield from table
+    except csv.Error as error:
+        raise UserError(f"{path}: no table at line {table.line_num} ({error})") from None
 
 
 def columns_of(path: AnyPath) -> list[str]:
     """What the first line names."""
     with unpacked(path)[0] as stream:
         head, _ = decode(stream.readline(1 << 16))
-    return next(csv.reader([head], delimiter=_DELIMITERS[ending(path.name)]), [])
+    try:
+        return next(csv.reader([head], delimiter=_DELIMITERS[ending(path.name)]), [])
+    except csv.Error:  # no table; where it is meant as one, its reader will say what is wrong
+        return []

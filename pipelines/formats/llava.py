@@ -128,7 +128,7 @@ def _row(item: Any, where: str, base: AnyPath, reading: Reading) -> Row:
     column = reading.image_column(item)
     meta = {key: value for key, value in item.items() if key not in (column, "image", "images")}
     own = reading.caption_column(item)
-    if "conversations" not in item and own in item:
+    if "conversations" not in item and own and own in item:
         row = captioned(where, meta.pop(own), meta, reading)
     else:
         try:

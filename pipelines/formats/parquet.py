@@ -44,8 +44,7 @@ def rows(path: AnyPath, reading: Reading = DEFAULT) -> Iterator[Row]:
 
     for file in files_in(path, "*.parquet"):
         number = 0
-        shard = _open(file)
-        schema = shard.schema_arrow
+        shard, schema = _open(file)
         captune = is_record(schema.names)
         columns = None if captune else Columns.of(schema, file, reading)
         exported = _EXPORTED in (schema.metadata or {})
@@ -62,13 +61,16 @@ def rows(path: AnyPath, reading: Reading = DEFAULT) -> Iterator[Row]:
                 yield bad_row(f"{file.name}:{lost}", f"its shard cannot be read from row {number} on, {error}")
 
 
-def _open(file: AnyPath) -> pq.ParquetFile:
+def _open(file: AnyPath) -> tuple[pq.ParquetFile, pa.Schema]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
-        return pq.ParquetFile(file if isinstance(file, Path) else file.open())
-    except (pa.ArrowInvalid, OSError) as error:
+        shard = pq.ParquetFile(file if isinstance(file, Path) else file.open())
+        schema = shard.schema_arrow
+        list(schema.names)  # which may be no UTF-8
+        return shard, schema
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise UserError(f"{file}: not a readable Parquet file ({error})") from None
 
 

@@ -10,6 +10,7 @@ import io
 import json
 import lzma
 import os
+import random
 import re
 import tarfile
 from collections.abc import Callable
@@ -203,6 +204,39 @@ def test_a_layout_of_the_page(name: str, tmp_path: Path, jpeg: Jpeg, capsys: pyt
 
 def test_every_layout_is_on_the_page() -> None:
     assert set(LAYOUTS) == set(re.findall(r"^### (.*)$", PAGE.read_text(encoding="utf-8"), re.MULTILINE))
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_damage_is_a_row_with_its_error_or_a_refusal(name: str, tmp_path: Path, jpeg: Jpeg) -> None:
+    """Whatever happens to one of the files, and wherever: no other exception, and nothing that cannot be stored."""
+    whole, draw = LAYOUTS[name][0](tmp_path / "data", jpeg), random.Random(name)
+    folder = whole if whole.is_dir() else whole.parent
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    for file in draw.choices([path for path in files if path.suffix not in (".jpg", ".png")] or files, k=25):
+        contents = file.read_bytes()
+        file.write_bytes(damaged(contents, draw))
+        try:
+            for row in open_dataset(whole).rows():
+                pa.Table.from_pylist([{**to_record(row), "where": row.where}])
+        except UserError:
+            pass
+        file.write_bytes(contents)
+
+
+def damaged(contents: bytes, draw: random.Random) -> bytes:
+    """Cut off, with other bytes in it, with something in between, or something else altogether."""
+    data = bytearray(contents)
+    kind, place = draw.randrange(4), draw.randrange(len(data) or 1)
+    if kind == 0:
+        del data[place:]
+    elif kind == 1:
+        for _ in range(draw.choice((1, 30)) if data else 0):
+            data[draw.randrange(min(len(data), draw.choice((100, 1 << 20))))] = draw.randrange(256)
+    elif kind == 2:
+        data[place:place] = draw.choice((b"\0", b"\xff\xfe", b"null", b"[", b"{", b'"', b",,", b"\n", b"1e999"))
+    else:
+        data[:] = draw.choice((b"", b"null", b"[]", b"{}", b"[null]", b'{"images":[],"annotations":[]}', b"a,b\n1"))
+    return bytes(data)
 
 
 def test_what_could_be_meant_in_two_ways_is_refused(tmp_path: Path, jpeg: Jpeg) -> None:
