@@ -13,7 +13,7 @@ from pipelines.files import write_text
 from pipelines.manifest import write_json
 from pipelines.progress import say
 from ray_jobs import _ending, cli
-from ray_jobs._options import Command, parse, reading, writing
+from ray_jobs._options import COLUMNS, Command, parse, reading, reading_of, writing
 from ray_jobs.recipe import RECIPES
 
 if TYPE_CHECKING:
@@ -26,11 +26,12 @@ COMMAND = Command(
     "standard deviations, or the share of rows to keep.",
     (
         reading("records, or a dataset in any format that captune caption reads", value="DATASET"),
+        COLUMNS,
         writing(
             "directory for the page, analysis.json and recipe.yaml, a recipe with the proposed bounds", needed=False
         ),
     ),
-    reads=("analyze", "refine.recipe", "refine.text"),
+    reads=("analyze", "refine.recipe", "refine.text", "caption.reading"),
     first="--input",
     example="captune analyze data/pairs.jsonl --output analysis --analyze.keep 0.584",
 )
@@ -44,7 +45,7 @@ def main(argv: list[str]) -> int:
     from pipelines.refine.analysis import analyze
     from pipelines.report import analysis
 
-    found = analyze(options.input, filters, recipe.analyze, recipe.refine)
+    found = analyze(options.input, filters, recipe.analyze, recipe.refine, reading_of(recipe, options))
     status = _ending.tell(options, found.facts, analysis.table(found.facts))
     if options.output:
         _write(Path(options.output), found, analysis.page(found))

@@ -60,7 +60,7 @@ def run(input: str, output: Path, config: CaptionConfig, *, restart: bool = Fals
         WorkFailed: the work broke off (run again to continue), a guard stopped it, or rows went missing.
     """
     output = Path(output).resolve()  # Ray's workers have other working directories
-    dataset = open_dataset(input)
+    dataset = open_dataset(input, config.reading)
     model = checkpoint.resolve(config.model)
     checkpoint.check(model, config.prompt, config.max_new_tokens)
     if config.candidates.clip_model:

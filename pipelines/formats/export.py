@@ -13,7 +13,7 @@ from pipelines.files import replacing
 from pipelines.formats import datajuicer, llava, parquet, webdataset
 from pipelines.images import BadImage, read_bytes, suffix_of
 from pipelines.manifest import CLAIM, require_finished, training_text
-from pipelines.records import Record, is_record, shard_paths
+from pipelines.records import SAME_PICTURE, Record, is_record, shard_paths
 
 FORMATS = ("datajuicer", "llava", "webdataset", "parquet")
 _BATCH = 16  # records held decoded at a time
@@ -95,10 +95,12 @@ def _usable(record: Record) -> bool:
 
 
 def _sample(record: Record, text: str) -> dict[str, Any]:
+    meta = json.loads(record["meta"] or "{}")
+    meta.pop(SAME_PICTURE, None)  # of these records, and of nobody else's
     return {
         "sample_id": record["sample_id"],
         "caption": record[text] or "",  # type: ignore[literal-required]
-        "meta": json.loads(record["meta"] or "{}"),
+        "meta": meta,
         "stats": json.loads(record["stats"] or "{}"),
     }
 

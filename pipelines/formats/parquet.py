@@ -17,7 +17,7 @@ from pipelines.files import replacing
 from pipelines.formats.reading import DEFAULT, Reading
 from pipelines.formats.rows import Row, bad_row
 from pipelines.formats.tables import Columns, row_of, values_of
-from pipelines.records import is_record
+from pipelines.records import SAME_PICTURE, is_record
 from pipelines.storage import AnyPath, files_in
 
 if TYPE_CHECKING:
@@ -76,6 +76,7 @@ def _open(file: AnyPath) -> tuple[pq.ParquetFile, pa.Schema]:
 
 def _from_record(value: dict[str, Any], where: str) -> Row:
     meta = json.loads(value["meta"] or "{}")
+    meta.pop(SAME_PICTURE, None)  # who shares a picture is found anew: the other may not be there any more
     return Row(where, value["caption"] or "", value["image"], value["image_uri"], value.get("error"), meta)
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipelines.errors import UserError
-from pipelines.formats import error_kind, open_dataset
+from pipelines.formats import DEFAULT, Reading, error_kind, open_dataset
 from pipelines.progress import Progress
 from pipelines.records import holds_records, shard_paths
 from pipelines.refine.apply import Outcome, Row, measure
@@ -65,7 +65,9 @@ class Analysis:
     pictures: dict[int, bytes | str] = field(default_factory=dict)
 
 
-def analyze(input: str, recipe: str, config: AnalyzeConfig, refine: RefineConfig) -> Analysis:
+def analyze(
+    input: str, recipe: str, config: AnalyzeConfig, refine: RefineConfig, reading: Reading = DEFAULT
+) -> Analysis:
     """Measure up to `config.rows` rows of a dataset with the filters of a Data-Juicer recipe.
 
     Returns:
@@ -82,7 +84,7 @@ def analyze(input: str, recipe: str, config: AnalyzeConfig, refine: RefineConfig
     every = build(process)
     operators = [operator for operator in every if operator.kind != "global"]
     parameters = {operator.label: next(iter(entry.values())) for operator, entry in zip(every, process, strict=True)}
-    text, total, looked = _look(input, config, refine.text, operators)
+    text, total, looked = _look(input, config, refine.text, operators, reading)
     judged = [row for row in looked if not row.refused]
     if not judged:
         reasons = ", ".join(f"{count} {kind}" for kind, count in _unusable(looked).items())
@@ -118,15 +120,17 @@ def analyze(input: str, recipe: str, config: AnalyzeConfig, refine: RefineConfig
         "correlations": _correlations(values),
     }
     shown = {example["row"] for example in _examples(facts)}
-    return Analysis(facts, _with(process, every, proposed), _pictures(input, shown))
+    return Analysis(facts, _with(process, every, proposed), _pictures(input, shown, reading))
 
 
-def _look(input: str, config: AnalyzeConfig, text: str, operators: Sequence[Operator]) -> tuple[str, int, list[Looked]]:
+def _look(
+    input: str, config: AnalyzeConfig, text: str, operators: Sequence[Operator], reading: Reading
+) -> tuple[str, int, list[Looked]]:
     """The text column, how many rows there are, and the drawn ones, measured."""
-    text, rows = _open(input, text)
+    text, rows = _open(input, text, reading)
     total, drawn = _draw(rows, config)
     looked: list[Looked] = []
-    _, rows = _open(input, text)
+    _, rows = _open(input, text, reading)
     wanted = iter(row for number, row in enumerate(rows) if drawn is None or number in drawn)
     with Progress(total if drawn is None else len(drawn), "analyze", "rows") as progress:
         numbers = iter(range(total) if drawn is None else sorted(drawn))
@@ -148,12 +152,12 @@ def _look(input: str, config: AnalyzeConfig, text: str, operators: Sequence[Oper
     return text, total, looked
 
 
-def _open(input: str, text: str) -> tuple[str, Iterator[tuple[Row, str]]]:
+def _open(input: str, text: str, reading: Reading) -> tuple[str, Iterator[tuple[Row, str]]]:
     """Which text is looked at, and all rows, each with the reason why it cannot be used."""
     directory = Path(input)
     if directory.is_dir() and holds_records(directory):
         return text, _of_records(directory, text)
-    return "caption", _of_dataset(input)
+    return "caption", _of_dataset(input, reading)
 
 
 def _of_records(directory: Path, text: str) -> Iterator[tuple[Row, str]]:
@@ -168,8 +172,8 @@ def _of_records(directory: Path, text: str) -> Iterator[tuple[Row, str]]:
                 yield found, row["error"] or ("" if words.strip() else f"no text: {text} is empty")
 
 
-def _of_dataset(input: str) -> Iterator[tuple[Row, str]]:
-    for row in open_dataset(input).rows():
+def _of_dataset(input: str, reading: Reading) -> Iterator[tuple[Row, str]]:
+    for row in open_dataset(input, reading).rows():
         reason = row.error or ("" if row.caption.strip() else "no text: its caption is empty")
         if not reason and row.image is None and row.image_uri is None:
             reason = f"bad row: it has {len(row.pictures) or 'no'} image(s)"
@@ -355,9 +359,9 @@ def _with(process: Process, operators: Sequence[Operator], bounds: Sequence[Boun
     return made
 
 
-def _pictures(input: str, numbers: set[int]) -> dict[int, bytes | str]:
+def _pictures(input: str, numbers: set[int], reading: Reading) -> dict[int, bytes | str]:
     """Images of some rows, or where they lie; the dataset is read once more, since none was kept."""
-    _, rows = _open(input, "caption")
+    _, rows = _open(input, "caption", reading)
     found: dict[int, bytes | str] = {}
     for number, (row, _) in enumerate(rows):
         if number in numbers and (image := row.image or row.image_uri):

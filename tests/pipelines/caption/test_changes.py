@@ -28,7 +28,7 @@ from pipelines.caption.replica import decode_batch
 from pipelines.caption.results import Results, result_schema
 from pipelines.caption.tally import Tally
 from pipelines.errors import UserError, WorkFailed
-from pipelines.formats import open_dataset
+from pipelines.formats import Reading, open_dataset
 from pipelines.records import Record, iter_records, read_shards
 from ray_jobs import cli
 
@@ -287,6 +287,11 @@ def test_shards_of_another_kind_stop_the_run_by_name(blip2: Path, tmp_path: Path
     (tmp_path / "tables" / "1.parquet").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(UserError, match="1.parquet: not a readable Parquet"):
         stage.run(str(tmp_path / "tables"), tmp_path / "out2", config(blip2))
+    named = config(blip2, reading=Reading(columns={"image": "photo"}))
+    with pytest.raises(UserError, match="0.parquet: no column 'photo'; it has image, text"):
+        stage.run(str(tmp_path / "tables"), tmp_path / "out3", named)
+    with pytest.raises(UserError, match="0.parquet: no column 'photo'; it has image, text"):
+        estimate(str(tmp_path / "tables"), named)
 
 
 def test_ten_percent_corrupt_are_accounted_for(ray_cluster: None, blip2: Path, tmp_path: Path) -> None:

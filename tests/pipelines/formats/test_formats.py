@@ -19,7 +19,7 @@ from pipelines.formats import Row, error_kind, llava, open_dataset, to_record
 from pipelines.formats.export import export
 from pipelines.formats.texts import NOTE
 from pipelines.manifest import open_stage
-from pipelines.records import Record, new_record, text_id, write_shard
+from pipelines.records import SAME_PICTURE, Record, new_record, text_id, write_shard
 
 Jpeg = Callable[[int], bytes]
 
@@ -324,7 +324,9 @@ def test_parquet_tables_and_records(tmp_path: Path, jpeg: Jpeg) -> None:
     pq.write_table(pa.table({"image": ["i.jpg", "http://x/i.jpg"], "caption": ["c", None]}), tmp_path / "paths.parquet")
     path, remote = rows_of(tmp_path / "paths.parquet")
     assert path.image_uri == str(tmp_path / "i.jpg") and error_kind(remote.error or "") == "remote image"
-    failed: Record = new_record("c", image_uri="/x.jpg", error="missing file: /x.jpg", meta={"k": "v"})
+    failed: Record = new_record(
+        "c", image_uri="/x.jpg", error="missing file: /x.jpg", meta={"k": "v", SAME_PICTURE: "gone"}
+    )
     write_shard(tmp_path / "records" / "part-00000.parquet", [failed])
     row = rows_of(tmp_path / "records")[0]
     assert (
