@@ -20,8 +20,17 @@ from pipelines.progress import say
 Process = list[dict[str, dict[str, Any]]]
 """The `process` list of a recipe: one `{operator name: its parameters}` per operator."""
 
-GLOBAL_OPERATORS = ("document_deduplicator",)
-"""Operators that must see all rows at once; captune runs each as a pass of its own."""
+GLOBAL_OPERATORS = (
+    "document_deduplicator",
+    "document_minhash_deduplicator",
+    "document_simhash_deduplicator",
+    "frequency_specified_field_selector",
+    "random_selector",
+    "range_specified_field_selector",
+    "tags_specified_field_selector",
+    "topk_specified_field_selector",
+)
+"""Operators that must see all rows at once; captune runs each as a pass of its own (`together.py`)."""
 
 _OTHER_MEDIA = ("video_", "audio_")
 _OF_FIELDS = ("general_field_filter", "specified_field_filter", "specified_numeric_field_filter")
@@ -59,6 +68,11 @@ class Operator:
     shares_images: bool
     takes_words: bool
     reads_fields: bool
+
+    @property
+    def name(self) -> str:
+        """As Data-Juicer calls it."""
+        return self.label.split("#")[0]
 
 
 def read_recipe(path: str | Path) -> Process:
@@ -134,12 +148,11 @@ def build(process: Process, *, check: bool = True) -> list[Operator]:
     modules = load_data_juicer()
     if check:
         _check_names_and_types(process)
-    labels: list[str] = []
-    operators = []
+    operators: list[Operator] = []
     for entry in process:
         ((name, parameters),) = entry.items()
-        uses = sum(label.split("#")[0] == name for label in labels) + 1
-        labels.append(name if uses == 1 else f"{name}#{uses}")
+        uses = sum(operator.name == name for operator in operators) + 1
+        label = name if uses == 1 else f"{name}#{uses}"
         kind = _kind(name, modules[name])
         if check:
             _check_values(name, modules[name], parameters)
@@ -149,7 +162,7 @@ def build(process: Process, *, check: bool = True) -> list[Operator]:
             raise missing_package(name, error) from error
         except Exception as error:  # an operator's constructor raises whatever it likes about a value that it dislikes
             raise UserError(f"refine.recipe: {name} cannot be built: {type(error).__name__}: {error}") from error
-        operators.append(_describe(labels[-1], name, op, kind))
+        operators.append(_describe(label, name, op, kind))
     return operators
 
 

@@ -11,6 +11,7 @@ import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,6 +39,7 @@ from pipelines.refine.config import RefineConfig
 from pipelines.refine.operators import Operator, Process, build, read_recipe
 from pipelines.refine.rowwise import run_stretch
 from pipelines.refine.texts import MIX, SUBSET, Texts, choose, draw
+from pipelines.refine.together import apply_together
 from pipelines.same import digest
 from pipelines.text import text_metrics, usable_texts
 
@@ -94,7 +96,7 @@ def run(
     what = f"refine {arm}".strip()
     outcomes = _screen(table, Texts(input, config), _shown(config))
     samples = table.num_rows + len(outcomes) - len(set(map(source_id, outcomes)))
-    _run_recipe(process, operators, shards, outcomes, config, what)
+    _run_recipe(process, operators, shards, table, outcomes, config, what)
     _refuse_all_failed(outcomes, input)
     if config.mix.by == "score":
         choose(outcomes, config.mix, f"arms.{arm}" if arm else "refine")
@@ -202,6 +204,7 @@ def _run_recipe(
     process: Process,
     operators: Sequence[Operator],
     shards: Sequence[Path],
+    table: pa.Table,
     outcomes: Outcomes,
     config: RefineConfig,
     what: str,
@@ -211,22 +214,15 @@ def _run_recipe(
         stretch = list(group)
         if is_global:
             for _, operator in stretch:
-                _drop_same_documents(operator, outcomes)
+                apply_together(operator, outcomes, partial(_meta, table, outcomes))
         else:
             run_stretch(process, stretch, shards, outcomes, config, what)
 
 
-def _drop_same_documents(operator: Operator, outcomes: Outcomes) -> None:
-    """document_deduplicator: of equal texts the first stays, as it does in Data-Juicer."""
-    from data_juicer.utils.constant import HashKeys
-
-    first: dict[str, str] = {}
-    for sample_id, outcome in outcomes.items():
-        if outcome.step is None:
-            digest = operator.op.compute_hash({"text": outcome.text})[HashKeys.hash]
-            original = first.setdefault(digest, sample_id)
-            if original != sample_id:
-                outcome.reject(operator.label, f"duplicate_of={original}")
+def _meta(table: pa.Table, outcomes: Outcomes) -> dict[str, str]:
+    """`meta` of the sample of each text."""
+    of = dict(zip(table["sample_id"].to_pylist(), table["meta"].to_pylist(), strict=True))
+    return {key: of[source_id(key)] for key in outcomes}
 
 
 def _refuse_all_failed(outcomes: Outcomes, input: Path) -> None:

@@ -72,9 +72,9 @@ def test_keys_for_data_juicers_own_executor_are_ignored_aloud(
         ({"image_size_filter": {"min_size": "big"}}, ["image_size_filter", "big"]),
         ({"text_length_filter": {"text_key": "caption"}}, ["text_key", "'text'", "'caption'"]),
         ({"video_duration_filter": {}}, ["video_duration_filter", "video"]),
-        ({"document_minhash_deduplicator": {}}, ["document_minhash_deduplicator", "document_deduplicator"]),
+        ({"image_deduplicator": {}}, ["image_deduplicator", "document_minhash_deduplicator"]),
         ({"ray_document_deduplicator": {}}, ["ray_document_deduplicator", "not supported"]),
-        ({"topk_specified_field_selector": {}}, ["selector"]),
+        ({"image_ohem_selector": {}}, ["selector"]),
         ({"image_blur_mapper": {}}, ["image_blur_mapper", "image mapper"]),
     ],
 )
