@@ -82,6 +82,7 @@ train:
   align: {{template: plain, steps: 64, learning_rate: 2.0e-3, micro_batch: 16, accumulation: 1}}
   instruct: {{steps: 24, learning_rate: 4.0e-4, micro_batch: 16, accumulation: 1}}
   max_length: 128
+  gradient_checkpointing: false
   precision: float32
   held_out: 0
   checkpoint_every: 1000

@@ -59,16 +59,12 @@ def kill_when(root: Path, sign: str) -> None:
 @pytest.mark.heavy
 @pytest.mark.timeout(2400)
 def test_a_killed_run_ends_with_the_scores_of_an_undisturbed_one(tmp_path: Path) -> None:
-    """Killed while it captions, trains and evaluates, two models at once where the undisturbed one has them in turn;
-    rows in equal rows out, and a third run finds everything done.
+    """Killed while it trains and evaluates, two models at once where the undisturbed one has them in turn; rows in
+    equal rows out, and a third run finds everything done. (A captioning driver is killed in a test of its stage.)
     """
     run(tmp_path / "whole", side_by_side=1)
     killed = tmp_path / "killed"
-    for sign in (
-        "captions/_work/checkpoint-*",
-        "original/adapter/log.jsonl",
-        "original/predictions/textvqa/journal.jsonl",
-    ):
+    for sign in ("original/adapter/log.jsonl", "original/predictions/textvqa/journal.jsonl"):
         kill_when(killed, sign)
         if sign.endswith("log.jsonl"):
             states = [Stage(killed / "run" / arm / "adapter").state for arm in ("original", "enhanced")]
