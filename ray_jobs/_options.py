@@ -17,7 +17,7 @@ from dataclasses import dataclass, fields, is_dataclass, replace
 from operator import attrgetter
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 
 import jsonargparse
 
@@ -39,6 +39,7 @@ _WORDS = {
     bool: "true or false",
     str: "text",
     types.NoneType: "null",
+    Literal["auto"]: "auto",
     list[int]: "a list of whole numbers",
     list[str]: "a list of words",
     dict[str, float]: "a mapping of words to numbers",

@@ -135,9 +135,7 @@ def _caption(options: SimpleNamespace, cards: int) -> list[str]:
     return [
         "caption:",
         f"  model: {_quoted(options.blip2)}",
-        f"  batch_size: {64 if cards else 32}",
         "  max_new_tokens: 30",
-        f"  dtype: {'bfloat16' if cards else 'float32'}",
         *([f"  actors: {cards}", "  gpus_per_actor: 1"] if cards else ["  cpus_per_actor: 0.9"]),
         *(["  reading:", "    columns:"] if options.columns else []),
         *(f"      {name}: {_quoted(column)}" for name, column in columns_of(options.columns).items()),

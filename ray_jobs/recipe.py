@@ -14,7 +14,7 @@ from copy import deepcopy
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from types import UnionType
-from typing import Any, ClassVar, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
 
 from pipelines.adapters.config import MergeConfig
 from pipelines.attribution.config import ExplainConfig
@@ -308,8 +308,11 @@ def _with(section: Any, own: dict[str, Any], key: str, of: str) -> Any:
 
 
 def _fits(value: Any, kind: Any) -> bool:
-    kinds = get_args(kind) if isinstance(kind, UnionType) else (kind,)
-    plain = tuple(get_origin(each) or each for each in kinds)
+    kinds = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
+    words = [word for each in kinds if get_origin(each) is Literal for word in get_args(each)]
+    plain = tuple(get_origin(each) or each for each in kinds if get_origin(each) is not Literal)
+    if value in words:
+        return True
     if isinstance(value, bool):
         return bool in plain
     return isinstance(value, plain) or (isinstance(value, int) and float in plain)

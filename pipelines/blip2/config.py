@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from pipelines.blip2.pixels import RESIZES
 from pipelines.errors import UserError
 
 METHODS = ("greedy", "beam", "sample")
+AUTO: Literal["auto"] = "auto"
+_SLOTS = {"cuda": 256}
+"""On an H100 512 caption no faster. A card with less memory halves them by itself."""
+_FEW_SLOTS = 32
 
 
 CHOICES = (
@@ -99,11 +104,13 @@ class BlipConfig:
     Attributes:
         model: Hugging Face directory (or hub id) of a BLIP-2 checkpoint.
         prompt: text that every caption continues; empty for none.
-        batch_size: captions decoded at once.
+        batch_size: captions decoded at once; auto is 256 on a card and 32 without one. What a card has no memory for is
+            halved.
         max_new_tokens: longest caption, in tokens.
         decoding: how tokens are picked.
         candidates: how many captions an image gets, and which becomes its caption.
-        dtype: weights and activations of the model: float32, bfloat16 or float16.
+        dtype: weights and activations of the model: float32, bfloat16 or float16; auto is bfloat16 on a card and
+            float32 without one.
         products: dtype, or fp8: the large products of vision tower and language model in float8 (e4m3, a scale for
             every row), on GPUs that have it. Faster, with captions that differ in some words.
         resize: torch, or pillow: who makes a decoded picture as small as the model wants it. Torch is faster; Pillow
@@ -112,25 +119,25 @@ class BlipConfig:
 
     model: str = ""
     prompt: str = ""
-    batch_size: int = 32
+    batch_size: int | Literal["auto"] = AUTO
     max_new_tokens: int = 32
     decoding: DecodingConfig = field(default_factory=DecodingConfig)
     candidates: CandidateConfig = field(default_factory=CandidateConfig)
-    dtype: str = "float32"
+    dtype: str = AUTO
     products: str = "dtype"
     resize: str = RESIZES[0]
 
     def __post_init__(self) -> None:
         for key in ("batch_size", "max_new_tokens"):
-            if getattr(self, key) < 1:
+            if getattr(self, key) != AUTO and getattr(self, key) < 1:
                 raise UserError(f"caption.{key} must be at least 1, not {getattr(self, key)}")
-        if self.dtype not in ("float32", "bfloat16", "float16"):
-            raise UserError(f"caption.dtype must be float32, bfloat16 or float16, not '{self.dtype}'")
+        if self.dtype not in (AUTO, "float32", "bfloat16", "float16"):
+            raise UserError(f"caption.dtype must be auto, float32, bfloat16 or float16, not '{self.dtype}'")
         if self.resize not in RESIZES:
             raise UserError(f"caption.resize must be {' or '.join(RESIZES)}, not '{self.resize}'")
         if self.products not in ("dtype", "fp8"):
             raise UserError(f"caption.products must be dtype or fp8, not '{self.products}'")
-        if self.products == "fp8" and self.dtype != "bfloat16":
+        if self.products == "fp8" and self.dtype not in (AUTO, "bfloat16"):
             raise UserError(f"caption.products: fp8 needs caption.dtype: bfloat16, not {self.dtype}")
         count, decoding = self.candidates.count, self.decoding
         if decoding.min_new_tokens > self.max_new_tokens:
@@ -144,3 +151,13 @@ class BlipConfig:
             )
         if decoding.method == "beam" and count > decoding.beams:
             raise UserError(f"caption.candidates.count: {count} captions do not come out of {decoding.beams} beams")
+
+    def slots_on(self, device: str) -> int:
+        """`batch_size` on `cuda` or `cpu`."""
+        return _SLOTS.get(device, _FEW_SLOTS) if self.batch_size == AUTO else self.batch_size
+
+    def dtype_on(self, device: str) -> str:
+        """`dtype` there."""
+        if self.dtype != AUTO:
+            return self.dtype
+        return "bfloat16" if device == "cuda" else "float32"

@@ -109,7 +109,9 @@ class BlipCaptioner:
         directory, config = Path(model_dir), config or BlipConfig()
         checkpoint.check(directory, config.prompt, config.max_new_tokens)
         spec, tokenizer = checkpoint.pixel_spec(directory, config.resize), AutoTokenizer.from_pretrained(directory)
-        model = load_complete(Blip2ForConditionalGeneration, directory, dtype=getattr(torch, config.dtype))
+        model = load_complete(
+            Blip2ForConditionalGeneration, directory, dtype=getattr(torch, config.dtype_on(torch.device(device).type))
+        )
         model = model.to(device).eval()
         checkpoint.refuse_other_image_token(
             directory, tokenizer.get_vocab().get(checkpoint.IMAGE_TOKEN), model.config.image_token_id
@@ -128,7 +130,7 @@ class BlipCaptioner:
     def _assemble(self, model: Any, tokenizer: Any, spec: PixelSpec, config: BlipConfig, name: str) -> None:
         self.model, self.tokenizer, self.spec, self.config = model, tokenizer, spec, config
         self.device, self.dtype = model.device, model.vision_model.embeddings.patch_embedding.weight.dtype
-        self.batch_size = config.batch_size
+        self.batch_size = config.slots_on(self.device.type)
         language_model = model.language_model
         self._slots: Slots | None = None
         fp8 = config.products == "fp8"

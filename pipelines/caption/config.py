@@ -46,6 +46,11 @@ class CaptionConfig(BlipConfig):
         if self.cpus_per_actor < 0 or self.gpus_per_actor < 0:
             raise UserError("caption.cpus_per_actor and caption.gpus_per_actor cannot be negative")
 
+    @property
+    def device(self) -> str:
+        """Where its replicas run: `cuda` or `cpu`."""
+        return "cuda" if self.gpus_per_actor > 0 else "cpu"
+
     def demand(self) -> Demand:
         """Every replica that is wished for; `caption.sizing` says with how few the pass makes do."""
         most = max(self.actors, self.max_actors)
@@ -60,7 +65,7 @@ class CaptionConfig(BlipConfig):
         """
         # what earlier versions did stands for itself, so that their work can go on
         later = {"products": self.products != "dtype", "resize": self.resize != "pillow"}
-        keys = ("prompt", "prompt_key", "max_new_tokens", "dtype", *(key for key, told in later.items() if told))
+        keys = ("prompt", "prompt_key", "max_new_tokens", *(key for key, told in later.items() if told))
         sections = {"decoding": asdict(self.decoding), "candidates": asdict(self.candidates)}
         if self.candidates.clip_model:
             from pipelines.blip2.checkpoint import resolve
@@ -70,4 +75,4 @@ class CaptionConfig(BlipConfig):
             sections["candidates"]["clip_model"] = model_identity(clip)
         if self.candidates.choose == "all" or self.candidates.keep_original:
             sections["samples"] = {"texts": "a row each"}  # earlier versions wrote them into one
-        return {key: getattr(self, key) for key in keys} | sections
+        return {key: getattr(self, key) for key in keys} | {"dtype": self.dtype_on(self.device)} | sections

@@ -137,7 +137,7 @@ def _decoded(read: Dataset, sizing: Sizing, spec: PixelSpec, config: CaptionConf
     return read.map_batches(
         decode_batch,  # type: ignore[arg-type]
         batch_format="pyarrow",
-        batch_size=config.batch_size,
+        batch_size=config.slots_on(config.device),
         num_cpus=sizing.task_cpus,
         compute=TaskPoolStrategy(sizing.feeders),
         label_selector=where,

@@ -134,7 +134,7 @@ def _caption(model: Path, config: CaptionConfig, pixels: Any) -> dict[str, Any]:
 
     on_gpu = config.gpus_per_actor > 0 and torch.cuda.is_available()
     engine = load_engine(model, config, on_gpu=on_gpu)
-    engine.caption(pixels[: config.batch_size])
+    engine.caption(pixels[: engine.batch_size])
     started = time.perf_counter()
     engine.caption(pixels)
     seconds = time.perf_counter() - started

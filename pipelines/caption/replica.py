@@ -181,7 +181,7 @@ class DecodingCaptioner(Captioner):
 
     def __init__(self, model: Path, spec: PixelSpec, config: CaptionConfig, tally: Any) -> None:
         super().__init__(model, spec, config, tally)
-        self._prompt_key, self._rows = config.prompt_key, config.batch_size
+        self._prompt_key, self._rows = config.prompt_key, config.slots_on(config.device)
 
     def __call__(self, table: pa.Table) -> Iterator[pa.Table]:  # type: ignore[override]
         """Index rows -> results; the next images are decoded while those before them are captioned.

@@ -144,4 +144,4 @@ def rows_per_batch(config: CaptionConfig, row_bytes: int, store_bytes: float) ->
         store_bytes: object store of the whole cluster.
     """
     most = int(min(_MAX_BATCH_BYTES, store_bytes / 16) / row_bytes)
-    return max(min(_REFILL * config.batch_size, most), 1)
+    return max(min(_REFILL * config.slots_on(config.device), most), 1)

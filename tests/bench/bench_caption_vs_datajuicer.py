@@ -52,7 +52,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=2000, help="images of the fast sides")
     parser.add_argument("--slow-count", type=int, default=160, help="images of Data-Juicer's own operator")
-    parser.add_argument("--batch-size", type=int, default=CaptionConfig().batch_size)
+    parser.add_argument("--batch-size", type=int, default=CaptionConfig().slots_on("cpu"))
     parser.add_argument("--sides", nargs="+", default=list(SIDES), choices=list(SIDES))
     parser.add_argument(
         "--work", type=Path, help="directory for images, models and outputs; a temporary one by default"
