@@ -76,7 +76,7 @@ def _row(path: AnyPath, folder: str, name: str, entry: Entry, there: set[str], r
     sidecar: Entry = {}
     for beside in [f"{stem}{suffix}" for suffix in (*TEXTS, ".json") if f"{stem}{suffix}" in there]:
         try:
-            data = (path / (folder + beside)).read_bytes()
+            data = _read(path, folder + beside)
             if beside.endswith(".json"):
                 value = parse_json(data, reading.encoding)
                 sidecar = value if isinstance(value, dict) else {"json": value}
@@ -89,16 +89,23 @@ def _row(path: AnyPath, folder: str, name: str, entry: Entry, there: set[str], r
             note = f"its JSON is {error}"
         notes.append(note)
     row = _described(shown(folder + name), entry, reading, texts, sidecar, *notes)
-    place = path / (folder + name)
+    place = f"{path}/{folder}{name}"
     try:
-        str(place).encode()
-        row.image_uri = str(place)
+        place.encode()
+        row.image_uri = place
     except UnicodeEncodeError:  # no record could say where it is, so it holds the picture
         try:
-            row.image = read_bytes(Path(str(place)))
+            row.image = read_bytes(place)
         except BadImage as problem:
             row.error = shown(str(problem))
     return row
+
+
+def _read(path: AnyPath, name: str) -> bytes:
+    if isinstance(path, RemotePath):
+        return (path / name).read_bytes()
+    with open(os.path.join(path, name), "rb") as stream:
+        return stream.read()
 
 
 def _described(

@@ -19,6 +19,8 @@ from pipelines.records import Record, ids, new_record
 from pipelines.storage import AnyPath, is_remote
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+_UNUSUAL = re.compile(r"^\.|//|/\.|/$|^$")
+"""In a name: something that a path is written without."""
 _KIND = re.compile(r"[a-z]+(?: [a-z]+)*")
 SUFFIXES = {
     ".avif", ".bmp", ".dds", ".dib", ".gif", ".icns", ".ico", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".pbm", ".pcx",
@@ -105,6 +107,8 @@ def with_image_path(row: Row, image: str, base: AnyPath) -> Row:
             f"remote image: {image[:200]} is an address of the web, and captune fetches nothing from there "
             f"({row.where})"
         )
+    elif isinstance(base, Path) and not _UNUSUAL.search(image):  # what pathlib would make of it, in a tenth of the time
+        row.image_uri = os.path.join(base, image)
     else:
         row.image_uri = str(base / image)
     return row
@@ -159,7 +163,7 @@ def parse_json(data: bytes | str, encoding: str = "") -> Any:
 
 def mended(value: Any, text: str, note: str = "") -> Any:
     """A JSON value as it can be stored: `text` is what it was read from, `note` what was odd about that."""
-    if not note and "\\ud" not in text.lower():
+    if not note and not ("\\u" in text and "\\ud" in text.lower()):
         return value
     return [_mended(item, note) for item in value] if isinstance(value, list) else _mended(value, note)
 
@@ -195,6 +199,7 @@ def rows_of_lines(path: AnyPath, read: Callable[[Any, str, AnyPath], Row], readi
         UserError: not one of the first 100 lines is a JSON object, so this is no JSONL at all.
     """
     good = seen = 0
+    name, folder = path.name, path.parent
     stream, _ = unpacked(path)
     with stream:
         for number, line in enumerate(stream, start=1):
@@ -202,11 +207,11 @@ def rows_of_lines(path: AnyPath, read: Callable[[Any, str, AnyPath], Row], readi
                 line = line.removeprefix(b"\xef\xbb\xbf")
             if not line.strip():
                 continue
-            where, seen = f"{path.name}:{number}", seen + 1
+            where, seen = f"{name}:{number}", seen + 1
             try:
                 value = parse_json(line, reading.encoding)
                 good += isinstance(value, dict)
-                row = read(value, where, path.parent)
+                row = read(value, where, folder)
             except ValueError as error:
                 row = bad_row(where, str(error))
             if seen == 100 and not good:
