@@ -185,6 +185,8 @@ def serve_config(recipe: Recipe, arm: str, seed: int | None, serving: int) -> Ob
     hand.
     """
     config = recipe.serve
+    if config.tls_certificate:
+        raise UserError("serve.tls_certificate: on a cluster the gateway in front of the endpoint terminates TLS")
     changed = {
         f.name: getattr(config, f.name)
         for f in fields(config)

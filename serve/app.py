@@ -7,6 +7,7 @@ what the command line and the tests call. How full batches are is in Prometheus 
 
 # No `from __future__ import annotations`: Ray Serve reads the annotations at run time.
 import logging
+import ssl
 import time
 from contextlib import suppress
 from dataclasses import asdict, replace
@@ -114,13 +115,16 @@ def start(
         port: 0 takes a free one.
 
     Raises:
-        UserError: the model directory is not complete, the adapter does not fit it, or the port is taken.
+        UserError: the model directory is not complete, the adapter does not fit it, the port is taken, or a file of
+            keys or TLS is not what it should be.
         WorkFailed: the model did not start.
     """
     _refuse_incomplete(model)
     if adapter is not None:
         refuse_misfit(Path(model), adapter)
-    config = replace(config, keys=_absolute(config.keys), audit=_absolute(config.audit))
+    files = {key: _absolute(getattr(config, key)) for key in ("keys", "audit", "tls_certificate", "tls_key")}
+    config = replace(config, **files)  # type: ignore[arg-type]
+    _refuse_unfit_certificate(config)
     if config.keys:
         keys.read(Path(config.keys))
     logging.getLogger("ray.serve").setLevel(logging.WARNING)  # importing Ray Serve has set it to INFO
@@ -188,18 +192,33 @@ def _start_http(host: str, port: int, config: ServeConfig) -> str:
                 f"port {port}: Ray Serve already runs on port {options.port} of this cluster; "
                 "use that one or stop it first"
             )
-        return f"http://{_reachable(options.host or host)}:{options.port}"
+        scheme = "https" if options.ssl_certfile else "http"
+        return f"{scheme}://{_reachable(options.host or host)}:{options.port}"
     port = free_port(host, port)
     settings = front.environment(config) | {"RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": str(_PROXY_READY_S)}
+    options = {"host": host, "port": port, "request_timeout_s": config.request_timeout_s + _PROXY_GRACE_S}
+    if config.tls_certificate:
+        options |= {"ssl_certfile": config.tls_certificate, "ssl_keyfile": config.tls_key}
     try:
         serve.start(
-            http_options={"host": host, "port": port, "request_timeout_s": config.request_timeout_s + _PROXY_GRACE_S},
+            http_options=options,
             logging_config={"log_level": "WARNING"},
             controller_options={"runtime_env": {"env_vars": settings}},  # what it starts inherits them
         )
     except TimeoutError as error:
         raise WorkFailed(f"{host}:{port}: Ray Serve's HTTP proxy did not come up ({error})") from error
-    return f"http://{_reachable(host)}:{port}"
+    return f"{'https' if config.tls_certificate else 'http'}://{_reachable(host)}:{port}"
+
+
+def _refuse_unfit_certificate(config: ServeConfig) -> None:
+    if not config.tls_certificate:
+        return
+    try:
+        ssl.create_default_context(ssl.Purpose.CLIENT_AUTH).load_cert_chain(config.tls_certificate, config.tls_key)
+    except OSError as error:  # ssl.SSLError is one
+        raise UserError(
+            f"serve.tls_certificate, tls_key: {config.tls_certificate} and {config.tls_key} are no pair ({error})"
+        ) from error
 
 
 def _reachable(host: str) -> str:
@@ -211,7 +230,8 @@ def _wait_until_healthy(base: str) -> None:
     import httpx
 
     deadline = time.monotonic() + _HEALTHY_WITHIN_S
-    with httpx.Client(trust_env=False, timeout=5.0) as http:
+    # Whom the certificate names is for clients to check; this asks its own port.
+    with httpx.Client(trust_env=False, timeout=5.0, verify=False) as http:
         while True:
             try:
                 if http.get(f"{base}/health").status_code == 200:

@@ -31,6 +31,7 @@ class ServeConfig:
         keys: file of API keys (python -m serve.keys makes it); empty: anybody may ask.
         audit: folder for a line about each request; empty: none.
         audit_contents: write down messages and answers, too.
+        tls_certificate, tls_key: files (PEM) to answer over https with; empty: http, for behind a gateway.
     """
 
     replicas: int = 1
@@ -51,6 +52,8 @@ class ServeConfig:
     keys: str = ""
     audit: str = ""
     audit_contents: bool = False
+    tls_certificate: str = ""
+    tls_key: str = ""
 
     def __post_init__(self) -> None:
         counts = ("replicas", "max_batch_size", "max_new_tokens", "max_queued_requests")
@@ -62,12 +65,14 @@ class ServeConfig:
             raise UserError("serve: cpus_per_replica and gpus_per_replica cannot be negative")
         if self.request_timeout_s <= 0 or self.body_timeout_s <= 0 or self.batch_wait_s < 0:
             raise UserError("serve: request_timeout_s and body_timeout_s must be positive, batch_wait_s not negative")
+        if bool(self.tls_certificate) != bool(self.tls_key):
+            raise UserError("serve: tls_certificate and tls_key are one thing's two halves; set both or none")
         if self.dtype not in ("auto", "float32", "bfloat16", "float16"):
             raise UserError(f"serve.dtype must be auto, float32, bfloat16 or float16, not '{self.dtype}'")
 
     def private(self) -> ServeConfig:
-        """The same without keys and audit log: of a service that a command starts for itself alone."""
-        return replace(self, keys="", audit="")
+        """The same without keys, audit log and TLS: of a service that a command starts for itself alone."""
+        return replace(self, keys="", audit="", tls_certificate="", tls_key="")
 
     def demand(self) -> Demand:
         """All replicas: the service is up when every one of them is."""

@@ -36,8 +36,8 @@ SETTINGS = "CAPTUNE_FRONT"
 REQUEST_ID = "x-request-id"
 KEY_NAME = "x-captune-key"
 """Tells the replica whose key it was; what a client sends under this name is taken away."""
-_OPEN = ("/health", "/healthz", "/-/healthz", "/-/routes")
-"""Ends of paths that probes ask, which have no key."""
+_OPEN = ("/health", "/healthz", "/-/healthz", "/-/routes", "/chat")
+"""Ends of paths that are open without a key: what probes ask, and the page, which asks its user for one."""
 _TRIES, _PAUSE_S = 3, 0.2
 _HELD_AT_ONCE = 16
 """Bodies of full length that a proxy holds; more wait for nobody and are refused."""
@@ -231,7 +231,8 @@ class Exchange:
 
 
 def _is_open(scope: Scope) -> bool:
-    return bool(scope["path"].rstrip("/").endswith(_OPEN))
+    path = scope["path"].rstrip("/")
+    return not path or path.endswith(_OPEN)
 
 
 def _again(whole: bytes, receive: Receive, exchange: Exchange) -> Receive:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import fastapi
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import HTMLResponse, JSONResponse, Response
 from ray import serve
 from starlette.exceptions import HTTPException
 
@@ -30,6 +30,10 @@ from serve.keys import Keys
 from serve.replies import Chunks, completion, model_entry
 from serve.schema import ChatRequest
 
+_PAGE = (Path(__file__).parent / "page.html").read_text(encoding="utf-8")
+_POLICY = (
+    "default-src 'none'; connect-src 'self'; img-src data: blob:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
+)
 api = fastapi.FastAPI(title="captune", docs_url=None, redoc_url=None)
 
 
@@ -152,6 +156,12 @@ class Captune:
     async def health(self) -> JSONResponse:
         """Answers once the model is loaded, however many requests wait."""
         return JSONResponse({"status": "ok", "model": self.name})
+
+    @api.get("/")
+    @api.get("/chat")
+    async def page(self) -> HTMLResponse:
+        """A page to try the model with; the browser lets it ask nobody else."""
+        return HTMLResponse(_PAGE, headers={"content-security-policy": _POLICY})
 
     @api.get("/stats")
     async def stats(self, request: fastapi.Request) -> JSONResponse:

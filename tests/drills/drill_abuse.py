@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import base64
 import io
+import json
 import re
 import signal
 import socket
@@ -94,12 +95,13 @@ def bomb() -> bytes:
 
 
 def ask(content: Any, pause_s: float = 0.0, **more: Any) -> Callable[[httpx.Client], str]:
-    """A client of one question."""
-    wanted = body(content, **more)
+    """A client of one question, which is put into bytes once: the clients must not wait for one another."""
+    wanted = json.dumps(body(content, **more)).encode()
+    header = {"content-type": "application/json"}
 
     def once(http: httpx.Client) -> str:
         time.sleep(pause_s)
-        return str(http.post("/v1/chat/completions", json=wanted).status_code)
+        return str(http.post("/v1/chat/completions", content=wanted, headers=header).status_code)
 
     return once
 

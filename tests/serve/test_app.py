@@ -18,6 +18,7 @@ from pipelines.evaluate.config import EvaluateConfig
 from pipelines.evaluate.stage import run, score
 from pipelines.modelfiles import model_identity
 from serve.config import ServeConfig
+from tests.serve import browser
 
 pytestmark = pytest.mark.heavy
 BATCH = 8
@@ -165,6 +166,45 @@ def test_a_whole_evaluation_through_the_endpoint(
     assert (again["accuracy"], again["errors"]) == (manifest["accuracy"], 1)
     for file in ("predictions.jsonl", "predictions_llava.jsonl", "predictions_official.json"):
         assert score("textvqa", annotations, tmp_path / "out" / file)["accuracy"] == scores["accuracy"]
+
+
+@pytest.mark.skipif(browser.CHROMIUM is None, reason="no Chromium on this machine")
+def test_the_page_asks_in_a_browser_on_a_phone(
+    base: str,
+    http: httpx.Client,
+    chat_body: Callable[..., dict[str, Any]],
+    picture: Callable[[int], bytes],
+    tmp_path: Path,
+) -> None:
+    """A picture is dropped and asked about, twice; the answers are those of the API, nothing is asked of anybody else,
+    and nothing is wider than the screen.
+    """
+    shown = picture(3)
+    (tmp_path / "a.jpg").write_bytes(shown)
+
+    async def use() -> tuple[list[str], list[str], int, str]:
+        async with browser.page(f"{base}/", 390, 780) as tab:
+            await tab.until("document.getElementById('model').textContent === 'captune' && model")
+            await tab.drop(tmp_path / "a.jpg", 150, 300)
+            await tab.until("document.querySelectorAll('#shown img').length")
+            said = []
+            for number, question in enumerate(("What?", "Why?"), start=1):
+                await tab.run(f"text.value = '{question}'; send()")
+                await tab.until(f"document.querySelectorAll('article[data-done]').length === {number}")
+                said.append(
+                    await tab.run("[...document.querySelectorAll('article.assistant span')].at(-1).textContent")
+                )
+            note = await tab.run("document.querySelector('article.assistant small').textContent")
+            await tab.screenshot(tmp_path / "page.png")
+            return said, tab.asked, await tab.run("document.documentElement.scrollWidth"), note
+
+    said, asked, width, note = asyncio.run(use())
+    first = chat_body("What?", shown, max_tokens=32)
+    expected = text(http.post("/v1/chat/completions", json=first))
+    turns = [*first["messages"], {"role": "assistant", "content": expected}, {"role": "user", "content": "Why?"}]
+    assert said == [expected, text(http.post("/v1/chat/completions", json=first | {"messages": turns}))]
+    assert width <= 390 and note.startswith("captune · ") and "tokens" in note
+    assert all(url.startswith((base, "data:", "blob:")) for url in asked) and len(asked) >= 4, asked
 
 
 def test_two_applications_share_the_port(

@@ -7,9 +7,12 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
+import ssl
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -45,26 +48,57 @@ def secrets(place: Path) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def base(ray_cluster: None, tiny_model: Path, place: Path, secrets: dict[str, str]) -> Iterator[str]:
+def tls(place: Path) -> ssl.SSLContext:
+    """A certificate of this machine's own address, and a client's trust in it."""
+    subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=captune",
+         "-addext", "subjectAltName=IP:127.0.0.1", "-keyout", place / "key.pem", "-out", place / "certificate.pem"],
+        check=True, capture_output=True,
+    )  # fmt: skip
+    return ssl.create_default_context(cafile=str(place / "certificate.pem"))
+
+
+@pytest.fixture(scope="module")
+def base(
+    ray_cluster: None, tiny_model: Path, place: Path, secrets: dict[str, str], tls: ssl.SSLContext
+) -> Iterator[str]:
     from serve.app import start, stop
 
     config = ServeConfig(
         replicas=2, cpus_per_replica=0.5, max_batch_size=4, max_new_tokens=48, max_queued_requests=4,
         max_body_bytes=400_000, body_timeout_s=2.0, keys=str(place / "keys.yaml"), audit=str(place / "audit"),
+        tls_certificate=str(place / "certificate.pem"), tls_key=str(place / "key.pem"),
     )  # fmt: skip
-    yield start(tiny_model, config, port=0)
+    with pytest.raises(UserError, match="are no pair"):
+        start(tiny_model, replace(config, tls_key=config.tls_certificate), port=0)
+    found = start(tiny_model, config, port=0)
+    assert found.startswith("https://127.0.0.1:")
+    yield found
     stop()
 
 
 @pytest.fixture(scope="module")
-def client(base: str, secrets: dict[str, str]) -> Iterator[openai.OpenAI]:
-    with client_of(base, secrets["alice"]) as found:
+def client_of(base: str, tls: ssl.SSLContext) -> Callable[[str], openai.OpenAI]:
+    def make(key: str) -> openai.OpenAI:
+        http = openai.DefaultHttpxClient(trust_env=False, verify=tls)
+        return openai.OpenAI(base_url=f"{base}/v1", api_key=key, max_retries=0, http_client=http)
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def client(client_of: Callable[[str], openai.OpenAI], secrets: dict[str, str]) -> Iterator[openai.OpenAI]:
+    with client_of(secrets["alice"]) as found:
         yield found
 
 
-def client_of(base: str, key: str) -> openai.OpenAI:
-    return openai.OpenAI(
-        base_url=f"{base}/v1", api_key=key, max_retries=0, http_client=openai.DefaultHttpxClient(trust_env=False)
+@pytest.fixture(scope="module")
+def web(base: str, tls: ssl.SSLContext, secrets: dict[str, str]) -> Callable[[], httpx.AsyncClient]:
+    """Connections without OpenAI's client."""
+    header = {"authorization": f"Bearer {secrets['alice']}"}
+    limits = httpx.Limits(max_connections=100)
+    return lambda: httpx.AsyncClient(
+        base_url=base, headers=header, trust_env=False, verify=tls, timeout=90, limits=limits
     )
 
 
@@ -159,23 +193,29 @@ def test_refusals_are_the_clients_own_errors(client: openai.OpenAI) -> None:
         ask(model="captune", messages=[{"role": "user", "content": [far]}], stream=True)
 
 
-def test_who_may_ask(base: str, secrets: dict[str, str], place: Path) -> None:
+def test_who_may_ask(
+    base: str,
+    tls: ssl.SSLContext,
+    client_of: Callable[[str], openai.OpenAI],
+    secrets: dict[str, str],
+    place: Path,
+) -> None:
     """No key, a wrong one, one that asks too often, one that is disabled, and one that is taken back at work."""
-    with httpx.Client(base_url=base, trust_env=False, timeout=20) as http:
+    with httpx.Client(base_url=base, trust_env=False, timeout=20, verify=tls) as http:
         assert http.get("/health").status_code == http.head("/health").status_code == 200
         assert http.get("/-/healthz").status_code == 200
         bare = http.get("/v1/models")
         assert bare.status_code == 401 and bare.json()["error"]["code"] == "invalid_api_key"
         assert "www-authenticate" in bare.headers
     with pytest.raises(openai.AuthenticationError):
-        client_of(base, "sk-guessed").models.list()
-    bob = client_of(base, secrets["bob"])
+        client_of("sk-guessed").models.list()
+    bob = client_of(secrets["bob"])
     for _ in range(LIMIT):
         bob.models.list()
     with pytest.raises(openai.RateLimitError) as often:
         bob.models.list()
     assert 0 < int(often.value.response.headers["retry-after"]) <= 61
-    carol, dora = (client_of(base, secrets[name]) for name in ("carol", "dora"))
+    carol, dora = (client_of(secrets[name]) for name in ("carol", "dora"))
     carol.models.list()
     dora.models.list()
     file = place / "keys.yaml"
@@ -212,10 +252,11 @@ def test_the_audit_log_says_who_asked_what(client: openai.OpenAI, place: Path) -
     assert not any('"draw"' in file.read_text() for file in (place / "audit").iterdir())
 
 
-def raw(base: str, key: str, head: str, *pieces: bytes, pause_s: float = 0.0) -> bytes:
+def raw(base: str, tls: ssl.SSLContext, key: str, head: str, *pieces: bytes, pause_s: float = 0.0) -> bytes:
     """A hand-written request, and all that comes back."""
     url = httpx.URL(base)
-    with socket.create_connection((str(url.host), int(url.port or 80)), timeout=20) as wire:
+    plain = socket.create_connection((str(url.host), int(url.port or 443)), timeout=20)
+    with tls.wrap_socket(plain, server_hostname=str(url.host)) as wire:
         lead = f"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {key}\r\nconnection: close\r\n"
         wire.sendall(f"{lead}content-type: application/json\r\n{head}\r\n\r\n".encode())
         for piece in pieces:
@@ -227,40 +268,42 @@ def raw(base: str, key: str, head: str, *pieces: bytes, pause_s: float = 0.0) ->
     return said
 
 
-def test_large_and_slow_bodies_hold_no_place(base: str, client: openai.OpenAI, secrets: dict[str, str]) -> None:
+def test_large_and_slow_bodies_hold_no_place(
+    base: str, tls: ssl.SSLContext, client: openai.OpenAI, secrets: dict[str, str]
+) -> None:
     """Forty clients that never finish their body, more than both replicas have places; an ordinary request is answered
     at once, and each of them is told why it was not.
     """
     key = secrets["alice"]
     slow: list[bytes] = []
     crowd = [
-        threading.Thread(target=lambda: slow.append(raw(base, key, "content-length: 1000", b"{", pause_s=0.1)))
+        threading.Thread(target=lambda: slow.append(raw(base, tls, key, "content-length: 1000", b"{", pause_s=0.1)))
         for _ in range(40)
     ]
     for one in crowd:
         one.start()
     time.sleep(0.3)
     began = time.monotonic()
-    assert httpx.get(f"{base}/health", trust_env=False, timeout=5).status_code == 200
+    assert httpx.get(f"{base}/health", trust_env=False, verify=tls, timeout=5).status_code == 200
     client.chat.completions.create(model="captune", messages=USER, max_tokens=2)
     assert time.monotonic() - began < 1.5, "slow bodies hold places"
     for one in crowd:
         one.join()
     assert all(b" 408 " in said and b'"code":"timeout"' in said for said in slow) and len(slow) == 40
-    told = raw(base, key, "content-length: 99999999")
+    told = raw(base, tls, key, "content-length: 99999999")
     assert b" 413 " in told and b"body_too_large" in told, "refused before a byte of it came"
     chunk = b"186a0\r\n" + b"x" * 100_000 + b"\r\n"
-    untold = raw(base, key, "transfer-encoding: chunked", *[chunk] * 5)
+    untold = raw(base, tls, key, "transfer-encoding: chunked", *[chunk] * 5)
     assert b" 413 " in untold
 
 
-def test_a_full_endpoint_says_so_in_openais_words_and_its_health_answers(base: str, secrets: dict[str, str]) -> None:
+def test_a_full_endpoint_says_so_in_openais_words_and_its_health_answers(
+    web: Callable[[], httpx.AsyncClient],
+) -> None:
     body = {"model": "captune", "messages": USER, "max_tokens": 48, "temperature": 2.0}
 
     async def flood() -> list[httpx.Response]:
-        header = {"authorization": f"Bearer {secrets['alice']}"}
-        limits = httpx.Limits(max_connections=100)
-        async with httpx.AsyncClient(base_url=base, headers=header, trust_env=False, timeout=60, limits=limits) as http:
+        async with web() as http:
             asked = [asyncio.create_task(http.post("/v1/chat/completions", json=body)) for _ in range(80)]
             await asyncio.sleep(0.2)
             began = time.monotonic()
@@ -275,7 +318,7 @@ def test_a_full_endpoint_says_so_in_openais_words_and_its_health_answers(base: s
     assert len(replies) - len(refused) >= 24, "two replicas have places for twelve each"
 
 
-def test_clients_that_leave_cost_nothing_more(base: str, client: openai.OpenAI, secrets: dict[str, str]) -> None:
+def test_clients_that_leave_cost_nothing_more(client: openai.OpenAI) -> None:
     """Streams that are dropped after their first event free their places."""
     for _ in range(30):
         with client.chat.completions.create(model="captune", messages=USER, stream=True, max_tokens=48) as stream:
@@ -285,13 +328,12 @@ def test_clients_that_leave_cost_nothing_more(base: str, client: openai.OpenAI, 
     assert time.monotonic() - began < 10
 
 
-def test_a_dying_replica_loses_no_request(base: str, secrets: dict[str, str], place: Path) -> None:
+def test_a_dying_replica_loses_no_request(web: Callable[[], httpx.AsyncClient]) -> None:
     """What it had in hand is answered by the other, with the answer that it would have given."""
     body = {"model": "captune", "messages": USER, "max_tokens": 48, "temperature": 1, "seed": 5}
 
     async def ask() -> list[httpx.Response]:
-        header = {"authorization": f"Bearer {secrets['alice']}"}
-        async with httpx.AsyncClient(base_url=base, headers=header, trust_env=False, timeout=90) as http:
+        async with web() as http:
             asked = [asyncio.create_task(http.post("/v1/chat/completions", json=body)) for _ in range(8)]
             await asyncio.sleep(0.05)
             victim = next(
