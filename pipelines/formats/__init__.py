@@ -109,8 +109,13 @@ def open_dataset(path: Path | str, reading: Reading = DEFAULT) -> Dataset:
     storage system.
 
     Raises:
-        UserError: nothing there, nothing captune reads, no access, or another stage's unfinished output.
+        UserError: nothing there, nothing captune reads, no access, or another stage's unfinished output; a name that is
+            no UTF-8.
     """
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{shown(str(path))}: this name is no UTF-8, and no record could hold it; rename it") from None
     if is_remote(path):
         try:
             return replace(_open(str(path), RemotePath(str(path))), reading=reading)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -404,6 +405,8 @@ def test_what_is_no_dataset_is_refused_by_name(tmp_path: Path, jpeg: Jpeg) -> No
     ):
         with pytest.raises(UserError, match=name):
             rows_of(tmp_path / name)
+    with pytest.raises(UserError, match=r"caf\\xe9: this name is no UTF-8"):
+        open_dataset(tmp_path / os.fsdecode(b"caf\xe9"))
     with pytest.raises(UserError, match="https://example.org/set.tar: captune reads datasets from folders and from s3"):
         open_dataset("https://example.org/set.tar")
 
