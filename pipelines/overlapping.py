@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -25,3 +27,25 @@ def overlapping(path: Path | str, key: str) -> dict[str, Any]:
     if not isinstance(found, dict) or not {"rows", "contaminated", "benchmark"} <= set(found):
         raise UserError(f"{key}: {place}: not what captune overlap writes")
     return found
+
+
+def rows_of(file: str | None, dataset: str, key: str) -> frozenset[str]:
+    """Rows of a dataset that show a benchmark's picture, by what their format calls them; none without a file.
+
+    Raises:
+        UserError: as `overlapping`.
+    """
+    if not file:
+        return frozenset()
+    place = Path(dataset).absolute()
+    return frozenset(row["row"] for row in overlapping(file, key)["rows"] if Path(row["dataset"]).absolute() == place)
+
+
+def identity_of_rows(file: str, key: str) -> str:
+    """Changes with the rows that the file names, wherever it and their datasets lie.
+
+    Raises:
+        UserError: as `overlapping`.
+    """
+    rows = sorted([Path(row["dataset"]).name, row["row"], row["sample_id"]] for row in overlapping(file, key)["rows"])
+    return hashlib.blake2b(json.dumps(rows).encode(), digest_size=16).hexdigest()

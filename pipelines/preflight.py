@@ -118,6 +118,8 @@ def train(config: TrainConfig, model: str, *, made: bool = False) -> Iterator[Pr
         yield from dataset(config.instruct_data, "train.instruct_data")
     elif config.align.steps == 0:
         yield Problem("train.align.steps", "is 0, and there is no instruct phase: nothing to train")
+    if without := config.without:
+        yield from found("train.without", lambda: overlapping(without, "train.without"))
     yield from found("train.tracker", lambda: trackers.require(config.tracker))
     if config.strategy != "ddp" and importlib.util.find_spec("deepspeed") is None:
         yield Problem("train.strategy", f"{config.strategy} needs DeepSpeed, which is not installed")

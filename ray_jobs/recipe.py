@@ -51,6 +51,7 @@ PATHS = (
     "arms.*.instruct_data",
     "train.model",
     "train.instruct_data",
+    "train.without",
     "evaluate.annotations",
     "evaluate.images",
     "evaluate.ocr",
@@ -105,7 +106,7 @@ class ArmConfig(RefineConfig):
                 raise UserError(f"refine.{key} is of no use with align: none, which has no data; leave it out")
 
 
-_OF_ALL_ARMS = ("model", "instruct_data", "seed", "workers", "cpus_per_worker", "use_gpu")
+_OF_ALL_ARMS = ("model", "instruct_data", "without", "seed", "workers", "cpus_per_worker", "use_gpu")
 """Keys of `train` that no arm has for itself: what they begin with and run on is the same for all."""
 _OF_ALL_SETS = ("actors", "max_actors", "cpus_per_actor", "gpus_per_actor", "reading")
 """Keys of `caption` that no caption set has for itself: the dataset and what they run on are the same for all."""

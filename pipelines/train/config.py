@@ -182,6 +182,9 @@ def _instruct() -> PhaseConfig:
     return PhaseConfig(micro_batch=1, accumulation=128)
 
 
+WITHOUT = "train.without"
+
+
 @dataclass
 class TrainConfig:
     """Alignment of the projector on captions, then tuning of the language model on instructions.
@@ -212,6 +215,8 @@ class TrainConfig:
             does.
         feature_cache_mb: memory per worker for the frozen towers' outputs, so that each image is encoded once and not
             every epoch; a data set whose outputs do not fit is encoded afresh. 0: never keep them.
+        without: what `captune overlap` wrote: rows of the instructions (or pairs) that it looked at are left out where
+            they show a benchmark's picture.
         max_broken_share: largest share of a phase's rows that may turn out unusable; 1 trains on whatever is left.
         seed: order of the data, dropout and the adapter's initial values.
         max_failures: how often a dead worker group is started again.
@@ -239,6 +244,7 @@ class TrainConfig:
     tracker: str = "none"
     max_length: int = 2048
     feature_cache_mb: int = 2048
+    without: str | None = None
     max_broken_share: float = 0.5
     seed: int = 0
     max_failures: int = 3

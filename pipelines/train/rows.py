@@ -10,7 +10,7 @@ import json
 import os
 import tempfile
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -69,6 +69,7 @@ class Rows:
         total: rows as found, broken ones included.
         spool: open file that holds the images which came inside of rows.
         foreseen: share of the rows that will turn out broken, by the images that were looked at.
+        left_out: rows that nobody wants, which `total` does not count.
     """
 
     source: str
@@ -77,6 +78,7 @@ class Rows:
     total: int = 0
     spool: Any = None
     foreseen: float = 0.0
+    left_out: int = 0
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -148,10 +150,11 @@ def say_broken(broken: dict[str, str], phase: str, what: str) -> None:
         say(f"{what}: {len(broken)} row(s) of {phase} could not be used, e.g. {name}: {reason}")
 
 
-def read_rows(path: Path | str, *, images: bool = True) -> Rows:
+def read_rows(path: Path | str, *, images: bool = True, without: Container[str] = ()) -> Rows:
     """Rows of a directory of sample records or of any dataset in another format.
 
     Args:
+        without: rows of a dataset in another format that are left out, by `formats.Row.where`.
         images: keep the images that come inside of rows; without them nothing can be trained.
 
     Raises:
@@ -168,7 +171,10 @@ def read_rows(path: Path | str, *, images: bool = True) -> Rows:
     found = Rows(str(dataset.path), [], spool=tempfile.TemporaryFile())  # noqa: SIM115  (lives as long as the rows)
     keep = _spooling(found.spool) if images else _forget
     for row in dataset.rows():
-        found.add(row.where, _from_dataset, row, keep)
+        if row.where in without:
+            found.left_out += 1
+        else:
+            found.add(row.where, _from_dataset, row, keep)
     found.spool.flush()
     return found
 

@@ -20,10 +20,11 @@ from pipelines.formats import open_dataset
 from pipelines.manifest import MANIFEST, claim_of, look, open_stage
 from pipelines.mgm.directory import check_plain_directory
 from pipelines.modelfiles import model_identity
+from pipelines.overlapping import identity_of_rows, rows_of
 from pipelines.progress import Progress, say
 from pipelines.storage import is_remote
 from pipelines.train import checkpoints
-from pipelines.train.config import PhaseConfig, TrainConfig
+from pipelines.train.config import WITHOUT, PhaseConfig, TrainConfig
 from pipelines.train.held_out import most
 from pipelines.train.job import Job, train_worker
 from pipelines.train.log import drop_after
@@ -141,7 +142,9 @@ def inputs(model: str, data: dict[str, str], config: TrainConfig) -> dict[str, A
 
     Of a step's micro-batches only their sum: however a batch is spread over workers and forward passes, it is the same.
     """
-    settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in _NOT_RESULT}
+    settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in (*_NOT_RESULT, "without")}
+    if config.without:
+        settings["without"] = identity_of_rows(config.without, WITHOUT)
     for name in ("align", "instruct"):
         phase = {k: v for k, v in settings[name].items() if k not in ("micro_batch", "accumulation")}
         settings[name] = phase | {"batch": getattr(config, name).per_step(config.workers)}
@@ -176,7 +179,9 @@ def _look_at_rows(data: dict[str, str], config: TrainConfig, what: str) -> dict[
     """
     found = {}
     for phase, path in data.items():
-        rows = read_rows(path, images=False)
+        rows = read_rows(path, images=False, without=rows_of(config.without, path, WITHOUT))
+        if rows.left_out:
+            say(f"{what}: {rows.left_out} row(s) of {phase} are left out, because they show a benchmark's picture")
         found[phase] = len(rows) - (most(rows, config.held_out) if phase == "instruct" else 0)
         rows.look_at_images()
         say_broken(rows.require_usable(config.max_broken_share).broken, phase, what)

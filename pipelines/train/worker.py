@@ -25,11 +25,12 @@ from pipelines.failures import explained
 from pipelines.mgm.adapter import write_adapter
 from pipelines.mgm.configuration import MGMConfig
 from pipelines.mgm.load import load_config, load_model, load_processor, load_skeleton, quiet
+from pipelines.overlapping import rows_of
 from pipelines.progress import Progress, say
 from pipelines.train import checkpoints, fitting, forecast
 from pipelines.train.checkpoints import STATE
 from pipelines.train.compiling import Compiled, compile_layers
-from pipelines.train.config import AUTO, PhaseConfig, TrainConfig
+from pipelines.train.config import AUTO, WITHOUT, PhaseConfig, TrainConfig
 from pipelines.train.data import Batch, Loader, Sampler, Share, Templates
 from pipelines.train.features import FeatureCache, fill
 from pipelines.train.flops import peak_flops, step_flops
@@ -121,7 +122,10 @@ class Run:
             self.processor, self.longest, self.config.align.template, self.config.instruct.template
         )
         limit = self.config.max_broken_share
-        self.rows = {name: read_rows(path).require_usable(limit) for name, path in job.data.items()}
+        self.rows = {
+            name: read_rows(path, without=rows_of(self.config.without, path, WITHOUT)).require_usable(limit)
+            for name, path in job.data.items()
+        }
         instructions = self.rows.get("instruct")
         self.held_out = None if instructions is None else set_aside(instructions, self.config.held_out)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -18,6 +19,7 @@ from safetensors.torch import load_file
 
 from pipelines.adapters.check import check_adapter
 from pipelines.errors import UserError
+from pipelines.formats import open_dataset
 from pipelines.manifest import open_stage
 from pipelines.mgm.adapter import CONFIG, NON_LORA, WEIGHTS, trained_on
 from pipelines.modelfiles import model_identity
@@ -31,7 +33,7 @@ pytestmark = pytest.mark.timeout(1800)
 ALIGN, INSTRUCT = 16, 8
 
 
-def _config(instruct: Path | None, **settings: Any) -> TrainConfig:
+def _config(instruct: Path | None, /, **settings: Any) -> TrainConfig:
     defaults: dict[str, Any] = {
         "align": PhaseConfig(steps=ALIGN, learning_rate=5e-3, micro_batch=2, accumulation=2),
         "instruct": PhaseConfig(steps=INSTRUCT, learning_rate=5e-3, micro_batch=2, accumulation=2),
@@ -62,6 +64,29 @@ def undisturbed(
 ) -> tuple[Path, dict[str, Any]]:
     output = tmp_path_factory.mktemp("undisturbed") / "adapter"
     return output, loop.run(data["refined"], model_dir, output, _config(data["instruct"]), arm="enhanced")
+
+
+@pytest.mark.heavy
+def test_rows_that_show_a_benchmarks_picture_are_left_out(
+    ray_cluster: None, model_dir: Path, data: dict[str, Path], tmp_path: Path
+) -> None:
+    """By the file of `captune overlap`; with another one it is another training."""
+    file = tmp_path / "overlap.json"
+
+    def known(*numbers: int) -> str:
+        names = [row.where for row in open_dataset(data["instruct"]).rows()]
+        rows = [{"dataset": str(data["instruct"]), "row": names[number], "sample_id": ""} for number in numbers]
+        file.write_text(json.dumps({"benchmark": "textvqa", "rows": rows, "contaminated": []}))
+        return str(file)
+
+    short = {"align": PhaseConfig(steps=0), "instruct": PhaseConfig(steps=2, micro_batch=2, accumulation=1)}
+    config = _config(data["instruct"], **short, without=known(0, 3, 4))
+    manifest = loop.run(data["refined"], model_dir, tmp_path / "adapter", config)
+    assert manifest["rows_in"] == {"instruct": 17}
+    assert loop.run(data["refined"], model_dir, tmp_path / "adapter", config) == manifest
+    known(0, 3)
+    with pytest.raises(UserError, match="another"):
+        loop.run(data["refined"], model_dir, tmp_path / "adapter", config)
 
 
 @pytest.mark.heavy
