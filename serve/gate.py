@@ -36,6 +36,7 @@ class BatchGate:
             yield
         finally:
             self._running = False
+            self._open()  # all inside may have given up while the model worked, and others come to wait
 
     async def __aenter__(self) -> None:
         if not self._running and not self._waiting and self._inside < self.size:
@@ -48,7 +49,7 @@ class BatchGate:
         except asyncio.CancelledError:
             if ticket.done() and not ticket.cancelled():
                 self._leave()  # let in and given up in the same moment
-            else:
+            elif ticket in self._waiting:
                 self._waiting.remove(ticket)
             raise
 
@@ -59,6 +60,9 @@ class BatchGate:
 
     def _leave(self) -> None:
         self._inside -= 1
+        self._open()
+
+    def _open(self) -> None:
         if self._inside == 0:
             while self._waiting and self._inside < self.size:
                 ticket = self._waiting.popleft()

@@ -72,3 +72,28 @@ def test_clients_that_give_up_leave_no_trace() -> None:
 
     sizes, gate = asyncio.run(main())
     assert gate._inside == 0 and not gate._waiting and max(sizes) <= 4
+
+
+def test_nobody_waits_for_those_who_gave_up_while_the_model_worked() -> None:
+    """The batch's only client leaves, another comes before the model has noticed: it goes in when the model is idle."""
+
+    async def main() -> None:
+        gate = BatchGate(4)
+
+        async def ask(done: asyncio.Event) -> None:
+            async with gate:
+                await done.wait()
+
+        leaver = asyncio.create_task(ask(asyncio.Event()))
+        await asyncio.sleep(0)
+        done = asyncio.Event()
+        done.set()
+        with gate.running():
+            leaver.cancel()
+            await asyncio.sleep(0)
+            comers = [asyncio.create_task(ask(done)) for _ in range(3)]
+            await asyncio.sleep(0)
+        await asyncio.wait_for(asyncio.gather(*comers), 5)
+        await asyncio.wait_for(ask(done), 5)
+
+    asyncio.run(main())
