@@ -77,7 +77,9 @@ class Audit:
     def __init__(self, folder: Path, who: str) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         name = f"{who}-{socket.gethostname()}-{os.getpid()}.jsonl"
-        handler = RotatingFileHandler(folder / name, maxBytes=_FILE_BYTES, backupCount=_FILES - 1, delay=True)
+        handler = RotatingFileHandler(
+            folder / name, maxBytes=_FILE_BYTES, backupCount=_FILES - 1, encoding="utf-8", delay=True
+        )
         handler.setFormatter(logging.Formatter("%(message)s"))
         self._log = logging.Logger(f"audit {time.monotonic_ns()}")  # of its own: nobody's settings reach it
         self._log.addHandler(handler)
