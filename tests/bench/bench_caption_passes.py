@@ -62,17 +62,13 @@ def record_captions(work: Path) -> None:
     says = [f"{a} {b} with {c}" for a in things for b in places for c in things]
     for number, file in enumerate(index_files(work / "index")):
         table = pq.ParquetFile(file).read(columns=["sample_id", "skip"])
-        ids = table.filter(pc.invert(table["skip"]))["sample_id"]
-        texts = [says[int(key[:8], 16) % len(says)] for key in ids.to_pylist()]
-        nulls = [None] * len(ids)
-        columns = [ids, pa.array([[text] for text in texts]), nulls, pa.array(texts), nulls]
-        said = pa.table(
-            [
-                c if not isinstance(c, list) else pa.array(c, f.type)
-                for c, f in zip(columns, result_schema(), strict=True)
-            ],
-            schema=result_schema(),
-        )
+        ids = table.filter(pc.invert(table["skip"]))["sample_id"].to_pylist()
+        rows = [
+            {"sample_id": key, "candidates": [text], "recaption": text}
+            for key in ids
+            for text in [says[int(key[:8], 16) % len(says)]]
+        ]
+        said = pa.Table.from_pylist(rows, schema=result_schema())
         pq.write_table(said, results.shards / f"r_{number:06d}.parquet")
         pq.write_table(said.select(["sample_id"]), results.checkpoint / f"r_{number:06d}.parquet")
 
@@ -89,13 +85,11 @@ def measured(what: str, rows: int, work: Callable[[], Any]) -> Any:
         while not over.wait(_SAMPLE_SECONDS):
             peak = max(peak, me.memory_info().rss)
 
-    thread = threading.Thread(target=sample)
-    thread.start()
+    threading.Thread(target=sample, daemon=True).start()
     began = time.monotonic()
     found = work()
     seconds = time.monotonic() - began
     over.set()
-    thread.join()
     line = {"rows": rows, "pass": what, "seconds": round(seconds, 1), "us_per_row": round(1e6 * seconds / rows, 1)}
     print(json.dumps(line | {"driver_mb": round(peak / 1e6)}), flush=True)
     return found
