@@ -13,7 +13,7 @@ from pipelines.files import write_text
 from pipelines.manifest import write_json
 from pipelines.progress import say
 from ray_jobs import _ending, cli
-from ray_jobs._options import Command, Option, parse, writing
+from ray_jobs._options import COLUMNS, Command, Option, parse, reading_of, writing
 
 COMMAND = Command(
     "overlap",
@@ -22,12 +22,13 @@ COMMAND = Command(
     "gives the verdict without such questions.",
     (
         Option("--datasets", "DATASET", "training data, in any format", needed=True, many=True),
+        COLUMNS,
         Option("--benchmark", "NAME", ", ".join(BENCHMARKS), key="evaluate.benchmark"),
         Option("--annotations", "FILE", "the benchmark's annotation file", key="evaluate.annotations", path=True),
         Option("--images", "DIR", "its pictures", key="evaluate.images", path=True),
         writing("directory for overlap.json and a page", needed=False),
     ),
-    reads=("overlap", "evaluate"),
+    reads=("overlap", "evaluate", "caption.reading"),
     first="--datasets",
     example="captune overlap pairs.jsonl instruct.json --annotations TextVQA_0.5.1_val.json --images train_images "
     "--output overlap",
@@ -42,7 +43,8 @@ def main(argv: list[str]) -> int:
     from pipelines.overlap.find import find
     from pipelines.report import overlap
 
-    found = find([str(Path(name).expanduser()) for name in options.datasets], recipe.evaluate, recipe.overlap)
+    datasets = [str(Path(name).expanduser()) for name in options.datasets]
+    found = find(datasets, recipe.evaluate, recipe.overlap, reading_of(recipe, options))
     status = _ending.tell(options, found.facts, overlap.table(found.facts))
     if options.output:
         directory = Path(options.output)

@@ -19,6 +19,7 @@ from pipelines.evaluate.benchmark import CarriesPictures, Question, picture_path
 from pipelines.evaluate.config import EvaluateConfig
 from pipelines.evaluate.registry import open_benchmark
 from pipelines.formats import open_dataset
+from pipelines.formats.reading import DEFAULT, Reading
 from pipelines.images import BadImage, read_bytes
 from pipelines.overlap.config import OverlapConfig
 from pipelines.overlap.fingerprint import Fingerprint, Pictures, fingerprint
@@ -58,8 +59,13 @@ SHOWN = 60
 """Pairs whose pictures the page shows."""
 
 
-def find(datasets: Sequence[str], evaluate: EvaluateConfig, config: OverlapConfig) -> Overlap:
+def find(
+    datasets: Sequence[str], evaluate: EvaluateConfig, config: OverlapConfig, reading: Reading = DEFAULT
+) -> Overlap:
     """Look at every row's pictures and text.
+
+    Args:
+        reading: how datasets are read that are no records.
 
     Returns:
         Facts: `benchmark`, `annotations`, `questions`, `pictures`; `datasets`: for each `path`, `rows`, `pictures`,
@@ -80,7 +86,7 @@ def find(datasets: Sequence[str], evaluate: EvaluateConfig, config: OverlapConfi
         search = _Search(
             questions, {q.image_id: picture_path(benchmark, images, q.image_id) for q in questions}, config
         )
-        counts = [search.look(dataset) for dataset in datasets]
+        counts = [search.look(dataset, reading) for dataset in datasets]
     contaminated = {key for row in search.rows for key in row["questions"]}
     facts = {
         "benchmark": evaluate.benchmark,
@@ -110,10 +116,10 @@ class _Search:
         self.texts: list[dict[str, Any]] = []
         self.shown: list[tuple[bytes, bytes]] = []
 
-    def look(self, dataset: str) -> dict[str, Any]:
+    def look(self, dataset: str, reading: Reading) -> dict[str, Any]:
         """Enter a dataset's rows; returns how many there were."""
         count: Counter[str] = Counter()
-        for row in _with_prints(dataset):
+        for row in _with_prints(dataset, reading):
             said, copies = self.words.of(row.text), _likest(self.pictures, row.prints)
             count["rows"] += 1
             count["pictures"] += len(row.prints)
@@ -157,8 +163,8 @@ def _benchmark_prints(of: dict[str, Path]) -> tuple[list[str], list[Fingerprint]
     return ids, prints
 
 
-def _with_prints(dataset: str) -> Iterator[_Row]:
-    rows = _rows(dataset)
+def _with_prints(dataset: str, reading: Reading) -> Iterator[_Row]:
+    rows = _rows(dataset, reading)
     with Progress(None, f"overlap: {Path(dataset).name}", "rows") as progress, _threads() as threads:
         while chunk := list(islice(rows, _CHUNK)):
             yield from threads.map(_look, chunk)
@@ -198,12 +204,12 @@ def _threads() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(os.cpu_count() or 1)
 
 
-def _rows(dataset: str) -> Iterator[_Row]:
+def _rows(dataset: str, reading: Reading) -> Iterator[_Row]:
     directory = Path(dataset)
     if directory.is_dir() and holds_records(directory):
         yield from _records(dataset)
         return
-    for row in open_dataset(dataset).rows():
+    for row in open_dataset(dataset, reading).rows():
         text = " ".join([row.caption, *_strings(row.meta)])
         yield _Row(dataset, row.where, text, list(row.pictures) if row.error is None else [], row.caption)
 

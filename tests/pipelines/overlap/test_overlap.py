@@ -97,6 +97,10 @@ def test_copies_are_found_and_nothing_else(world: Path, tmp_path: Path, capsys: 
     assert second["same_words"] > second["same_picture"] == 1, "drawn questions are worded alike"
     page = (tmp_path / "overlap" / "index.html").read_text()
     assert page.count("data:image/jpeg") == 2 * len(found["rows"]) and not re.search(r"(?:src|href)=\"(?!data:)", page)
+    table = world / "table.csv"
+    table.write_text("file,prompt\ncopy0,a copy\n0.jpg,a sign\n")
+    named = overlap(world, capsys, str(table), "--columns", "image=file", "--columns", "caption=prompt")
+    assert [row["image_id"] for row in named["rows"]] == [data[0]["image_id"]]
     few = overlap(world, capsys, pairs, "--overlap.correlation", "0.9999")
     assert len(few["rows"]) < len(CHANGES)
 
