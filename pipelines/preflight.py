@@ -20,7 +20,7 @@ from pipelines.caption.config import CaptionConfig
 from pipelines.demand import Demand, Node
 from pipelines.errors import NotReady, Problem, UserError
 from pipelines.evaluate.benchmark import Question
-from pipelines.evaluate.config import EvaluateConfig
+from pipelines.evaluate.config import CompareConfig, EvaluateConfig
 from pipelines.files import refusal
 from pipelines.mgm.assemble_config import AssembleConfig
 from pipelines.overlapping import overlapping
@@ -183,6 +183,12 @@ def _evaluate(config: EvaluateConfig, scored: bool) -> Iterator[Problem]:
     if questions and scored and withheld(questions):
         yield Problem("evaluate.annotations", f"{config.annotations}: the answers of this split are withheld: no score")
     yield from found("evaluate.images", lambda: find_images(config, questions))
+
+
+def compare(config: CompareConfig) -> Iterator[Problem]:
+    """What the comparison leaves out once."""
+    if file := config.overlap:
+        yield from found("compare.overlap", lambda: overlapping(file, "compare.overlap"))
 
 
 def output(path: str | Path, key: str = "--output", size: int = 0, what: str = "") -> Iterator[Problem]:

@@ -78,7 +78,7 @@ def problems(recipe: Recipe, steps: Sequence[hallway.Step] = (), *, here: bool =
     """
     place = RunDir(Path(recipe.run_dir), tuple(recipe.seeds))
     whole, stages = not steps, {step.stage for step in steps or hallway.steps(recipe)}
-    for stage in ("caption", "assemble", "train", "evaluate", "merge"):
+    for stage in ("caption", "assemble", "train", "evaluate", "merge", "compare"):
         for problem in _of(stage, recipe, whole) if stage in stages else ():
             if not (whole and _will_be_drawn(recipe, problem.key)):
                 yield problem
@@ -114,6 +114,8 @@ def _of(stage: str, recipe: Recipe, whole: bool) -> Iterator[Problem]:
     elif stage == "evaluate":
         for name, config in recipe.evaluate.each().items():
             yield from preflight.evaluate(config, scored=True, key=recipe.evaluate.key(name))
+    elif stage == "compare":
+        yield from preflight.compare(recipe.compare)
 
 
 def _of_captions(recipe: Recipe, name: str) -> Iterator[Problem]:

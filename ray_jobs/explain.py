@@ -217,7 +217,7 @@ class Split:
             },
             "process": self.own.process,
             "causes": [cause.name for cause in self.causes],
-            "compare": vars(self.whole.compare) | {"pilot": None, "examples": None},
+            "compare": vars(self.whole.compare) | {"pilot": None, "overlap": None, "examples": None},
             "seed": self.whole.explain.seed,
             "budget": self.whole.explain.budget,
         }

@@ -177,3 +177,16 @@ def test_mistakes_are_named(world: Path, tmp_path: Path, capsys: pytest.CaptureF
     assert "captune overlap writes it" in refused(*refine, "--refine.without", str(tmp_path / "none.json"))
     (tmp_path / "other.json").write_text("[]")
     assert "not what captune overlap writes" in refused(*refine, "--refine.without", str(tmp_path / "other.json"))
+
+
+def test_a_run_is_refused_before_it_begins_where_the_file_is_missing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    missing = f"{{without: {tmp_path}/none.json}}"
+    arms = f"arms: {{original: {{text: caption}}, enhanced: {missing}}}"
+    recipe.write_text(f"base: sample\nrun_dir: {tmp_path}/run\n{arms}\ntrain: {missing}\n")
+    assert cli.main(["run", str(recipe), "--dry-run", "--compare.overlap", str(tmp_path / "none.json")]) == 2
+    said = capsys.readouterr().err
+    for key in ("train.without", "compare.overlap", "arms.enhanced.without"):
+        assert f"{key}: {tmp_path}/none.json: no such file" in said
