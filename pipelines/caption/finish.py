@@ -15,11 +15,11 @@ from pipelines.caption.guards import all_failed
 from pipelines.caption.index import index_files
 from pipelines.caption.join import join, results_of
 from pipelines.caption.results import SCORES
-from pipelines.caption.tasks import in_tasks
 from pipelines.errors import WorkFailed
 from pipelines.files import replacing
 from pipelines.formats import error_kind
 from pipelines.records import COLUMNS, is_repeat, schema
+from pipelines.tasks import in_tasks
 from pipelines.text import Texts, usable_texts
 
 if TYPE_CHECKING:

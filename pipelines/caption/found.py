@@ -18,12 +18,12 @@ from pipelines.caption.guards import refuse_useless
 from pipelines.caption.index import build_index, content, index_files
 from pipelines.caption.results import result_schema
 from pipelines.caption.stage import GROWS, WORK
-from pipelines.caption.tasks import in_tasks
 from pipelines.connection import connect
 from pipelines.formats import Dataset, open_dataset
 from pipelines.images import BadImage, decode
 from pipelines.manifest import open_stage
 from pipelines.progress import Progress, say
+from pipelines.tasks import in_tasks
 
 if TYPE_CHECKING:
     import pyarrow as pa

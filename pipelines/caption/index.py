@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipelines.caption.partitions import Partitions, digits_for
-from pipelines.caption.tasks import in_tasks
 from pipelines.errors import UserError
 from pipelines.formats import Dataset, Row, error_kind, to_record_and_picture
 from pipelines.formats.texts import NOTE
@@ -27,6 +26,7 @@ from pipelines.images import BadImage, read_bytes
 from pipelines.progress import Progress, say
 from pipelines.records import SAME_PICTURE, repeat_id, sample_id, schema
 from pipelines.storage import AnyPath, RemotePath, is_remote
+from pipelines.tasks import in_tasks
 
 if TYPE_CHECKING:
     import numpy as np

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections import Counter
@@ -243,31 +242,24 @@ class _Words:
     """Questions by the words in a row that they hold."""
 
     def __init__(self, questions: Sequence[Question], words: int) -> None:
-        self.size = words
-        self.known: dict[bytes, tuple[str, str]] = {}
-        self.short: dict[int, set[bytes]] = {}
+        self.known: dict[int, dict[str, str]] = {}  # how many words -> the words -> id of the first question with them
         for question in questions:
             said = words_of(question.text.lower())
             size = min(len(said), words)
-            if size < min(_WHOLE, words):
-                continue
-            self.short.setdefault(size, set())
-            for key, text in _grams(said, size):
-                self.known.setdefault(key, (question.id, text))
-                self.short[size].add(key)
+            if size >= min(_WHOLE, words):
+                for text in _grams(said, size):
+                    self.known.setdefault(size, {}).setdefault(text, question.id)
 
     def of(self, text: str) -> dict[str, str]:
         """Question id -> the words that the text shares with it."""
         said = words_of(text.lower()) if self.known else []
         found: dict[str, str] = {}
-        for size, keys in self.short.items():
-            for key, words in _grams(said, size):
-                if key in keys:
-                    found.setdefault(self.known[key][0], words)
+        for size, known in self.known.items():
+            for words in _grams(said, size):
+                if words in known:
+                    found.setdefault(known[words], words)
         return found
 
 
-def _grams(words: Sequence[str], size: int) -> Iterator[tuple[bytes, str]]:
-    for start in range(len(words) - size + 1):
-        text = " ".join(words[start : start + size])
-        yield hashlib.blake2b(text.encode(), digest_size=8).digest(), text
+def _grams(words: Sequence[str], size: int) -> Iterator[str]:
+    return (" ".join(words[start : start + size]) for start in range(len(words) - size + 1))

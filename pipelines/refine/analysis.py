@@ -128,9 +128,9 @@ def _look(
 ) -> tuple[str, int, list[Looked]]:
     """The text column, how many rows there are, and the drawn ones, measured."""
     text, rows = _open(input, text, reading)
-    total, drawn = _draw(rows, config)
+    total = _count(input, reading)
+    drawn = _draw(total, config)
     looked: list[Looked] = []
-    _, rows = _open(input, text, reading)
     wanted = iter(row for number, row in enumerate(rows) if drawn is None or number in drawn)
     with Progress(total if drawn is None else len(drawn), "analyze", "rows") as progress:
         numbers = iter(range(total) if drawn is None else sorted(drawn))
@@ -180,20 +180,25 @@ def _of_dataset(input: str, reading: Reading) -> Iterator[tuple[Row, str]]:
         yield Row(row.where, row.caption, row.image, row.image_uri, row.meta), reason
 
 
-def _draw(rows: Iterator[Any], config: AnalyzeConfig) -> tuple[int, set[int] | None]:
-    """How many rows there are, and the numbers of those that are drawn; None: all of them."""
-    total = 0
-    chosen: list[tuple[int, int]] = []
-    for number, _ in enumerate(rows):
-        total += 1
-        if config.rows:
-            key = hashlib.blake2b(f"{config.seed}/{number}".encode(), digest_size=8).digest()
-            entry = (-int.from_bytes(key, "big"), number)
-            if len(chosen) < config.rows:
-                heapq.heappush(chosen, entry)
-            else:
-                heapq.heappushpop(chosen, entry)
-    return total, {number for _, number in chosen} if total > config.rows > 0 else None
+def _count(input: str, reading: Reading) -> int:
+    """How many rows there are; no image of records is read for that."""
+    import pyarrow.parquet as pq
+
+    directory = Path(input)
+    if directory.is_dir() and holds_records(directory):
+        return sum(pq.read_metadata(shard).num_rows for shard in shard_paths(directory))
+    return sum(1 for _ in open_dataset(input, reading).rows())
+
+
+def _draw(total: int, config: AnalyzeConfig) -> set[int] | None:
+    """The numbers of the rows that are drawn; None: all of them."""
+    if not total > config.rows > 0:
+        return None
+
+    def chance(number: int) -> bytes:
+        return hashlib.blake2b(f"{config.seed}/{number}".encode(), digest_size=8).digest()
+
+    return set(heapq.nsmallest(config.rows, range(total), key=chance))
 
 
 def _unusable(looked: Sequence[Looked]) -> dict[str, int]:

@@ -9,20 +9,18 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipelines import groups
 from pipelines.connection import connect
-from pipelines.demand import CPU
 from pipelines.errors import WorkFailed
 from pipelines.formats import error_kind
 from pipelines.manifest import MANIFEST, identity, open_stage, require_finished, write_json
-from pipelines.overlapping import overlapping
+from pipelines.overlapping import identity_of_rows, overlapping
 from pipelines.progress import say
 from pipelines.records import (
     SAME_PICTURE,
@@ -41,6 +39,7 @@ from pipelines.refine.rowwise import run_stretch
 from pipelines.refine.texts import MIX, SUBSET, Texts, choose, draw
 from pipelines.refine.together import apply_together
 from pipelines.same import digest
+from pipelines.tasks import in_tasks
 from pipelines.text import text_metrics, usable_texts
 
 if TYPE_CHECKING:
@@ -127,7 +126,7 @@ def inputs(records: str, process: Process, config: RefineConfig) -> dict[str, An
     """Everything that decides what is kept; `records` is the identity of the directory that is refined."""
     wanted: dict[str, Any] = {"input": records, "text": config.text, "process": process}
     wanted |= {"mix": asdict(config.mix)} if config.mix.by != "none" else {}
-    wanted |= {"without": _shown(config)} if config.without else {}
+    wanted |= {"without": identity_of_rows(config.without, "refine.without")} if config.without else {}
     return wanted | ({"subset": asdict(config.subset)} if config.subset.rows else {})
 
 
@@ -233,28 +232,21 @@ def _refuse_all_failed(outcomes: Outcomes, input: Path) -> None:
 
 
 def _write(shards: Sequence[Path], output: Path, outcomes: Outcomes, config: RefineConfig) -> tuple[int, int]:
-    """Write kept and rejected records, one task per shard and no more at once than have a CPU; returns the numbers of
-    both.
-    """
+    """Write kept and rejected records, one task per shard; returns the numbers of both."""
     import pyarrow.parquet as pq
-    import ray
 
-    task = ray.remote(num_cpus=1, label_selector=groups.selector(CPU))(_write_one)
-    most = sum(int(node.cpus) for node in groups.room(groups.at_most(), CPU))
     owner: dict[str, int] = {}
     texts: dict[str, Outcomes] = {}
     for key, outcome in outcomes.items():
         texts.setdefault(source_id(key), {})[key] = outcome
-    pending: list[Any] = []
-    done: list[tuple[int, int]] = []
-    for number, shard in enumerate(shards):
-        if len(pending) >= most:
-            ready, pending = ray.wait(pending)
-            done += ray.get(ready)
-        ids = pq.read_table(shard, columns=["sample_id"])["sample_id"].to_pylist()
-        mine = {sample_id for sample_id in ids if owner.setdefault(sample_id, number) == number}
-        pending.append(task.remote(shard, output, {sample_id: texts[sample_id] for sample_id in mine}, config))
-    done += ray.get(pending)
+
+    def calls() -> Iterator[tuple[Any, ...]]:
+        for number, shard in enumerate(shards):
+            ids = pq.read_table(shard, columns=["sample_id"])["sample_id"].to_pylist()
+            mine = {sample_id for sample_id in ids if owner.setdefault(sample_id, number) == number}
+            yield shard, output, {sample_id: texts[sample_id] for sample_id in mine}, config
+
+    done = list(in_tasks(_write_one, calls()))
     return sum(kept for kept, _ in done), sum(rejected for _, rejected in done)
 
 

@@ -90,7 +90,7 @@ def waterfall(rows: Sequence[Span], label: str, tick: Format) -> Markup:
     step, low, high = axis(min(0.0, *values), max(0.0, *values))
 
     def x(value: float) -> str:
-        return _percent(2 + 96 * (value - low) / (high - low))
+        return in_percent(2 + 96 * (value - low) / (high - low))
 
     top, pitch = 4, 46
     bottom = top + pitch * len(rows) + 4
@@ -102,7 +102,7 @@ def waterfall(rows: Sequence[Span], label: str, tick: Format) -> Markup:
     for number, row in enumerate(rows):
         y = top + pitch * number + 24
         left, right = sorted((row.start, row.end))
-        width = _percent(max(96 * (right - left) / (high - low), 0.3))
+        width = in_percent(max(96 * (right - left) / (high - low), 0.3))
         marks = [tag("rect", x=x(left), y=y, width=width, height=14, rx=2, class_=f"bar {row.mood}")]
         if row.ends is not None:
             marks.append(tag("line", x1=x(row.ends[0]), x2=x(row.ends[1]), y1=y + 7, y2=y + 7, class_="whisker"))
@@ -121,7 +121,7 @@ def intervals(rows: Sequence[Estimate], label: str, tick: Format, *, zero: str =
     step, low, high = axis(min(0.0, *(row.low for row in rows)), max(0.0, *(row.high for row in rows)))
 
     def x(value: float) -> str:
-        return _percent(2 + 96 * (value - low) / (high - low))
+        return in_percent(2 + 96 * (value - low) / (high - low))
 
     top, pitch = (22 if zero else 4), 50
     bottom = top + pitch * len(rows) + 4
@@ -167,7 +167,7 @@ def bars(rows: Sequence[Bar], label: str, *, maximum: float | None = None) -> Ma
     for number, row in enumerate(rows):
         y = pitch * number
         name = [tag("tspan", row.name)] + ([tag("tspan", f"  {row.note}", class_="note")] if row.note else [])
-        solid, lost = _percent(100 * row.value / whole), _percent(100 * row.lost / whole)
+        solid, lost = in_percent(100 * row.value / whole), in_percent(100 * row.lost / whole)
         marks = [
             tag("text", *name, x=0, y=y + 13, class_="name"),
             tag("text", row.text, x="100%", y=y + 13, class_="value", text_anchor="end"),
@@ -353,7 +353,8 @@ def figure(parts: Iterable[Markup], label: str, **attributes: Any) -> Markup:
     return tag("svg", *parts, role="img", aria_label=label, width="100%", **attributes)
 
 
-def _percent(value: float) -> str:
+def in_percent(value: float) -> str:
+    """A place or length as a share of the drawing's width."""
     return f"{value:.3f}%"
 
 

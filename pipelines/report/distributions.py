@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
-from pipelines.report.charts import Format, axis, figure, steps, tag
+from pipelines.report.charts import Format, axis, figure, in_percent, steps, tag
 
 _HEIGHT, _TOP = 150, 22
 
@@ -35,14 +35,15 @@ def histogram(
     parts = []
     for left, right, count in zip(edges, edges[1:], counts, strict=False):
         tall = _HEIGHT * count / most
-        bar = tag("rect", x=_share(x(left)), y=bottom - tall, width=_share(0.94 * (x(right) - x(left))), height=tall)
+        wide = in_percent(0.94 * (x(right) - x(left)))
+        bar = tag("rect", x=in_percent(x(left)), y=bottom - tall, width=wide, height=tall)
         parts.append(tag("g", bar, tag("title", f"{number(left)} to {number(right)}: {count:,} rows"), class_="bin"))
     for value in (each for each in steps(low, high, step) if low <= each <= high):
         words = number(value)
-        parts.append(tag("text", words, x=_share(x(value)), y=bottom + 18, class_="tick", text_anchor="middle"))
+        parts.append(tag("text", words, x=in_percent(x(value)), y=bottom + 18, class_="tick", text_anchor="middle"))
     parts.append(tag("line", x1="1%", x2="99%", y1=bottom, y2=bottom, class_="grid"))
     for line in (each for each in lines if low <= each.value <= high):
-        place = _share(x(line.value))
+        place = in_percent(x(line.value))
         parts.append(
             tag(
                 "g",
@@ -51,7 +52,3 @@ def histogram(
             )
         )
     return figure(parts, label, height=bottom + 26)
-
-
-def _share(value: float) -> str:
-    return f"{value:.3f}%"

@@ -1,4 +1,4 @@
-"""Work of the captioning stage that goes file by file, in Ray tasks beside each other."""
+"""Work of a stage that goes file by file, in Ray tasks beside each other."""
 
 from __future__ import annotations
 
